@@ -1,23 +1,24 @@
 """Builds the two compiled modules; everything else about the distribution is in pyproject.toml.
 
-``afm_kernels/_cpu.abi3.so``   from csrc/cpu/*.cpp: one file for every Python >= 3.10 and torch >= 2.10 (LibTorch stable ABI).
+``afm_kernels/_cpu.abi3.so``   from csrc/cpu/*.cpp: one file for every Python >= 3.10 and torch >= 2.10.
 ``afm_kernels/_cuda.abi3.so``  from csrc/cuda/*.cu: where nvcc and a CUDA build of torch are found.
 
 Note [Kernel units]
 ~~~~~~~~~~~~~~~~~~~
-A source named ``csrc/cpu/*_kernel.cpp`` is compiled once for each instruction set of ``CAPABILITIES``, with that
-set's flags and ``-DAFM_CAPABILITY=<name>``, and defines its functions in ``namespace afm::cpu::AFM_CAPABILITY``.
-``dispatch.h`` picks one of the copies at run time. Every other source is compiled once, for the baseline of the
-architecture. No unit ever gets -march=native: a wheel built on one machine runs on any.
+A source named ``csrc/cpu/*_kernel.cpp`` is compiled once for each instruction set of ``CAPABILITIES``, with
+that set's flags and ``-DAFM_CAPABILITY=<name>``, and defines its functions in ``namespace
+afm::cpu::AFM_CAPABILITY``. ``dispatch.h`` picks one of the copies at run time. Every other source is compiled
+once, for the baseline of the architecture. No unit ever gets -march=native: a wheel built on one machine runs
+on any.
 
-A kernel unit must not emit an inline function under a shared name (from the standard library, say): the linker keeps one
-copy of those, perhaps the AVX-512 one, for everybody. ``check_kernel_objects`` fails the build when one does.
+A kernel unit must not emit an inline function under a shared name (from the standard library, say): the
+linker keeps one copy of those, perhaps the AVX-512 one, for everybody. ``check_kernel_objects`` fails then.
 
 Environment
 ~~~~~~~~~~~
-AFM_BUILD_CPU, AFM_BUILD_CUDA   0 leaves the module out, 1 fails when it cannot be built; unset builds what can be.
-AFM_CUDA_ARCHS                  architectures, e.g. "80" or "80;90+PTX"; TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") works too.
-MAX_JOBS, CXX, CUDA_HOME        as for any PyTorch extension.
+AFM_BUILD_CPU, AFM_BUILD_CUDA  0 leaves the module out, 1 fails when it cannot be; unset builds what can be.
+AFM_CUDA_ARCHS                 e.g. "80" or "80;90+PTX"; TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") works too.
+MAX_JOBS, CXX, CUDA_HOME       as for any PyTorch extension.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def cuda_archs() -> list[str]:
 
 
 def cuda_library_dirs(nvcc: str) -> list[str]:
-    """Where nvcc itself would look for libcudart_static.a: it may sit behind a wrapper script outside its toolkit."""
+    """Where nvcc itself would look for libcudart_static.a; it may be a wrapper script outside its toolkit."""
     dryrun = subprocess.run(
         [nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull],
         capture_output=True,
@@ -178,6 +179,11 @@ def build_ext_command() -> type:
 
     class BuildKernels(BuildExtension):
         """BuildExtension, which compiles with ninja, plus the kernel units with their own flags."""
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if getattr(self, "editable_mode", False):  # setuptools takes a fresh folder then: all is compiled again
+                self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
 
         def build_extension(self, ext: Extension) -> None:
             # ninja keeps one build file a folder: every set of flags gets its own.
