@@ -182,7 +182,9 @@ def build_ext_command() -> type:
 
         def finalize_options(self) -> None:
             super().finalize_options()
-            if getattr(self, "editable_mode", False):  # setuptools takes a fresh folder then: all is compiled again
+            if getattr(
+                self, "editable_mode", False
+            ):  # setuptools takes a fresh folder then: all is compiled again
                 self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
 
         def build_extension(self, ext: Extension) -> None:
