@@ -1,0 +1,125 @@
+// The row mathematics of softmax_kl: divergences between p = softmax(teacher / T) and q =
+// softmax(student / T).
+//
+// Everything a row needs is linear in a handful of sums, whichever way the hardware goes through
+// it. The CPU kernels call these functions on SIMD vectors (any V with + - * and an fma found
+// beside it) and on doubles, the CUDA kernels on floats.
+//
+// Note [Centred KL]
+// ~~~~~~~~~~~~~~~~~
+// Sum of p * (log p - log q) cancels when the student is close to the teacher. With, for class j,
+//
+//     x_j = (s_j - t_j) / T - c         c: any constant of the row, near the mean of (s - t) / T
+//     under p e_j = exp((t_j - m_t) / T)        m_t: the teacher's shift, its maximum or near it
+//     p_j = e_j / Z_t                   Z_t = sum of e
+//
+//     r   = E_p[x]            the linear mean
+//     b   = E_p[exp(x) - 1 - x]         the excess, a sum of non-negative terms
+//     1 + A = E_p[exp(x)]               so A = r + b, and q_j = p_j * exp(x_j) / (1 + A)
+//
+//     KL(p || q) = log1p(A) - r
+//
+// which does not cancel beyond the size of r, and r's own rounding error enters only as r * dr.
+//   * near rows, |x| <= 1 everywhere: exp(x) - 1 - x is a polynomial, and no exponential of the
+//   student is needed.
+//   * far rows: log1p(A) = log(Z_s / Z_t) + (m_s - m_t) / T - c, from Z_s = sum of exp((s - m_s) /
+//   T). Good while
+//     the KL is not small; below kFarKlFloor a row is summed again with the terms of both kinds
+//     (general rows).
+// Shift and normaliser are kept apart: one merged log-sum-exp loses digits when logits have an
+// offset.
+//
+// Gradients, per unit of loss, for the logits (not for logits / T):
+//     d KL / d s = (q - p) / T            q - p = p * (exp(x) - 1 - A) / (1 + A)  in near rows
+//     d KL / d t = -p * (x - r) / T
+//     Jeffreys, KL(p || q) + KL(q || p) = E_q[x] - E_p[x], with r_q = E_q[x]:
+//     d J / d s = ((q - p) + q * (x - r_q)) / T
+//     d J / d t = ((p - q) - p * (x - r)) / T
+//
+// Note [Hard rows]
+// ~~~~~~~~~~~~~~~~
+// KL:       both -inf: the class contributes 0. Teacher -inf, student finite: contributes 0; dKL/ds
+// = q there, dKL/dt = 0.
+//           Student -inf where p > 0: +inf, gradients NaN. NaN, +inf, or all -inf on a side: NaN.
+// reverse:  the same with the sides exchanged.
+// Jeffreys: the sum of the two, so one side -inf where the other's probability is positive: +inf,
+// gradients NaN. JS:       finite for every pair of distributions: a class that is -inf on one side
+// contributes
+//           beta * p * log(1 / beta), or (1 - beta) * q * log(1 / (1 - beta)); its own gradient is
+//           0 on that side.
+// A probability that underflows to 0 counts as 0.
+
+#pragma once
+
+#include "common/inline.h"
+
+namespace afm {
+
+// The index into DIVERGENCES of afm_kernels/ops.py.
+enum class Divergence : int { kKl = 0, kReverseKl = 1, kJeffreys = 2, kJs = 3 };
+
+// How a row's sums were taken, which decides the formula of its gradients. See Note [Centred KL].
+enum class RowKind : int {
+  kNear,      // |x| <= 1 everywhere, all finite
+  kFar,       // all finite
+  kGeneral,   // -inf logits, or a small KL with large |x| somewhere
+  kInfinite,  // the loss is +inf and the gradients NaN
+  kNan,       // the loss and the gradients are NaN
+  kMasked,    // weight 0: all is 0, whatever the row holds
+};
+
+// Up to which |x| the polynomial for exp(x) - 1 - x holds.
+constexpr double kNearLimit = 1.0;
+// Far rows whose KL comes out below this are summed again. float32: at 0.1 the plain form is good
+// to 2e-6.
+constexpr double kFarKlFloor = 0.1;
+// ... or below this fraction of |r|, whose rounding error would show.
+constexpr double kFarMeanFraction = 0.05;
+
+// A multiple of 1 that takes a large common gap out of student - teacher before they are
+// subtracted: both (s - k) and ((s - k) - t) are then exact or nearly so, whatever offset either
+// side carries.
+template <class T>
+AFM_INLINE T coarse_gap(T gap) {
+  const T limit =
+      T(8388608);  // beyond it float32 has no fraction left, and casts to int32 stay defined
+  if (!(gap > T(16) || gap < T(-16)) || gap > limit || gap < -limit) return T(0);
+  return T(static_cast<int>(gap));
+}
+
+// E_q[x] - E_p[x], from A, r and E_p[x * (exp(x) - 1)]: the Jeffreys divergence of a near row.
+template <class T>
+AFM_INLINE T near_jeffreys(T a, T r, T curvature) {
+  return (curvature - a * r) / (T(1) + a);
+}
+
+// Whether a far row's KL has to be taken again in the general form; true for NaN.
+template <class T>
+AFM_INLINE bool far_kl_is_too_small(T kl, T r) {
+  const T magnitude = r < T(0) ? -r : r;
+  return !(kl >= T(kFarKlFloor) && kl >= T(kFarMeanFraction) * magnitude);
+}
+
+// Row constants of the gradients, everything that multiplies (weight, scale, 1/T) folded in. The
+// two formulas below are all that is done for a class.
+//   near:  e = exp((t - m_t)/T), f = exp(x) - 1     grad_s = e * (f * student_f + student_1)
+//   else:  e as above, f = exp((s - m_s)/T)         grad_s = f * student_f + e * student_1
+//   both:  grad_t = e * (x * teacher_x + teacher_1)
+template <class T>
+struct GradientFactors {
+  T student_f, student_1, teacher_x, teacher_1;
+};
+
+template <class T>
+AFM_INLINE GradientFactors<T> near_factors(T scale_over_t, T inv_zt, T a, T r) {
+  const T p = scale_over_t * inv_zt, q = p / (T(1) + a);
+  return {q, -q * a, -p, p * r};
+}
+
+template <class T>
+AFM_INLINE GradientFactors<T> far_factors(T scale_over_t, T inv_zs, T inv_zt, T r) {
+  const T p = scale_over_t * inv_zt;
+  return {scale_over_t * inv_zs, -p, -p, p * r};
+}
+
+}  // namespace afm

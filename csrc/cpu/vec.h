@@ -1,0 +1,304 @@
+// SIMD vectors of float and double for kernel units: one interface, the widest registers of the
+// unit's instruction set.
+//
+// Vec<T> has `width` lanes and converts to and from memory; a Mask says which lanes. Everything has
+// internal linkage, so that no instruction set's copy is linked into another's unit. See Note
+// [Kernel units] in setup.py.
+//
+// max(x, bound) returns the bound where x is NaN, on every instruction set: callers that must keep
+// a NaN say so.
+
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if AFM_CAPABILITY_AVX512 || AFM_CAPABILITY_AVX2
+#include <immintrin.h>
+#endif
+
+#include "common/inline.h"
+
+namespace afm::cpu::AFM_CAPABILITY {
+namespace {
+
+template <class T>
+struct Vec;
+
+#if AFM_CAPABILITY_AVX512
+
+// clang-format off
+template <>
+struct Vec<float> {
+  static constexpr int width = 16;
+  using Mask = __mmask16;
+  __m512 v;
+  Vec() = default;
+  AFM_MEMBER Vec(__m512 x) : v(x) {}
+  AFM_MEMBER Vec(float x) : v(_mm512_set1_ps(x)) {}
+  AFM_MEMBER static Mask first(int n) { return static_cast<Mask>((1u << n) - 1); }
+  AFM_MEMBER static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  AFM_MEMBER static Vec load(const float* p, int n, Vec fill) { return _mm512_mask_loadu_ps(fill.v, first(n), p); }
+  AFM_MEMBER void store(float* p) const { _mm512_storeu_ps(p, v); }
+  AFM_MEMBER void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  AFM_MEMBER void stream(float* p) const { _mm512_stream_ps(p, v); }
+  AFM_MEMBER float sum() const { return _mm512_reduce_add_ps(v); }
+  AFM_MEMBER float max() const { return _mm512_reduce_max_ps(v); }
+  AFM_MEMBER float min() const { return _mm512_reduce_min_ps(v); }
+  // 2^(the integer in the low bits of a float near 1.5 * 2^23, less the exponent's bias)
+  AFM_MEMBER Vec exponent_from_magic() const { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 23)); }
+};
+AFM_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm512_add_ps(a.v, b.v); }
+AFM_INLINE Vec<float> operator-(Vec<float> a, Vec<float> b) { return _mm512_sub_ps(a.v, b.v); }
+AFM_INLINE Vec<float> operator*(Vec<float> a, Vec<float> b) { return _mm512_mul_ps(a.v, b.v); }
+AFM_INLINE Vec<float> operator/(Vec<float> a, Vec<float> b) { return _mm512_div_ps(a.v, b.v); }
+AFM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+AFM_INLINE Vec<float> max(Vec<float> a, Vec<float> bound) { return _mm512_max_ps(a.v, bound.v); }
+AFM_INLINE Vec<float> min(Vec<float> a, Vec<float> bound) { return _mm512_min_ps(a.v, bound.v); }
+AFM_INLINE Vec<float> abs(Vec<float> a) { return _mm512_abs_ps(a.v); }
+AFM_INLINE __mmask16 operator<(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+AFM_INLINE __mmask16 operator<=(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
+AFM_INLINE __mmask16 operator==(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+AFM_INLINE Vec<float> select(__mmask16 m, Vec<float> a, Vec<float> b) { return _mm512_mask_blend_ps(m, b.v, a.v); }
+
+template <>
+struct Vec<double> {
+  static constexpr int width = 8;
+  using Mask = __mmask8;
+  __m512d v;
+  Vec() = default;
+  AFM_MEMBER Vec(__m512d x) : v(x) {}
+  AFM_MEMBER Vec(double x) : v(_mm512_set1_pd(x)) {}
+  AFM_MEMBER static Mask first(int n) { return static_cast<Mask>((1u << n) - 1); }
+  AFM_MEMBER static Vec load(const double* p) { return _mm512_loadu_pd(p); }
+  AFM_MEMBER static Vec load(const double* p, int n, Vec fill) { return _mm512_mask_loadu_pd(fill.v, first(n), p); }
+  AFM_MEMBER void store(double* p) const { _mm512_storeu_pd(p, v); }
+  AFM_MEMBER void store(double* p, int n) const { _mm512_mask_storeu_pd(p, first(n), v); }
+  AFM_MEMBER void stream(double* p) const { _mm512_stream_pd(p, v); }
+  AFM_MEMBER double sum() const { return _mm512_reduce_add_pd(v); }
+  AFM_MEMBER double max() const { return _mm512_reduce_max_pd(v); }
+  AFM_MEMBER double min() const { return _mm512_reduce_min_pd(v); }
+  AFM_MEMBER Vec exponent_from_magic() const { return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(v), 52)); }
+};
+AFM_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) { return _mm512_add_pd(a.v, b.v); }
+AFM_INLINE Vec<double> operator-(Vec<double> a, Vec<double> b) { return _mm512_sub_pd(a.v, b.v); }
+AFM_INLINE Vec<double> operator*(Vec<double> a, Vec<double> b) { return _mm512_mul_pd(a.v, b.v); }
+AFM_INLINE Vec<double> operator/(Vec<double> a, Vec<double> b) { return _mm512_div_pd(a.v, b.v); }
+AFM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
+AFM_INLINE Vec<double> max(Vec<double> a, Vec<double> bound) { return _mm512_max_pd(a.v, bound.v); }
+AFM_INLINE Vec<double> min(Vec<double> a, Vec<double> bound) { return _mm512_min_pd(a.v, bound.v); }
+AFM_INLINE Vec<double> abs(Vec<double> a) { return _mm512_abs_pd(a.v); }
+AFM_INLINE __mmask8 operator<(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ); }
+AFM_INLINE __mmask8 operator<=(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_LE_OQ); }
+AFM_INLINE __mmask8 operator==(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ); }
+AFM_INLINE Vec<double> select(__mmask8 m, Vec<double> a, Vec<double> b) { return _mm512_mask_blend_pd(m, b.v, a.v); }
+
+AFM_INLINE bool any(__mmask16 m) { return m != 0; }
+AFM_INLINE bool any(__mmask8 m) { return m != 0; }
+template <class V>
+AFM_INLINE typename V::Mask both(typename V::Mask a, typename V::Mask b) { return a & b; }
+template <class V>
+AFM_INLINE typename V::Mask negate(typename V::Mask a) { return static_cast<typename V::Mask>(~a); }
+// clang-format on
+
+#elif AFM_CAPABILITY_AVX2
+
+// clang-format off
+alignas(64) constexpr int32_t kFirst32[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+alignas(64) constexpr int64_t kFirst64[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
+
+template <>
+struct Vec<float> {
+  static constexpr int width = 8;
+  struct Mask { __m256 m; };
+  __m256 v;
+  Vec() = default;
+  AFM_MEMBER Vec(__m256 x) : v(x) {}
+  AFM_MEMBER Vec(float x) : v(_mm256_set1_ps(x)) {}
+  AFM_MEMBER static __m256i bits(int n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kFirst32 + 8 - n)); }
+  AFM_MEMBER static Mask first(int n) { return {_mm256_castsi256_ps(bits(n))}; }
+  AFM_MEMBER static Vec load(const float* p) { return _mm256_loadu_ps(p); }
+  AFM_MEMBER static Vec load(const float* p, int n, Vec fill) {
+    return _mm256_blendv_ps(fill.v, _mm256_maskload_ps(p, bits(n)), first(n).m);
+  }
+  AFM_MEMBER void store(float* p) const { _mm256_storeu_ps(p, v); }
+  AFM_MEMBER void store(float* p, int n) const { _mm256_maskstore_ps(p, bits(n), v); }
+  AFM_MEMBER void stream(float* p) const { _mm256_stream_ps(p, v); }
+  AFM_MEMBER float sum() const {
+    __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
+  }
+  AFM_MEMBER float max() const {
+    __m128 a = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)));
+  }
+  AFM_MEMBER float min() const {
+    __m128 a = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    a = _mm_min_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_min_ss(a, _mm_movehdup_ps(a)));
+  }
+  AFM_MEMBER Vec exponent_from_magic() const { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 23)); }
+};
+AFM_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm256_add_ps(a.v, b.v); }
+AFM_INLINE Vec<float> operator-(Vec<float> a, Vec<float> b) { return _mm256_sub_ps(a.v, b.v); }
+AFM_INLINE Vec<float> operator*(Vec<float> a, Vec<float> b) { return _mm256_mul_ps(a.v, b.v); }
+AFM_INLINE Vec<float> operator/(Vec<float> a, Vec<float> b) { return _mm256_div_ps(a.v, b.v); }
+AFM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+AFM_INLINE Vec<float> max(Vec<float> a, Vec<float> bound) { return _mm256_max_ps(a.v, bound.v); }
+AFM_INLINE Vec<float> min(Vec<float> a, Vec<float> bound) { return _mm256_min_ps(a.v, bound.v); }
+AFM_INLINE Vec<float> abs(Vec<float> a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
+AFM_INLINE Vec<float>::Mask operator<(Vec<float> a, Vec<float> b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+AFM_INLINE Vec<float>::Mask operator<=(Vec<float> a, Vec<float> b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
+AFM_INLINE Vec<float>::Mask operator==(Vec<float> a, Vec<float> b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+AFM_INLINE Vec<float> select(Vec<float>::Mask m, Vec<float> a, Vec<float> b) { return _mm256_blendv_ps(b.v, a.v, m.m); }
+AFM_INLINE bool any(Vec<float>::Mask m) { return _mm256_movemask_ps(m.m) != 0; }
+
+template <>
+struct Vec<double> {
+  static constexpr int width = 4;
+  struct Mask { __m256d m; };
+  __m256d v;
+  Vec() = default;
+  AFM_MEMBER Vec(__m256d x) : v(x) {}
+  AFM_MEMBER Vec(double x) : v(_mm256_set1_pd(x)) {}
+  AFM_MEMBER static __m256i bits(int n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kFirst64 + 4 - n)); }
+  AFM_MEMBER static Mask first(int n) { return {_mm256_castsi256_pd(bits(n))}; }
+  AFM_MEMBER static Vec load(const double* p) { return _mm256_loadu_pd(p); }
+  AFM_MEMBER static Vec load(const double* p, int n, Vec fill) {
+    return _mm256_blendv_pd(fill.v, _mm256_maskload_pd(p, bits(n)), first(n).m);
+  }
+  AFM_MEMBER void store(double* p) const { _mm256_storeu_pd(p, v); }
+  AFM_MEMBER void store(double* p, int n) const { _mm256_maskstore_pd(p, bits(n), v); }
+  AFM_MEMBER void stream(double* p) const { _mm256_stream_pd(p, v); }
+  AFM_MEMBER double sum() const {
+    const __m128d a = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(a, _mm_unpackhi_pd(a, a)));
+  }
+  AFM_MEMBER double max() const {
+    const __m128d a = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_max_sd(a, _mm_unpackhi_pd(a, a)));
+  }
+  AFM_MEMBER double min() const {
+    const __m128d a = _mm_min_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_min_sd(a, _mm_unpackhi_pd(a, a)));
+  }
+  AFM_MEMBER Vec exponent_from_magic() const { return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(v), 52)); }
+};
+AFM_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) { return _mm256_add_pd(a.v, b.v); }
+AFM_INLINE Vec<double> operator-(Vec<double> a, Vec<double> b) { return _mm256_sub_pd(a.v, b.v); }
+AFM_INLINE Vec<double> operator*(Vec<double> a, Vec<double> b) { return _mm256_mul_pd(a.v, b.v); }
+AFM_INLINE Vec<double> operator/(Vec<double> a, Vec<double> b) { return _mm256_div_pd(a.v, b.v); }
+AFM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
+AFM_INLINE Vec<double> max(Vec<double> a, Vec<double> bound) { return _mm256_max_pd(a.v, bound.v); }
+AFM_INLINE Vec<double> min(Vec<double> a, Vec<double> bound) { return _mm256_min_pd(a.v, bound.v); }
+AFM_INLINE Vec<double> abs(Vec<double> a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v); }
+AFM_INLINE Vec<double>::Mask operator<(Vec<double> a, Vec<double> b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ)}; }
+AFM_INLINE Vec<double>::Mask operator<=(Vec<double> a, Vec<double> b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_LE_OQ)}; }
+AFM_INLINE Vec<double>::Mask operator==(Vec<double> a, Vec<double> b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_EQ_OQ)}; }
+AFM_INLINE Vec<double> select(Vec<double>::Mask m, Vec<double> a, Vec<double> b) { return _mm256_blendv_pd(b.v, a.v, m.m); }
+AFM_INLINE bool any(Vec<double>::Mask m) { return _mm256_movemask_pd(m.m) != 0; }
+
+template <class V>
+AFM_INLINE typename V::Mask both(typename V::Mask a, typename V::Mask b) { return {a.m & b.m}; }
+template <class V>
+AFM_INLINE typename V::Mask negate(typename V::Mask a) {
+  const V zero(0);
+  return {((zero == zero).m) ^ a.m};
+}
+// clang-format on
+
+#else
+
+// 128-bit vectors of the compiler's own vector extension: SSE2, NEON, or whatever the baseline has.
+template <class T, class Bits>
+struct PortableVec {
+  static constexpr int width = 16 / sizeof(T);
+  static constexpr int mantissa = sizeof(T) == 4 ? 23 : 52;
+  typedef T Lanes __attribute__((vector_size(16)));
+  typedef Bits BitLanes __attribute__((vector_size(16)));
+  struct Mask {
+    BitLanes m;
+  };
+  Lanes v;
+  PortableVec() = default;
+  AFM_MEMBER PortableVec(Lanes x) : v(x) {}
+  AFM_MEMBER PortableVec(T x) : v(x - Lanes{}) {}
+  AFM_MEMBER static Mask first(int n) {
+    BitLanes m;
+    for (int i = 0; i < width; ++i) m[i] = i < n ? -1 : 0;
+    return {m};
+  }
+  AFM_MEMBER static Lanes load_lanes(const T* p) {
+    Lanes x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+  }
+  AFM_MEMBER static Lanes load_lanes(const T* p, int n, Lanes fill) {
+    for (int i = 0; i < n; ++i) fill[i] = p[i];
+    return fill;
+  }
+  AFM_MEMBER void store(T* p) const { memcpy(p, &v, sizeof(v)); }
+  AFM_MEMBER void store(T* p, int n) const {
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+  }
+  AFM_MEMBER void stream(T* p) const { store(p); }
+  AFM_MEMBER T sum() const {
+    T s = v[0];
+    for (int i = 1; i < width; ++i) s += v[i];
+    return s;
+  }
+  AFM_MEMBER T max() const {
+    T s = v[0];
+    for (int i = 1; i < width; ++i) s = s > v[i] ? s : v[i];
+    return s;
+  }
+  AFM_MEMBER T min() const {
+    T s = v[0];
+    for (int i = 1; i < width; ++i) s = s < v[i] ? s : v[i];
+    return s;
+  }
+  AFM_MEMBER Lanes exponent_lanes() const { return (Lanes)((BitLanes)v << mantissa); }
+};
+
+// clang-format off
+#define AFM_PORTABLE_VEC(T, BITS)                                                                             \
+  template <>                                                                                                 \
+  struct Vec<T> : PortableVec<T, BITS> {                                                                      \
+    using PortableVec<T, BITS>::PortableVec;                                                                  \
+    Vec() = default;                                                                                          \
+    AFM_MEMBER static Vec load(const T* p) { return Vec(load_lanes(p)); }                                     \
+    AFM_MEMBER static Vec load(const T* p, int n, Vec fill) { return Vec(load_lanes(p, n, fill.v)); }         \
+    AFM_MEMBER Vec exponent_from_magic() const { return Vec(exponent_lanes()); }                              \
+  };                                                                                                          \
+  AFM_INLINE Vec<T> operator+(Vec<T> a, Vec<T> b) { return Vec<T>(a.v + b.v); }                               \
+  AFM_INLINE Vec<T> operator-(Vec<T> a, Vec<T> b) { return Vec<T>(a.v - b.v); }                               \
+  AFM_INLINE Vec<T> operator*(Vec<T> a, Vec<T> b) { return Vec<T>(a.v * b.v); }                               \
+  AFM_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) { return Vec<T>(a.v / b.v); }                               \
+  AFM_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return Vec<T>(a.v * b.v + c.v); }                     \
+  AFM_INLINE Vec<T> max(Vec<T> a, Vec<T> bound) { return Vec<T>(a.v > bound.v ? a.v : bound.v); }             \
+  AFM_INLINE Vec<T> min(Vec<T> a, Vec<T> bound) { return Vec<T>(a.v < bound.v ? a.v : bound.v); }             \
+  AFM_INLINE Vec<T> abs(Vec<T> a) { return Vec<T>(a.v < 0 ? -a.v : a.v); }                                    \
+  AFM_INLINE Vec<T>::Mask operator<(Vec<T> a, Vec<T> b) { return {(Vec<T>::BitLanes)(a.v < b.v)}; }           \
+  AFM_INLINE Vec<T>::Mask operator<=(Vec<T> a, Vec<T> b) { return {(Vec<T>::BitLanes)(a.v <= b.v)}; }         \
+  AFM_INLINE Vec<T>::Mask operator==(Vec<T> a, Vec<T> b) { return {(Vec<T>::BitLanes)(a.v == b.v)}; }         \
+  AFM_INLINE Vec<T> select(Vec<T>::Mask m, Vec<T> a, Vec<T> b) { return Vec<T>(m.m != 0 ? a.v : b.v); }       \
+  AFM_INLINE bool any(Vec<T>::Mask m) {                                                                       \
+    for (int i = 0; i < Vec<T>::width; ++i)                                                                   \
+      if (m.m[i]) return true;                                                                                \
+    return false;                                                                                             \
+  }
+AFM_PORTABLE_VEC(float, int32_t)
+AFM_PORTABLE_VEC(double, int64_t)
+#undef AFM_PORTABLE_VEC
+template <class V>
+AFM_INLINE typename V::Mask both(typename V::Mask a, typename V::Mask b) { return {a.m & b.m}; }
+template <class V>
+AFM_INLINE typename V::Mask negate(typename V::Mask a) { return {~a.m}; }
+// clang-format on
+
+#endif
+
+}  // namespace
+}  // namespace afm::cpu::AFM_CAPABILITY
