@@ -1,0 +1,1 @@
+"""Benchmarks of AdvFunMatch: ``python -m benchmarks --list`` says what there is."""
