@@ -1,36 +1,59 @@
-"""The operators: their schemas, and the table of which backend serves what.
+"""The operators: their schemas, their fakes, and the table of which backend serves what.
 
 Two namespaces carry the same schemas. ``afm_kernels`` holds the compiled kernels: the CPU module implements
-its CPU key and the CUDA module its CUDA key. ``afm_kernels_triton`` holds the Triton kernels, on the CUDA key,
-and on the CPU key under Triton's interpreter. The reference backend is plain PyTorch and needs no operator.
+its CPU key and the CUDA module its CUDA key. ``afm_kernels_triton`` holds the Triton kernels, on the CUDA
+key, and on the CPU key under Triton's interpreter. The reference backend is plain PyTorch and needs no
+operator.
 
 Note [Operator contract]
 ~~~~~~~~~~~~~~~~~~~~~~~~
 What every backend may assume, because ``functional`` has checked it, and must deliver:
 
-* ``student``, ``teacher``: (..., C) with the class dimension last and C >= 1, equal shapes, one device, each of
-  float16, bfloat16, float32 or float64, not necessarily the same. Any strides: a backend runs on rows in place where
-  the class stride is 1, whatever the other strides are, and copies otherwise. The *accumulation dtype* is
-  float64 if either is float64, else float32.
-* ``row_weight``: accumulation dtype, contiguous, the shape of the rows. A row of weight 0 contributes exactly 0 to
-  loss and gradients whatever it holds.
-* ``labels``: int64, contiguous, the shape of the rows. A row whose label is ``ignore_index`` has no cross-entropy term.
-* ``reduction``: an index into ``REDUCTIONS``. 0 returns the rows' values (accumulation dtype, contiguous); 1 their
-  sum (zero-dimensional). Both are multiplied by ``row_weight`` and ``scale``; mean, batchmean and T² are folded
-  into ``scale`` by the caller.
+* ``student``, ``teacher``: (..., C) with the class dimension last and C >= 1, equal shapes, one device, each
+  of float16, bfloat16, float32 or float64, not necessarily the same. Any strides: a backend runs on rows in
+  place where the class stride is 1, whatever the other strides are, and copies otherwise. The *accumulation
+  dtype* is float64 if either is float64, else float32.
+* ``row_weight``: accumulation dtype, contiguous, the shape of the rows. A row of weight 0 contributes exactly
+  0 to loss and gradients whatever it holds.
+* ``labels``: int64, contiguous, the shape of the rows. A row whose label is ``ignore_index`` has no
+  cross-entropy term. Any other label outside [0, C) makes the row NaN: nobody can raise without waiting for a
+  device.
+* ``reduction``: an index into ``REDUCTIONS``. 0 returns the rows' values (accumulation dtype, contiguous); 1
+  their sum (zero-dimensional). Both are multiplied by ``row_weight`` and ``scale``; mean, batchmean and T²
+  are folded into ``scale`` by the caller.
 * ``divergence``: an index into ``DIVERGENCES``. ``beta`` is the weight of JS and ignored by the others.
 * ``grad_loss``: accumulation dtype; zero-dimensional, or the shape of the rows and contiguous.
-* ``row_stats``: (rows, ROW_STATS), accumulation dtype. What is in it is the backend's own business: a backward is
-  always served by the backend of its forward.
-* Gradients are those of the loss as defined above (row_weight and scale included), times ``grad_loss`` in a backward.
-  They have their logits' dtype, shape and, where those are dense and non-overlapping, strides (``torch.empty_like``).
-  A gradient that was not asked for (``wrt_student``, ``wrt_teacher``) is an empty tensor of shape (0,).
+* ``row_stats``: (rows, ROW_STATS), accumulation dtype. What is in it is the backend's own business: a
+  backward is always served by the backend of its forward.
+* ``class_weight`` (dkl): accumulation dtype, contiguous, the shape of the logits; absent, the weights are
+  softmax(teacher / weight_temperature). No gradient flows into weights of either kind. ``symmetric`` says
+  whether the squared term's gradient reaches the student too (IKL) or the teacher alone (DKL, whose gradients
+  are KL's).
+* A term whose factor is 0 (``alpha``, ``1 - alpha``, ``beta`` of dkl) contributes exactly 0 whatever it
+  holds.
+* Gradients are those of the loss as defined above (row_weight and scale included), times ``grad_loss`` in a
+  backward. They have their logits' dtype, shape and, where those are dense and non-overlapping, strides
+  (``torch.empty_like``). A gradient that was not asked for (``wrt_student``, ``wrt_teacher``) is an empty
+  tensor of shape (0,).
+* In the hard rows "p > 0" means that the logit is above -inf: an underflowed probability is still positive.
 * Nothing is written but the outputs, nothing synchronises with the device, the current stream is used.
 """
 
 from __future__ import annotations
 
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
 import torch
+
+from afm_kernels import reference
+from afm_kernels.version import __version__
 
 DIVERGENCES = ("kl", "reverse_kl", "jeffreys", "js")
 REDUCTIONS = ("none", "sum")
@@ -40,6 +63,8 @@ ROW_STATS = 8  # columns of row_stats, room for every backend's row scalars
 _KL = "Tensor student, Tensor teacher, Tensor? row_weight, "
 _DISTILLATION = "Tensor student, Tensor teacher, Tensor labels, Tensor? row_weight, "
 _MIX = "float temperature, float alpha, float label_smoothing, int ignore_index, "
+_DKL = "Tensor student, Tensor teacher, Tensor? class_weight, Tensor? row_weight, "
+_DKL_MIX = "float temperature, float weight_temperature, float alpha, float beta, "
 _WRT = "bool wrt_student, bool wrt_teacher"
 _CLIP = "float? clip_min, float? clip_max"
 
@@ -63,6 +88,13 @@ SCHEMAS = {
     f"Tensor row_stats, {_MIX}float scale, {_WRT}) -> (Tensor grad_student, Tensor grad_teacher)",
     "distillation_forward_grad": f"({_DISTILLATION}{_MIX}int reduction, float scale, {_WRT})"
     " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
+    # alpha * cross_entropy(softmax(teacher / T), student / T) + beta * 1/4 sum_jk w_j w_k ((t_j - t_k) - (s_j
+    # - s_k))^2
+    "dkl_forward": f"({_DKL}{_DKL_MIX}int reduction, float scale) -> (Tensor loss, Tensor row_stats)",
+    "dkl_backward": "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? class_weight, Tensor? row_weight, "
+    f"Tensor row_stats, {_DKL_MIX}bool symmetric, float scale, {_WRT}) -> (Tensor grad_student, Tensor grad_teacher)",
+    "dkl_forward_grad": f"({_DKL}{_DKL_MIX}bool symmetric, int reduction, float scale, {_WRT})"
+    " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
     # attack: one projected step, and the start
     "pgd_step": f"(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, int norm, {_CLIP}) -> Tensor",
     "pgd_step_out": "(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, int norm, "
@@ -72,4 +104,294 @@ SCHEMAS = {
     "scale_shift_relu_forward": "(Tensor x, Tensor scale, Tensor shift, Tensor? residual) -> Tensor",
     "scale_shift_relu_backward": "(Tensor grad_output, Tensor output, Tensor scale, bool wrt_x, bool wrt_residual)"
     " -> (Tensor grad_x, Tensor grad_residual)",
+    # the instruction set that serves the CPU ops: "portable", "avx2", "avx512"
+    "cpu_capability": "() -> str",
 }
+
+BACKENDS = ("cuda", "cpp", "triton", "reference")  # "auto" takes the first of these that serves
+DEVICES = ("cpu", "cuda")
+_COMPILED_MODULES = {"cpp": "_cpu.abi3.so", "cuda": "_cuda.abi3.so"}
+
+_library = torch.library.Library("afm_kernels", "DEF")
+_triton_library = torch.library.Library("afm_kernels_triton", "DEF")
+for _name, _signature in SCHEMAS.items():
+    for _each in (_library, _triton_library):
+        _each.define(_name + _signature, tags=torch.Tag.pt2_compliant_tag)
+
+
+# Fakes: shapes, dtypes and strides of the outputs, for torch.compile and torch.export.
+# ---------------------------
+
+
+def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """float64 if any of ``tensors`` is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _fake_loss(student: torch.Tensor, teacher: torch.Tensor, reduction: int) -> torch.Tensor:
+    shape = student.shape[:-1] if reduction == 0 else ()
+    return student.new_empty(shape, dtype=accumulation_dtype(student, teacher))
+
+
+def _fake_stats(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    rows = 1
+    for size in student.shape[:-1]:
+        rows = rows * size
+    return student.new_empty((rows, ROW_STATS), dtype=accumulation_dtype(student, teacher))
+
+
+def _fake_grads(
+    student: torch.Tensor, teacher: torch.Tensor, wrt_student: bool, wrt_teacher: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        torch.empty_like(student) if wrt_student else student.new_empty(0),
+        torch.empty_like(teacher) if wrt_teacher else teacher.new_empty(0),
+    )
+
+
+def _fake_forward(student: torch.Tensor, teacher: torch.Tensor, *args: Any) -> Any:
+    return _fake_loss(student, teacher, args[-2]), _fake_stats(student, teacher)
+
+
+def _fake_backward(_: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor, *args: Any) -> Any:
+    return _fake_grads(student, teacher, *args[-2:])
+
+
+def _fake_forward_grad(student: torch.Tensor, teacher: torch.Tensor, *args: Any) -> Any:
+    return _fake_loss(student, teacher, args[-4]), *_fake_grads(student, teacher, *args[-2:])
+
+
+def _fake_grad(student: torch.Tensor, teacher: torch.Tensor, *args: Any) -> Any:
+    return _fake_grads(student, teacher, *args[-2:])
+
+
+def _fake_nothing(*args: Any) -> None:
+    return None
+
+
+def _fake_like_first(first: torch.Tensor, *args: Any) -> torch.Tensor:
+    return torch.empty_like(first)
+
+
+def _fake_scale_shift_relu_backward(
+    grad_output: torch.Tensor, output: torch.Tensor, scale: torch.Tensor, wrt_x: bool, wrt_residual: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        torch.empty_like(output) if wrt_x else output.new_empty(0),
+        torch.empty_like(output) if wrt_residual else output.new_empty(0),
+    )
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "softmax_kl_forward": _fake_forward,
+    "softmax_kl_backward": _fake_backward,
+    "softmax_kl_forward_grad": _fake_forward_grad,
+    "softmax_kl_grad": _fake_grad,
+    "softmax_kl_grad_out": _fake_nothing,
+    "distillation_forward": _fake_forward,
+    "distillation_backward": _fake_backward,
+    "distillation_forward_grad": _fake_forward_grad,
+    "dkl_forward": _fake_forward,
+    "dkl_backward": _fake_backward,
+    "dkl_forward_grad": _fake_forward_grad,
+    "pgd_step": _fake_like_first,
+    "pgd_step_out": _fake_nothing,
+    "pgd_start": _fake_like_first,
+    "scale_shift_relu_forward": _fake_like_first,
+    "scale_shift_relu_backward": _fake_scale_shift_relu_backward,
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"afm_kernels::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"afm_kernels_triton::{_name}", _fake, lib=_triton_library)
+
+
+# Backends: who is there, and who serves what.
+# ----------------------------------------------------------------------
+
+
+def _load_compiled_module(backend: str) -> str:
+    """Loads the compiled module of ``backend`` and says what came of it."""
+    path = Path(__file__).with_name(_COMPILED_MODULES[backend])
+    if not path.exists():
+        return f"not built ({path.name} is missing)"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        reason = f"built, but does not load: {error}"
+        warnings.warn(f"afm_kernels: {path.name} is {reason}", RuntimeWarning, stacklevel=2)
+        return reason
+    return "loaded"
+
+
+def _register_triton() -> str:
+    """Registers the launchers of ``afm_kernels.triton`` and says what came of it.
+
+    Note [Triton registration]: ``afm_kernels/triton/__init__.py`` imports no triton, and holds ``SERVES``:
+    operator name -> name of the module in that package whose function of the operator's name launches the
+    kernel. The module is imported at the first launch, since importing triton takes a second.
+    """
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    package = find_spec("afm_kernels.triton")
+    if package is None or package.origin is None:
+        return "afm_kernels.triton is missing"
+    from importlib import import_module
+
+    def launcher(op: str, module: str) -> Callable[..., Any]:
+        def launch(*args: Any) -> Any:
+            return getattr(import_module(f"afm_kernels.triton.{module}"), op)(*args)
+
+        return launch
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for op, module in import_module("afm_kernels.triton").SERVES.items():
+        _triton_library.impl(op, launcher(op, module), "CUDA")
+        if interpreted:
+            _triton_library.impl(op, launcher(op, module), "CPU")
+    return "registered for cuda" + (" and, interpreted, for cpu" if interpreted else "")
+
+
+def _make_table() -> dict[tuple[str, str], dict[str, Callable[..., Any]]]:
+    table = {}
+    for op in _FAKES:
+        for device in DEVICES:
+            key = device.upper()
+            served: dict[str, Callable[..., Any]] = {}
+            compiled = "cpp" if device == "cpu" else "cuda"
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"afm_kernels::{op}", key):
+                served[compiled] = getattr(torch.ops.afm_kernels, op).default
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"afm_kernels_triton::{op}", key):
+                served["triton"] = getattr(torch.ops.afm_kernels_triton, op).default
+            if hasattr(reference, op):
+                served["reference"] = getattr(reference, op)
+            table[op, device] = served
+    return table
+
+
+#: backend -> what came of loading it
+STATUS = {
+    "cuda": _load_compiled_module("cuda"),
+    "cpp": _load_compiled_module("cpp"),
+    "triton": _register_triton(),
+    "reference": "always there",
+}
+
+#: (operator, device type) -> {backend: what to call}. The visible truth about what serves what.
+TABLE = _make_table()
+
+
+class _Selection(threading.local):
+    """The backend chosen by ``use_backend`` in this thread."""
+
+    name = "auto"
+
+
+_selection = _Selection()
+
+
+def _auto_backend(op: str, device_type: str) -> str:
+    served = TABLE.get((op, device_type))
+    if served is None:  # a device this library knows nothing of: plain PyTorch runs there
+        return "reference"
+    if device_type == "cpu" and "cpp" not in served:
+        return "reference"  # the interpreter is for tests, never what "auto" means
+    for backend in BACKENDS:
+        if backend in served:
+            return backend
+    raise RuntimeError(f"no backend serves {op} on {device_type}")
+
+
+_AUTO = {(op, device): _auto_backend(op, device) for (op, device), served in TABLE.items() if served}
+
+
+def backend_for(op: str, device_type: str) -> str:
+    """The name of the backend that serves ``op`` on ``device_type`` in this thread."""
+    name = _selection.name
+    if name == "auto":
+        return _AUTO.get((op, device_type), "reference")
+    if name != "reference" and name not in TABLE.get((op, device_type), ()):
+        raise RuntimeError(
+            f"use_backend({name!r}): that backend does not serve {op} on {device_type!r}; served there by "
+            f"{', '.join(TABLE.get((op, device_type), ['reference']))}"
+        )
+    return name
+
+
+def kernel(op: str, device_type: str, backend: str | None = None) -> Callable[..., Any]:
+    """What to call for ``op`` on ``device_type``: by ``backend``, or by the one that serves in this thread."""
+    if backend is None:
+        backend = backend_for(op, device_type)
+    return TABLE[op, device_type if device_type in DEVICES else "cpu"][backend]
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Make one backend serve every operator of this thread for the duration of a ``with`` block.
+
+    Args:
+        name: "reference", "cpp", "cuda", "triton", or "auto" (the default choice, see ``backend_info``).
+
+    Raises:
+        ValueError: ``name`` is none of these.
+        RuntimeError: the backend is not there; also later, when an operator or device is not served by it.
+
+    The choice belongs to the calling thread, and a backward runs on the backend of its forward. Around a
+    compiled function it selects (and compiles once) the variant for that backend.
+
+    >>> import torch, afm_kernels
+    >>> with afm_kernels.use_backend("reference"):
+    ...     loss = afm_kernels.softmax_kl_div(torch.zeros(4, 10), torch.zeros(4, 10))
+    >>> loss.item()
+    0.0
+    """
+    if name != "auto":
+        if name not in BACKENDS:
+            raise ValueError(
+                f"backend is {name!r}; allowed: {', '.join(map(repr, sorted(BACKENDS)))}, 'auto'"
+            )
+        if not any(name in served for served in TABLE.values()):
+            raise RuntimeError(f"backend {name!r} is not available here: {STATUS[name]}")
+    previous = _selection.name
+    _selection.name = name
+    try:
+        yield
+    finally:
+        _selection.name = previous
+
+
+def backend_info() -> dict[str, Any]:
+    """Say what is installed and what serves what.
+
+    Returns:
+        A dictionary: ``versions`` (afm_kernels, torch, triton, cuda), ``backends`` (name -> what came of
+            loading it),
+        ``cpu_capability`` (the instruction set of the compiled CPU operators, or None), ``selected`` (the
+        choice of ``use_backend`` in this thread) and ``serves`` ("operator/device" -> the backend that serves
+        it).
+
+    >>> import afm_kernels
+    >>> afm_kernels.backend_info()["backends"]["reference"]
+    'always there'
+    """
+    triton_version = None
+    if find_spec("triton") is not None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            triton_version = version("triton")
+        except PackageNotFoundError:
+            triton_version = "unknown"
+    return {
+        "versions": {
+            "afm_kernels": __version__,
+            "torch": torch.__version__,
+            "triton": triton_version,
+            "cuda": torch.version.cuda,
+        },
+        "backends": dict(STATUS),
+        "cpu_capability": torch.ops.afm_kernels.cpu_capability() if STATUS["cpp"] == "loaded" else None,
+        "selected": _selection.name,
+        "serves": {
+            f"{op}/{device}": backend_for(op, device) for (op, device), served in TABLE.items() if served
+        },
+    }

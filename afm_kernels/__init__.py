@@ -1,0 +1,27 @@
+"""Fused, numerically safe distillation losses and attack steps, with gradients for student and teacher.
+
+    from afm_kernels import softmax_kl_div
+    loss = softmax_kl_div(student_logits, teacher_logits, temperature=4.0, scale_by_t2=True)
+
+``python -m afm_kernels`` says what was built and which backend serves what.
+"""
+
+from afm_kernels.autograd import SoftmaxKLDivFunction
+from afm_kernels.functional import distillation_loss, dkl_loss, softmax_kl_div, softmax_kl_div_grad
+from afm_kernels.modules import DistillationLoss, DKLLoss, SoftmaxKLDivLoss
+from afm_kernels.ops import backend_info, use_backend
+from afm_kernels.version import __version__
+
+__all__ = [
+    "DKLLoss",
+    "DistillationLoss",
+    "SoftmaxKLDivFunction",
+    "SoftmaxKLDivLoss",
+    "__version__",
+    "backend_info",
+    "distillation_loss",
+    "dkl_loss",
+    "softmax_kl_div",
+    "softmax_kl_div_grad",
+    "use_backend",
+]

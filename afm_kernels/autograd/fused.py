@@ -1,0 +1,226 @@
+"""What the autograd Functions of the fused losses share.
+
+Note [Two kinds of Function] ~~~~~~~~~~~~~~~~~~~~~~~~~~~~ An eager call costs 8 µs through a Function whose
+``forward`` takes ``ctx``, and 42 to 50 µs through one with ``setup_context`` (measured on two shared cores),
+which only torch.func needs. So each loss has an old-style Function, and under an active torch.func transform
+``TransformedLoss`` stands in for all of them.
+
+Note [Second derivatives] ~~~~~~~~~~~~~~~~~~~~~~~~~ A backward that is itself recorded (create_graph=True,
+torch.func.grad) runs the reference's formulas, which are plain differentiable PyTorch, whatever the backend:
+every higher derivative then comes from PyTorch. A compiled graph has no double backward, and PyTorch says so.
+Forward mode is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from afm_kernels import ops
+
+
+class LossOps(NamedTuple):
+    """The names of a loss's operators."""
+
+    forward: str
+    backward: str
+    forward_grad: str
+
+
+LOSS_OPS = {
+    stem: LossOps(f"{stem}_forward", f"{stem}_backward", f"{stem}_forward_grad")
+    for stem in ("softmax_kl", "distillation", "dkl")
+}
+
+# Number of classes from which on `recompute=None` recomputes, by backend; None: never. The gradients made in
+# the forward save a pass over the logits; recomputing pays where the upstream gradient costs a pass more than
+# that.
+RECOMPUTE_FROM: dict[str, int | None] = {"reference": None, "cpp": None, "cuda": None, "triton": None}
+
+
+def prefers_recompute(student: Tensor, teacher: Tensor, backend: str) -> bool:
+    """What ``recompute=None`` means for these logits.
+
+    float16 always recomputes: a gradient made in the forward is rounded to float16 before a loss scale
+        multiplies it,
+    and what the scale was there to save has underflowed by then.
+    """
+    if student.dtype is torch.float16 or teacher.dtype is torch.float16:
+        return True
+    from_classes = RECOMPUTE_FROM[backend]
+    return from_classes is not None and student.shape[-1] >= from_classes
+
+
+def refuse_forward_mode(*_: Any) -> NoReturn:
+    """The ``jvp`` of every Function here."""
+    raise RuntimeError(
+        "forward-mode derivatives (jvp, jacfwd, hessian) of afm_kernels losses are not supported; use reverse mode "
+        "(grad, vjp, jacrev)"
+    )
+
+
+def fused_forward(
+    ctx: Any,
+    stem: str,
+    student: Tensor,
+    teacher: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    params: tuple[Any, ...],
+    grad_params: tuple[Any, ...],
+    reduction: int,
+    scale: float,
+    recompute: bool,
+    backend: str | None,
+) -> Tensor:
+    """The forward of a fused loss. ``grad_params`` are parameters that only gradients have."""
+    names = LOSS_OPS[stem]
+    device_type = student.device.type
+    if backend is None:
+        backend = ops.backend_for(names.forward_grad, device_type)
+    if recompute:
+        loss, row_stats = ops.kernel(names.forward, device_type, backend)(
+            student, teacher, *tensors, *params, reduction, scale
+        )
+        ctx.save_for_backward(student, teacher, *tensors, row_stats)
+    else:
+        wrt = ctx.needs_input_grad
+        loss, grad_student, grad_teacher = ops.kernel(names.forward_grad, device_type, backend)(
+            student, teacher, *tensors, *params, *grad_params, reduction, scale, wrt[0], wrt[1]
+        )
+        ctx.save_for_backward(student, teacher, *tensors, grad_student, grad_teacher)
+    ctx.call = (names, device_type, backend, (*params, *grad_params, scale), recompute)
+    return loss
+
+
+def fused_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients by student and teacher of a fused loss."""
+    names, device_type, backend, params, recompute = ctx.call
+    saved = ctx.saved_tensors
+    wrt_student, wrt_teacher = ctx.needs_input_grad[:2]
+    compiling = torch.compiler.is_compiling()
+    if torch.is_grad_enabled() and not compiling:  # See Note [Second derivatives].
+        tensors = saved[2:-1] if recompute else saved[2:-2]
+        grad_student, grad_teacher = ops.kernel(names.backward, device_type, "reference")(
+            grad_loss, saved[0], saved[1], *tensors, None, *params, wrt_student, wrt_teacher
+        )
+    elif recompute:
+        grad_student, grad_teacher = ops.kernel(names.backward, device_type, backend)(
+            grad_loss.contiguous(), *saved, *params, wrt_student, wrt_teacher
+        )
+    else:
+        grad_student, grad_teacher = saved[-2:]
+        # The loss itself was differentiated: nothing to multiply. Looked up only where that waits for no
+        # device.
+        if device_type != "cpu" or compiling or grad_loss.dim() != 0 or grad_loss.item() != 1:
+            in_place = not compiling and not torch._C._autograd._get_current_graph_task_keep_graph()
+            factor = grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss
+            if wrt_student:
+                grad_student = _scaled(grad_student, factor, in_place)
+            if wrt_teacher:
+                grad_teacher = _scaled(grad_teacher, factor, in_place)
+    return grad_student if wrt_student else None, grad_teacher if wrt_teacher else None
+
+
+def _scaled(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:
+    # In place where nobody will ask for the saved gradient again: out of place costs fresh pages and a pass
+    # more.
+    return grad.mul_(factor) if in_place else (grad * factor).to(grad.dtype)
+
+
+class Call(NamedTuple):
+    """The arguments of a fused loss that are not tensors."""
+
+    stem: str
+    backend: str
+    params: tuple[Any, ...]
+    grad_params: tuple[Any, ...]
+    reduction: int
+    scale: float
+
+
+class TransformedLoss(torch.autograd.Function):
+    """Any fused loss under a torch.func transform. See Note [Two kinds of Function]."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        student: Tensor, teacher: Tensor, extra: Tensor | None, row_weight: Tensor | None, call: Call
+    ) -> Tensor:
+        tensors = _op_tensors(call, extra, row_weight)
+        loss, _ = ops.kernel(LOSS_OPS[call.stem].forward, student.device.type, call.backend)(
+            student, teacher, *tensors, *call.params, call.reduction, call.scale
+        )
+        return loss
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.call = inputs[4]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        student, teacher, extra, row_weight = ctx.saved_tensors
+        call: Call = ctx.call
+        wrt = ctx.needs_input_grad[:2]
+        grads = ops.kernel(LOSS_OPS[call.stem].backward, student.device.type, "reference")(
+            grad_loss,
+            student,
+            teacher,
+            *_op_tensors(call, extra, row_weight),
+            None,
+            *call.params,
+            *call.grad_params,
+            call.scale,
+            *wrt,
+        )
+        return *(grad if needed else None for grad, needed in zip(grads, wrt, strict=True)), None, None, None
+
+    @staticmethod
+    def vmap(  # type: ignore[override]
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        student: Tensor,
+        teacher: Tensor,
+        extra: Tensor | None,
+        row_weight: Tensor | None,
+        call: Call,
+    ) -> tuple[Tensor, int]:
+        """One call with the mapped dimension in front: rows are rows."""
+
+        def batched(tensor: Tensor | None, in_dim: int | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            if in_dim is None:
+                return tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape)
+            return tensor.movedim(in_dim, 0)
+
+        arguments = [
+            batched(t, d) for t, d in zip((student, teacher, extra, row_weight), in_dims, strict=False)
+        ]
+        arguments[2:] = [t if t is None else t.contiguous() for t in arguments[2:]]
+        values = TransformedLoss.apply(*arguments, call._replace(reduction=0))
+        return (values if call.reduction == 0 else values.flatten(1).sum(1)), 0
+
+    jvp = staticmethod(refuse_forward_mode)
+
+
+def _op_tensors(call: Call, extra: Tensor | None, row_weight: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (row_weight,) if call.stem == "softmax_kl" else (extra, row_weight)
+
+
+def transformed_loss(
+    student: Tensor, teacher: Tensor, extra: Tensor | None, row_weight: Tensor | None, call: Call
+) -> Tensor:
+    """A fused loss while a torch.func transform is active.
+
+    torch.compile traces a Function around an operator under torch.func.grad to a gradient of zeros (torch
+    2.13 and 2.14), so a compiled transform gets the reference without a Function: plain PyTorch,
+    differentiated by PyTorch.
+    """
+    if not torch.compiler.is_compiling():
+        return TransformedLoss.apply(student, teacher, extra, row_weight, call)
+    loss, _ = ops.kernel(LOSS_OPS[call.stem].forward, student.device.type, "reference")(
+        student, teacher, *_op_tensors(call, extra, row_weight), *call.params, call.reduction, call.scale
+    )
+    return loss

@@ -1,0 +1,139 @@
+"""The checks at the public boundary: each raises one sentence naming the argument, what it was and what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+_INFINITY = float("inf")
+
+
+class Logits(NamedTuple):
+    """Checked logits, class dimension last, and what the reductions need of them."""
+
+    student: Tensor
+    teacher: Tensor
+    rows: int
+    num_classes: int
+
+
+def check_logits(student_logits: Tensor, teacher_logits: Tensor, dim: int) -> Logits:
+    """Two batches of logits with their class dimension moved last, without a copy."""
+    if not isinstance(student_logits, Tensor) or not isinstance(teacher_logits, Tensor):
+        name, got = (
+            ("teacher_logits", teacher_logits)
+            if isinstance(student_logits, Tensor)
+            else ("student_logits", student_logits)
+        )
+        raise TypeError(f"{name} is {_described(got)}; a floating-point tensor is expected")
+    shape = student_logits.shape
+    if shape != teacher_logits.shape:
+        raise ValueError(
+            f"teacher_logits has shape {tuple(teacher_logits.shape)} and student_logits {tuple(shape)}; "
+            "they must be equal"
+        )
+    if student_logits.dtype not in DTYPES or teacher_logits.dtype not in DTYPES:
+        name, got_dtype = (
+            ("teacher_logits", teacher_logits.dtype)
+            if student_logits.dtype in DTYPES
+            else ("student_logits", student_logits.dtype)
+        )
+        raise TypeError(f"{name} has dtype {got_dtype}; allowed: float16, bfloat16, float32, float64")
+    if student_logits.device != teacher_logits.device:
+        raise ValueError(
+            f"teacher_logits is on {teacher_logits.device} and student_logits on {student_logits.device}; "
+            "they must be on one device"
+        )
+    last = len(shape) - 1
+    if dim != -1 and dim != last:
+        if not isinstance(dim, int):
+            raise TypeError(f"dim is {_described(dim)}; an int is expected")
+        if not -last - 1 <= dim <= last:
+            raise ValueError(
+                f"dim is {dim}; allowed: {-last - 1} to {last} for logits of shape {tuple(shape)}"
+                if last >= 0
+                else f"dim is {dim}, but logits of shape () have no class dimension"
+            )
+        student_logits, teacher_logits = student_logits.movedim(dim, -1), teacher_logits.movedim(dim, -1)
+        shape = student_logits.shape
+    if last < 0:
+        raise ValueError("student_logits has shape (), which has no class dimension")
+    num_classes = shape[-1]
+    if num_classes == 0:
+        raise ValueError(
+            f"the class dimension of student_logits is empty, of shape {tuple(shape)}; it needs a class"
+        )
+    return Logits(student_logits, teacher_logits, student_logits.numel() // num_classes, num_classes)
+
+
+def check_row_weight(row_weight: Tensor | None, logits: Logits) -> Tensor | None:
+    """``row_weight`` as the operators take it: the rows' shape, accumulation dtype, contiguous."""
+    return (
+        None
+        if row_weight is None
+        else constant_like_rows("row_weight", row_weight, logits, logits.student.shape[:-1])
+    )
+
+
+def constant_like_rows(name: str, value: Tensor, logits: Logits, shape: torch.Size) -> Tensor:
+    """A constant that broadcasts to ``shape``, in accumulation dtype and contiguous."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {_described(value)}; a tensor is expected")
+    if value.is_complex():
+        raise TypeError(f"{name} has dtype {value.dtype}; a real tensor is expected")
+    if value.device != logits.student.device:
+        raise ValueError(
+            f"{name} is on {value.device} and the logits on {logits.student.device}; they must be on one device"
+        )
+    if value.requires_grad:
+        raise ValueError(
+            f"{name} requires a gradient, but it is a constant of the loss: pass {name}.detach(), or weight the rows of "
+            'reduction="none" yourself'
+        )
+    if value.dim() > len(shape) or any(
+        own not in (1, wanted) for own, wanted in zip(reversed(value.shape), reversed(shape), strict=False)
+    ):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, which does not broadcast to {tuple(shape)}")
+    double = logits.student.dtype == torch.float64 or logits.teacher.dtype == torch.float64
+    return value.to(torch.float64 if double else torch.float32).expand(shape).contiguous()
+
+
+def check_positive(name: str, value: float) -> float:
+    if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} is {_described(value)}; a positive number is expected")
+    if not 0 < value < _INFINITY:
+        raise ValueError(f"{name} is {value}; a positive, finite number is expected")
+    return value * 1.0
+
+
+def check_between(name: str, value: float, low: float, high: float, open_ends: bool = False) -> float:
+    if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} is {_described(value)}; a number is expected")
+    if not ((low < value < high) if open_ends else (low <= value <= high)):
+        raise ValueError(
+            f"{name} is {value}; allowed: {'between' if open_ends else 'from'} {low:g} {'and' if open_ends else 'to'} "
+            f"{high:g}{', both excluded' if open_ends else ''}"
+        )
+    return value * 1.0
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> int:
+    """The index of ``value`` in ``allowed``."""
+    try:
+        return allowed.index(value)
+    except ValueError:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}") from None
+
+
+def check_recompute(recompute: bool | None) -> None:
+    if recompute is not None and not isinstance(recompute, bool):
+        raise TypeError(f"recompute is {_described(recompute)}; allowed: True, False, None")
+
+
+def _described(value: Any) -> str:
+    text = repr(value)
+    return f"a {type(value).__name__}" + (f" ({text})" if len(text) <= 40 else "")

@@ -1,0 +1,147 @@
+"""Cross-entropy with labels and KL with a teacher, in one pass over the row.
+
+Note [Hard rows of distillation]
+~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+CE is the cross-entropy with labels, KL as in Note [Hard rows] (afm_kernels/functional/softmax_kl.py).
+
+| row                                              | loss                        | gradients                           |
+|--------------------------------------------------|-----------------------------|-------------------------------------|
+| class -inf on both sides, not the label, ε = 0   | that class contributes 0    | 0 there                             |
+| teacher -inf, student finite                     | KL: contributes 0; CE usual | student: of CE, plus α T q; teacher 0 |
+| student -inf at the label (α < 1)                | +inf                        | NaN in that row, both sides         |
+| student -inf anywhere, ε > 0 (α < 1)             | +inf                        | NaN in that row, both sides         |
+| student -inf where p > 0 (α > 0)                 | +inf                        | NaN in that row, both sides         |
+| student NaN or +inf or all -inf                  | NaN                         | NaN in that row                     |
+| teacher NaN or +inf or all -inf (α > 0)          | NaN                         | NaN in that row                     |
+| label is ``ignore_index``                        | the CE contributes 0        | of KL alone                         |
+| label is no class                                | NaN (ValueError on the CPU) | NaN in that row                     |
+
+With α = 0 the teacher is not looked at, and its gradient is 0; with α = 1 the labels are not. A row that is
+ignored still has its KL, and with it the student's NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from afm_kernels import ops
+from afm_kernels.autograd.distillation import DistillationFunction
+from afm_kernels.autograd.fused import Call, prefers_recompute, transformed_loss
+from afm_kernels.functional.checks import (
+    Logits,
+    check_between,
+    check_logits,
+    check_positive,
+    check_recompute,
+    check_row_weight,
+)
+from afm_kernels.functional.reduction import loss_of_no_rows, reduction_and_scale
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float,
+    temperature: float,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "batchmean",
+    row_weight: Tensor | None = None,
+    dim: int = -1,
+    recompute: bool | None = None,
+) -> Tensor:
+    """(1 - α) CE(student, labels) + α T² KL(softmax(teacher / T) ‖ softmax(student / T)), in one pass over the row.
+
+    Args:
+        student_logits, teacher_logits, temperature, row_weight, dim, recompute: as ``softmax_kl_div``.
+        labels: integers, of the shape of the rows.
+        alpha: the share of the divergence, from 0 to 1.
+        label_smoothing: ε of the cross-entropy, from 0 to 1, as ``F.cross_entropy`` has it.
+        ignore_index: a row with this label has no cross-entropy. It still has its divergence, and still
+            counts in the divisor of a mean (``F.cross_entropy`` leaves it out there).
+        reduction: "none", "sum", "mean" (divides by the number of elements) or "batchmean" (by the number of
+            rows).
+
+    Returns:
+        The loss, as ``softmax_kl_div`` returns it. Extreme rows are tabled in Note [Hard rows of
+        distillation] in afm_kernels/functional/distillation.py.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
+    Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015.
+
+    >>> import torch
+    >>> from afm_kernels import distillation_loss
+    >>> student = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
+    >>> teacher = torch.tensor([[1.0, 2.0, 3.0]])
+    >>> loss = distillation_loss(student, teacher, torch.tensor([2]), alpha=0.5, temperature=4.0)
+    >>> round(loss.item(), 4)  # the teacher agrees: half the cross-entropy is left
+    0.2038
+    """
+    logits = check_logits(student_logits, teacher_logits, dim)
+    temperature = check_positive("temperature", temperature)
+    alpha = check_between("alpha", alpha, 0, 1)
+    label_smoothing = check_between("label_smoothing", label_smoothing, 0, 1)
+    if not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(f"ignore_index is a {type(ignore_index).__name__}; an int is expected")
+    labels = _check_labels(labels, logits, ignore_index)
+    student, teacher, rows, _ = logits
+    if row_weight is not None:
+        row_weight = check_row_weight(row_weight, logits)
+    if recompute is not None:
+        check_recompute(recompute)
+    if rows == 0:
+        return loss_of_no_rows(reduction, logits)
+    reduction_index, scale = reduction_and_scale(reduction, logits)
+
+    device_type = student.device.type
+    backend = ops.backend_for("distillation_forward", device_type)
+    params = (temperature, alpha, label_smoothing, ignore_index)
+    if torch._C._are_functorch_transforms_active():
+        call = Call("distillation", backend, params, (), reduction_index, scale)
+        return transformed_loss(student, teacher, labels, row_weight, call)
+    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+        if recompute is None:
+            recompute = prefers_recompute(student, teacher, backend)
+        return DistillationFunction.apply(
+            student, teacher, labels, row_weight, *params, reduction_index, scale, recompute, backend
+        )
+    loss, _ = ops.kernel("distillation_forward", device_type, backend)(
+        student, teacher, labels, row_weight, *params, reduction_index, scale
+    )
+    return loss
+
+
+def _check_labels(labels: Tensor, logits: Logits, ignore_index: int) -> Tensor:
+    student = logits.student
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels is a {type(labels).__name__}; an integer tensor is expected")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels has dtype {labels.dtype}; an integer tensor is expected")
+    if labels.shape != student.shape[:-1]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}; expected that of the rows, {tuple(student.shape[:-1])}"
+        )
+    if labels.device != student.device:
+        raise ValueError(
+            f"labels is on {labels.device} and the logits on {student.device}; they must be on one device"
+        )
+    labels = labels.long().contiguous()
+    # Elsewhere the answer would have to be waited for; there, such a row is NaN.
+    if (
+        labels.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and type(labels) is Tensor
+    ):
+        strange = ((labels < 0) | (labels >= logits.num_classes)) & (labels != ignore_index)
+        if strange.any():
+            raise ValueError(
+                f"labels holds {labels[strange][0].item()}; allowed: 0 to {logits.num_classes - 1}, and "
+                f"ignore_index={ignore_index}"
+            )
+    return labels

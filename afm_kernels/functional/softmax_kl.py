@@ -1,0 +1,223 @@
+"""Divergences between softmax(student / T) and softmax(teacher / T), straight from logits.
+
+Note [Hard rows] ~~~~~~~~~~~~~~~~ What every backend returns where logits are extreme; q is the student's
+softmax, p the teacher's, γ = 1 - β. NaN gradients fill their row on both sides and leave other rows alone.
+
+| row                            | kl              | reverse_kl      | jeffreys | js                              |
+|--------------------------------|-----------------|-----------------|----------|---------------------------------|
+| class -inf on both sides       | adds 0          | adds 0          | adds 0   | adds 0                          |
+|   its gradients                | 0, 0            | 0, 0            | 0, 0     | 0, 0                            |
+| class -inf in the teacher only | adds 0          | +inf            | +inf     | adds γ q log(1/γ)               |
+|   its gradients: student       | q/T             | NaN row         | NaN row  | γ q (log(1/γ) - KL(q‖m))/T      |
+|   its gradients: teacher       | 0               | NaN row         | NaN row  | 0                               |
+| class -inf in the student only | +inf            | adds 0          | +inf     | adds β p log(1/β)               |
+|   its gradients: student       | NaN row         | 0               | NaN row  | 0                               |
+|   its gradients: teacher       | NaN row         | p/T             | NaN row  | β p (log(1/β) - KL(p‖m))/T      |
+| NaN or +inf, or all -inf       | NaN             | NaN             | NaN      | NaN                             |
+| a probability underflows to 0  | finite, exact   | finite, exact   | finite   | finite; at most log 2 for β = ½ |
+
+A class counts as present where its logit is above -inf, however small its probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from afm_kernels import ops
+from afm_kernels.autograd.fused import Call, prefers_recompute, transformed_loss
+from afm_kernels.autograd.softmax_kl import SoftmaxKLDivFunction
+from afm_kernels.functional.checks import (
+    check_between,
+    check_choice,
+    check_logits,
+    check_positive,
+    check_recompute,
+    check_row_weight,
+)
+from afm_kernels.functional.reduction import loss_of_no_rows, reduction_and_scale
+
+_SIDES = ("student", "teacher")
+
+
+def softmax_kl_div(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    row_weight: Tensor | None = None,
+    dim: int = -1,
+    scale_by_t2: bool = False,
+    recompute: bool | None = None,
+    divergence: str = "kl",
+    beta: float = 0.5,
+) -> Tensor:
+    """KL(softmax(teacher / T) ‖ softmax(student / T)), or a relative of it, with gradients on both sides.
+
+    Args:
+        student_logits: any shape and strides, floating point.
+        teacher_logits: the same shape and device; its dtype may differ.
+        temperature: T, positive.
+        reduction: "none" (a value for each row), "sum", "mean" (divides by the number of elements, as
+            ``F.kl_div``) or "batchmean" (divides by the number of rows: the product of all dimensions but the
+            class one). Without
+            rows, none keeps its shape, sum is 0, mean and batchmean are NaN.
+        row_weight: multiplies the rows; broadcasts to their shape. It never changes the divisor. A row of
+            weight 0 contributes exactly 0 to loss and gradients, whatever it holds.
+        dim: the class dimension. Channels-last (N, C, H, W) logits with ``dim=1`` are not copied.
+        scale_by_t2: multiply by T², which keeps gradients comparable across temperatures (Hinton et al.,
+            2015).
+        recompute: True saves O(rows) for the backward and recomputes there; False makes the gradients in the
+            forward; None takes what was measured faster.
+        divergence: "kl"; "reverse_kl", KL(student ‖ teacher); "jeffreys", their sum; or "js", Jensen-Shannon,
+            β KL(p‖m) + (1 - β) KL(q‖m) with m = β p + (1 - β) q, teacher p and student q.
+        beta: β of "js", between 0 and 1.
+
+    Returns:
+        The loss in float32 (float64 if either side is), zero-dimensional, or the rows' shape for "none".
+        Gradients have the dtype, shape and dense strides of their logits. The values of extreme rows are
+        tabled in Note [Hard rows] in afm_kernels/functional/softmax_kl.py.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
+    >>> import torch
+    >>> from afm_kernels import softmax_kl_div
+    >>> student = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
+    >>> teacher = torch.tensor([[3.0, 2.0, 1.0]], requires_grad=True)
+    >>> loss = softmax_kl_div(student, teacher)
+    >>> loss.backward()
+    >>> round(loss.item(), 4), student.grad.numpy().round(3).tolist()
+    (1.1504, [[-0.575, 0.0, 0.575]])
+    """
+    logits = check_logits(student_logits, teacher_logits, dim)
+    temperature = check_positive("temperature", temperature)
+    kind = 0 if divergence == "kl" else check_choice("divergence", divergence, ops.DIVERGENCES)
+    if kind == 3:
+        beta = check_between("beta", beta, 0, 1, open_ends=True)
+    student, teacher, rows, _ = logits
+    if row_weight is not None:
+        row_weight = check_row_weight(row_weight, logits)
+    if recompute is not None:
+        check_recompute(recompute)
+    if rows == 0:
+        return loss_of_no_rows(reduction, logits)
+    reduction_index, scale = reduction_and_scale(reduction, logits)
+    if scale_by_t2:
+        scale = scale * temperature * temperature
+
+    device_type = student.device.type
+    backend = ops.backend_for("softmax_kl_forward", device_type)
+    if torch._C._are_functorch_transforms_active():
+        call = Call("softmax_kl", backend, (temperature, kind, beta), (), reduction_index, scale)
+        return transformed_loss(student, teacher, None, row_weight, call)
+    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+        if recompute is None:
+            recompute = prefers_recompute(student, teacher, backend)
+        return SoftmaxKLDivFunction.apply(
+            student, teacher, row_weight, temperature, kind, beta, reduction_index, scale, recompute, backend
+        )
+    loss, _ = ops.kernel("softmax_kl_forward", device_type, backend)(
+        student, teacher, row_weight, temperature, kind, beta, reduction_index, scale
+    )
+    return loss
+
+
+def softmax_kl_div_grad(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    row_weight: Tensor | None = None,
+    dim: int = -1,
+    wrt: Sequence[str] = ("student", "teacher"),
+    out: Sequence[Tensor] | None = None,
+    divergence: str = "kl",
+    beta: float = 0.5,
+) -> tuple[Tensor, ...]:
+    """The gradients of the *summed* divergence by the logits, with no loss, no graph and no autograd engine.
+
+    This is what an attack needs at each step: hand the result to ``torch.autograd.grad(...,
+        grad_outputs=...)``.
+
+    Args:
+        student_logits, teacher_logits, temperature, row_weight, dim, divergence, beta: as ``softmax_kl_div``.
+        wrt: the sides to differentiate by, "student" and "teacher", in the order of the result.
+        out: one tensor for each side of ``wrt``, of its logits' shape, dtype and device, written in place of
+            new ones.
+
+    Returns:
+        A tuple of gradients, one for each side of ``wrt``, with the dtype, shape and dense strides of the
+        logits.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
+    >>> import torch
+    >>> from afm_kernels import softmax_kl_div_grad
+    >>> to_student, to_teacher = softmax_kl_div_grad(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]))
+    >>> to_student.numpy().round(3).tolist(), to_teacher.numpy().round(3).tolist()
+    ([[0.231, -0.231]], [[-0.197, 0.197]])
+    """
+    logits = check_logits(student_logits, teacher_logits, dim)
+    temperature = check_positive("temperature", temperature)
+    kind = 0 if divergence == "kl" else check_choice("divergence", divergence, ops.DIVERGENCES)
+    if kind == 3:
+        beta = check_between("beta", beta, 0, 1, open_ends=True)
+    if row_weight is not None:
+        row_weight = check_row_weight(row_weight, logits)
+    wrt_student, wrt_teacher = _sides(wrt)
+    student, teacher, rows, _ = logits
+    device_type = student.device.type
+    with torch.no_grad():
+        if out is None:
+            grads = ops.kernel("softmax_kl_grad", device_type)(
+                student, teacher, row_weight, temperature, kind, beta, 1.0, wrt_student, wrt_teacher
+            )
+            if dim != -1:
+                grads = tuple(
+                    g.movedim(-1, dim) if used else g
+                    for g, used in zip(grads, (wrt_student, wrt_teacher), strict=True)
+                )
+        else:
+            by_side = _checked_out(wrt, out, {"student": student_logits, "teacher": teacher_logits})
+            moved = [None if o is None else o.movedim(dim, -1) for o in by_side]
+            ops.kernel("softmax_kl_grad_out", device_type)(
+                student, teacher, row_weight, temperature, kind, beta, 1.0, *moved
+            )
+            return tuple(out)
+    if wrt_student and wrt_teacher:
+        return tuple(grads) if wrt[0] == "student" else tuple(grads)[::-1]
+    return (grads[0],) if wrt_student else (grads[1],)
+
+
+def _sides(wrt: Sequence[str]) -> tuple[bool, bool]:
+    sides = tuple(wrt) if not isinstance(wrt, str) else (wrt,)
+    if isinstance(wrt, str) or not sides or len(set(sides)) != len(sides) or not set(sides) <= set(_SIDES):
+        raise ValueError(
+            f"wrt is {wrt!r}; allowed: ('student', 'teacher'), ('student',), ('teacher',) or reversed"
+        )
+    return "student" in sides, "teacher" in sides
+
+
+def _checked_out(
+    wrt: Sequence[str], out: Sequence[Tensor], logits: dict[str, Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    if isinstance(out, Tensor) or len(out) != len(wrt):
+        raise ValueError(f"out must hold one tensor for each side of wrt={tuple(wrt)!r}")
+    for side, tensor in zip(wrt, out, strict=True):
+        like = logits[side]
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"out for {side!r} is a {type(tensor).__name__}; a tensor is expected")
+        if (tensor.shape, tensor.dtype, tensor.device) != (like.shape, like.dtype, like.device):
+            raise ValueError(
+                f"out for {side!r} is {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}; expected "
+                f"{tuple(like.shape)}, {like.dtype} on {like.device}"
+            )
+        if tensor.requires_grad:
+            raise ValueError(f"out for {side!r} requires a gradient; pass a tensor that does not")
+    by_side = dict(zip(wrt, out, strict=True))
+    return by_side.get("student"), by_side.get("teacher")

@@ -1,0 +1,140 @@
+"""The decoupled KL loss (DKL, IKL, GKL) in plain PyTorch, in O(C) a row.
+
+    α CE(softmax(t/T), s/T) + β/4 Σ_jk w_j w_k ((t_j - t_k) - (s_j - s_k))²
+
+with the teacher's probabilities of the first term and the weights w constant. Published code builds the (B,
+C, C) tensors. With d = t - s, W = Σ w and μ = Σ w d / W the second term is
+
+    β/2 W Σ w (d - μ)²        ∂/∂t = β W w (d - μ) = -∂/∂s
+
+(½ [W Σ w d² - (Σ w d)²] is the same number, but loses all its digits in float32 when d is small.)
+
+Hard rows: as ``kl`` (reference.softmax_kl). A class of weight 0, or at -inf on both sides, is left out of the
+    second
+term; a class of positive weight at -inf on one side makes the row +inf and its gradients NaN, unless only the
+teacher excludes it and the weights are the teacher's own, which are 0 there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from afm_kernels.reference.softmax_kl import accumulation_dtype, finish_grad, no_row_stats, reduce_rows
+
+
+def row_dkl(
+    student: Tensor,
+    teacher: Tensor,
+    class_weight: Tensor | None,
+    temperature: float,
+    weight_temperature: float,
+    alpha: float,
+    beta: float,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each row (..., 1), and its gradients by the student's and the teacher's logits."""
+    dtype = accumulation_dtype(student, teacher)
+    s, t = student.to(dtype), teacher.to(dtype)
+    student_excluded, teacher_excluded = s == -torch.inf, t == -torch.inf
+    value = torch.zeros_like(s[..., :1])
+    to_student, to_teacher = torch.zeros_like(s), torch.zeros_like(t)
+    if alpha != 0:
+        log_q, p = (s / temperature).log_softmax(-1), (t / temperature).softmax(-1).detach()
+        missing = (student_excluded & ~teacher_excluded).any(-1, keepdim=True)
+        cross_entropy = -(p * log_q).masked_fill(student_excluded | teacher_excluded, 0).sum(-1, keepdim=True)
+        value = value + alpha * torch.where(missing, cross_entropy + torch.inf, cross_entropy)
+        to_student = to_student + alpha * (log_q.exp() - p) / temperature
+    if beta != 0:
+        if class_weight is None:
+            weight, weightless = (t / weight_temperature).softmax(-1).detach(), teacher_excluded
+        else:
+            weight, weightless = class_weight, class_weight == 0
+        left_out = weightless | (student_excluded & teacher_excluded)
+        missing = (~left_out & (student_excluded | teacher_excluded)).any(-1, keepdim=True)
+        left_out = left_out | student_excluded | teacher_excluded
+        d = (t - s).masked_fill(left_out, 0)
+        weight = weight.masked_fill(left_out, 0)
+        total = weight.sum(-1, keepdim=True)
+        divisor = total.where(total != 0, 1)
+        off = (d - (weight * d).sum(-1, keepdim=True) / divisor).masked_fill(left_out, 0)
+        off = off - (weight * off).sum(-1, keepdim=True) / divisor  # what rounding left of the mean
+        # A row that is no distribution is NaN also where class weights hide the class that spoils it.
+        spoilt = (s.detach().amax(-1, keepdim=True) + t.detach().amax(-1, keepdim=True)) * 0
+        squared = total / 2 * (weight * off * off).sum(-1, keepdim=True) + spoilt
+        value = value + beta * torch.where(missing, squared + torch.inf, squared)
+        grad = beta * (total * weight * off)
+        to_teacher = to_teacher + grad
+        if symmetric:
+            to_student = to_student - grad
+    lost = ~value.isfinite()
+    return value, to_student.masked_fill(lost, torch.nan), to_teacher.masked_fill(lost, torch.nan)
+
+
+# The operators. See Note [Operator contract] in afm_kernels/ops.py.
+
+
+def dkl_forward(
+    student: Tensor,
+    teacher: Tensor,
+    class_weight: Tensor | None,
+    row_weight: Tensor | None,
+    temperature: float,
+    weight_temperature: float,
+    alpha: float,
+    beta: float,
+    reduction: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    value, _, _ = row_dkl(student, teacher, class_weight, temperature, weight_temperature, alpha, beta, True)
+    return reduce_rows(value, row_weight, reduction, scale), no_row_stats(value)
+
+
+def dkl_backward(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    class_weight: Tensor | None,
+    row_weight: Tensor | None,
+    row_stats: Tensor | None,
+    temperature: float,
+    weight_temperature: float,
+    alpha: float,
+    beta: float,
+    symmetric: bool,
+    scale: float,
+    wrt_student: bool,
+    wrt_teacher: bool,
+) -> tuple[Tensor, Tensor]:
+    _, to_student, to_teacher = row_dkl(
+        student, teacher, class_weight, temperature, weight_temperature, alpha, beta, symmetric
+    )
+    return (
+        finish_grad(to_student, student, row_weight, scale, grad_loss, wrt_student),
+        finish_grad(to_teacher, teacher, row_weight, scale, grad_loss, wrt_teacher),
+    )
+
+
+def dkl_forward_grad(
+    student: Tensor,
+    teacher: Tensor,
+    class_weight: Tensor | None,
+    row_weight: Tensor | None,
+    temperature: float,
+    weight_temperature: float,
+    alpha: float,
+    beta: float,
+    symmetric: bool,
+    reduction: int,
+    scale: float,
+    wrt_student: bool,
+    wrt_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    value, to_student, to_teacher = row_dkl(
+        student, teacher, class_weight, temperature, weight_temperature, alpha, beta, symmetric
+    )
+    return (
+        reduce_rows(value, row_weight, reduction, scale),
+        finish_grad(to_student, student, row_weight, scale, None, wrt_student),
+        finish_grad(to_teacher, teacher, row_weight, scale, None, wrt_teacher),
+    )

@@ -1,0 +1,286 @@
+"""Divergences between two softmaxes, in plain PyTorch: the definition that every kernel is compared with.
+
+With s' = s/T, t' = t/T, q = softmax(s') (student), p = softmax(t') (teacher) and δ = log q - log p, a row is
+worth
+
+    kl           Σ p (log p - log q)           ∂/∂s = (q - p)/T              ∂/∂t = -p (δ + KL)/T
+    reverse_kl   Σ q (log q - log p)           the same with student and teacher exchanged
+    jeffreys     kl + reverse_kl
+    js           β KL(p‖m) + γ KL(q‖m)         ∂/∂s = γ q (b - E_q[b])/T     ∂/∂t = β p (a - E_p[a])/T
+                 m = β p + γ q, γ = 1 - β      b = log q - log m             a = log p - log m
+
+Note [Centred form] ~~~~~~~~~~~~~~~~~~~ Σ p (log p - log q) cancels when q is close to p. With d = s' - t', μ
+= E_p[d], x = d - μ and r = E_p[x] (0 but for rounding), log E_p[exp x] = log1p(E_p[expm1(x) - x] + r) =: L,
+and then
+
+    KL = L - r,    δ = x - L,    q - p = p expm1(δ),    -p (δ + KL) = -p (x - r)
+
+lose nothing. They hold where the divergence is small; a row with KL > 1 takes the direct form, which is exact
+there. Classes that the teacher excludes (-inf) carry the student's mass Q, and L gains -log1p(-Q).
+
+JS in the same spirit, with e = expm1(δ) and ψ(y) = (1 + y) log1p(y) - y, which is y²/2 to first order:
+Σ p (γ ψ(e) - ψ(γ e)); the first-order terms, Σ p e = 0, are gone before they can cancel.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KL, REVERSE_KL, JEFFREYS, JS = range(4)  # indices into ops.DIVERGENCES
+ROW_STATS = 8
+
+# expm1(x) - x and ψ(y) are evaluated by their series below this, where the closed forms cancel.
+_SERIES_BELOW = 0.5
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any of ``tensors`` is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _expm1_minus_identity(x: Tensor) -> Tensor:
+    """exp(x) - 1 - x for |x| < 1/2, by Horner's rule: 15 terms reach float64's last digit at 1/2."""
+    series = torch.zeros_like(x)
+    for n in range(16, 2, -1):
+        series = (series + 1) * x / n
+    return (series + 1) * x * x / 2
+
+
+def _psi(y: Tensor) -> Tensor:
+    """(1 + y) log1p(y) - y for |y| < 0.65, with no cancellation: y = expm1(u) gives exp(u) u - expm1(u)."""
+    u = torch.log1p(y)
+    # exp(u) u - expm1(u) = u expm1(u) - (expm1(u) - u) = u y - (expm1(u) - u): half of it is left, always.
+    return u * y - _expm1_minus_identity(u)
+
+
+class Rows(NamedTuple):
+    """What the divergences and gradients of a batch of rows are made of."""
+
+    p: Tensor
+    q: Tensor
+    log_p: Tensor
+    log_q: Tensor
+    delta: Tensor  # log q - log p; 0 where the class is excluded (-inf) on both sides
+    kl: Tensor  # (..., 1), KL(p‖q); +inf where the student excludes a class that the teacher has
+    slope: Tensor  # δ + KL, without the rounding of their sum
+    student_excluded: Tensor
+    teacher_excluded: Tensor
+
+
+def rows_of(student: Tensor, teacher: Tensor, temperature: float) -> Rows:
+    """The ``Rows`` of two batches of logits, class dimension last. See Note [Centred form]."""
+    dtype = accumulation_dtype(student, teacher)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    student_excluded, teacher_excluded = student == -torch.inf, teacher == -torch.inf
+    log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    q, p = log_q.exp(), log_p.exp()
+
+    # Direct form. NaN + inf is NaN: a row that is no distribution stays NaN.
+    delta = (log_q - log_p).masked_fill(student_excluded & teacher_excluded, 0)
+    infinite = (student_excluded & ~teacher_excluded).any(-1, keepdim=True)
+    kl = (p * -delta).masked_fill(student_excluded | teacher_excluded, 0).sum(-1, keepdim=True)
+    kl = torch.where(infinite, kl + torch.inf, kl)
+    centred = kl < 1
+
+    # Centred form. Equal offsets cancel exactly in s - t; unequal ones are better taken off first.
+    with torch.no_grad():
+        top_s, top_t = student.amax(-1, keepdim=True), teacher.amax(-1, keepdim=True)
+        apart = (top_s - top_t).abs() > 8
+        top_s, top_t = top_s.where(apart, 0), top_t.where(apart, 0)
+    d = ((student - top_s) - (teacher - top_t)).masked_fill(
+        student_excluded | teacher_excluded, 0
+    ) / temperature
+    x = (d - (p * d).sum(-1, keepdim=True)).masked_fill(teacher_excluded, 0)
+    rest = (p * x).sum(-1, keepdim=True)
+    small = x.abs() < _SERIES_BELOW
+    near = p * _expm1_minus_identity(x.where(small, 0))
+    far = (
+        (log_p + x).where(centred & ~small & ~teacher_excluded, -torch.inf).exp() - p - p * x
+    )  # p eˣ, not p · eˣ: eˣ may overflow
+    bulge = near.where(small, far).sum(-1, keepdim=True)
+    outside = (q * teacher_excluded).sum(-1, keepdim=True)
+    log_mean_exp = torch.log1p((bulge + rest).where(centred, 0)) - torch.log1p(-outside.where(centred, 0))
+    delta = (x - log_mean_exp).where(centred & ~teacher_excluded, delta)
+    slope = (x - rest).where(centred, delta + kl)
+    kl = (log_mean_exp - rest).where(centred, kl)
+    return Rows(p, q, log_p, log_q, delta, kl, slope, student_excluded, teacher_excluded)
+
+
+def _kl(rows: Rows, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    small = rows.delta.abs() < _SERIES_BELOW
+    difference = torch.where(small, rows.p * torch.expm1(rows.delta.where(small, 0)), rows.q - rows.p)
+    to_teacher = -(rows.p * rows.slope).masked_fill(rows.teacher_excluded, 0)
+    return rows.kl, difference / temperature, to_teacher / temperature
+
+
+def _js(rows: Rows, temperature: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    p, q, gamma = rows.p, rows.q, 1 - beta
+    small = rows.delta.abs() < _SERIES_BELOW
+    e = torch.expm1(rows.delta.where(small, 0))
+    near = p * (gamma * _psi(e) - _psi(gamma * e))
+    log_m = torch.logaddexp(rows.log_p + math.log(beta), rows.log_q + math.log(gamma))
+    a = torch.where(small, -torch.log1p(gamma * e), rows.log_p - log_m).masked_fill(rows.teacher_excluded, 0)
+    b = torch.where(small, rows.delta - torch.log1p(gamma * e), rows.log_q - log_m).masked_fill(
+        rows.student_excluded, 0
+    )
+    value = torch.where(small, near, beta * p * a + gamma * q * b).sum(-1, keepdim=True)
+    to_student = gamma * q * (b - (q * b).sum(-1, keepdim=True))
+    to_teacher = beta * p * (a - (p * a).sum(-1, keepdim=True))
+    return value, to_student / temperature, to_teacher / temperature
+
+
+def row_divergence(
+    student: Tensor, teacher: Tensor, temperature: float, divergence: int, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence of each row (..., 1), and its gradients by the student's and the teacher's logits."""
+    if divergence in (KL, JEFFREYS):
+        value, to_student, to_teacher = _kl(rows_of(student, teacher, temperature), temperature)
+    if divergence in (REVERSE_KL, JEFFREYS):
+        reverse, by_teacher, by_student = _kl(rows_of(teacher, student, temperature), temperature)
+        if divergence == JEFFREYS:
+            value, to_student, to_teacher = value + reverse, to_student + by_student, to_teacher + by_teacher
+        else:
+            value, to_student, to_teacher = reverse, by_student, by_teacher
+    if divergence == JS:
+        value, to_student, to_teacher = _js(rows_of(student, teacher, temperature), temperature, beta)
+    lost = ~value.isfinite()
+    return (
+        value.clamp(min=0),
+        to_student.masked_fill(lost, torch.nan),
+        to_teacher.masked_fill(lost, torch.nan),
+    )
+
+
+def reduce_rows(value: Tensor, row_weight: Tensor | None, reduction: int, scale: float) -> Tensor:
+    """Row values (..., 1) to the loss of an operator: weighted, scaled, and summed where ``reduction`` is 1."""
+    value = value.squeeze(-1)
+    if row_weight is not None:
+        value = (value * row_weight).masked_fill(row_weight == 0, 0)
+    return (value if reduction == 0 else value.sum()) * scale
+
+
+def finish_grad(
+    grad: Tensor,
+    logits: Tensor,
+    row_weight: Tensor | None,
+    scale: float,
+    grad_loss: Tensor | None,
+    wanted: bool,
+) -> Tensor:
+    """A gradient of row values to that of the loss: weighted, scaled, and with the dtype and strides of ``logits``."""
+    if not wanted:
+        return logits.new_empty(0)
+    grad = grad * scale
+    if grad_loss is not None:
+        grad = grad * grad_loss.unsqueeze(-1)
+    if row_weight is not None:
+        weight = row_weight.unsqueeze(-1)
+        grad = (grad * weight).masked_fill(weight == 0, 0)
+    grad = grad.to(logits.dtype)
+    if torch._C._are_functorch_transforms_active():  # a transformed tensor has no strides to speak of
+        return grad
+    like = torch.empty_like(logits)
+    return grad if grad.stride() == like.stride() else like.copy_(grad)
+
+
+# The operators. See Note [Operator contract] in afm_kernels/ops.py. Row statistics are not used here: the
+# backward recomputes what it needs, so that it is differentiable in turn.
+
+
+def softmax_kl_forward(
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor | None,
+    temperature: float,
+    divergence: int,
+    beta: float,
+    reduction: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    value, _, _ = row_divergence(student, teacher, temperature, divergence, beta)
+    return reduce_rows(value, row_weight, reduction, scale), no_row_stats(value)
+
+
+def softmax_kl_backward(
+    grad_loss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor | None,
+    row_stats: Tensor | None,
+    temperature: float,
+    divergence: int,
+    beta: float,
+    scale: float,
+    wrt_student: bool,
+    wrt_teacher: bool,
+) -> tuple[Tensor, Tensor]:
+    _, to_student, to_teacher = row_divergence(student, teacher, temperature, divergence, beta)
+    return (
+        finish_grad(to_student, student, row_weight, scale, grad_loss, wrt_student),
+        finish_grad(to_teacher, teacher, row_weight, scale, grad_loss, wrt_teacher),
+    )
+
+
+def softmax_kl_forward_grad(
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor | None,
+    temperature: float,
+    divergence: int,
+    beta: float,
+    reduction: int,
+    scale: float,
+    wrt_student: bool,
+    wrt_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    value, to_student, to_teacher = row_divergence(student, teacher, temperature, divergence, beta)
+    return (
+        reduce_rows(value, row_weight, reduction, scale),
+        finish_grad(to_student, student, row_weight, scale, None, wrt_student),
+        finish_grad(to_teacher, teacher, row_weight, scale, None, wrt_teacher),
+    )
+
+
+def softmax_kl_grad(
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor | None,
+    temperature: float,
+    divergence: int,
+    beta: float,
+    scale: float,
+    wrt_student: bool,
+    wrt_teacher: bool,
+) -> tuple[Tensor, Tensor]:
+    _, to_student, to_teacher = row_divergence(student, teacher, temperature, divergence, beta)
+    return (
+        finish_grad(to_student, student, row_weight, scale, None, wrt_student),
+        finish_grad(to_teacher, teacher, row_weight, scale, None, wrt_teacher),
+    )
+
+
+def softmax_kl_grad_out(
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor | None,
+    temperature: float,
+    divergence: int,
+    beta: float,
+    scale: float,
+    grad_student: Tensor | None,
+    grad_teacher: Tensor | None,
+) -> None:
+    _, to_student, to_teacher = row_divergence(student, teacher, temperature, divergence, beta)
+    if grad_student is not None:
+        grad_student.copy_(finish_grad(to_student, student, row_weight, scale, None, True))
+    if grad_teacher is not None:
+        grad_teacher.copy_(finish_grad(to_teacher, teacher, row_weight, scale, None, True))
+
+
+def no_row_stats(value: Tensor) -> Tensor:
+    """The row statistics of a backend that keeps none: the shape the contract asks for, filled with zeros."""
+    return value.new_zeros((value.numel(), ROW_STATS))
