@@ -252,3 +252,38 @@ def peak_memory(call: Callable[[], object], device: str = "cpu") -> int:
         held += change
         peak = max(peak, held)
     return peak
+
+
+class OtherLoad:
+    """Measures how much of the processors other programs used while a ``with`` block ran.
+
+    ``fraction`` is None where the system does not tell (it needs /proc/stat). Timings of small parallel work are
+    worth nothing above a few percent: each parallel region waits for the thread that was pushed aside.
+    """
+
+    fraction: float | None = None
+
+    def __enter__(self) -> OtherLoad:
+        self._start = _cpu_seconds()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        end = _cpu_seconds()
+        if self._start is None or end is None:
+            return
+        total, busy, own = (after - before for before, after in zip(self._start, end, strict=True))
+        self.fraction = max(0.0, (busy - own) / total) if total > 0 else None
+
+
+def _cpu_seconds() -> tuple[float, float, float] | None:
+    """Seconds of all processors together so far: in all, busy, and of this process and the children it waited for."""
+    try:
+        with open("/proc/stat") as file:
+            ticks = [int(value) for value in file.readline().split()[1:9]]
+    except OSError:
+        return None
+    idle = ticks[3] + ticks[4]
+    each = os.sysconf("SC_CLK_TCK")
+    used = os.times()
+    own = used.user + used.system + used.children_user + used.children_system
+    return sum(ticks) / each, (sum(ticks) - idle) / each, own

@@ -1,12 +1,13 @@
 """The timing that every benchmark rests on."""
 
+import os
 import subprocess
 import sys
 import time
 
 import pytest
 
-from benchmarks.timing import Samples, interleave, peak_memory, quantile, ratio
+from benchmarks.timing import OtherLoad, Samples, interleave, peak_memory, quantile, ratio
 
 
 def busy(seconds: float):
@@ -95,3 +96,18 @@ def test_allocator_settings_reach_the_process_once():
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.count("MALLOC_MMAP_MAX_': '0'") == 1
+
+
+def test_other_load_does_not_count_this_process():
+    with OtherLoad() as load:
+        busy(0.3)()
+    if load.fraction is None:
+        pytest.skip("the system does not tell how busy it is")
+    used = os.times()
+    with OtherLoad() as load:
+        child = "import time; end = time.perf_counter() + 1\nwhile time.perf_counter() < end: pass"
+        process = subprocess.Popen([sys.executable, "-c", child])
+        time.sleep(0.8)  # asleep: what is busy meanwhile is somebody else
+    process.wait()
+    assert os.times().user - used.user < 0.5
+    assert load.fraction > 0.5 / os.cpu_count()
