@@ -57,7 +57,7 @@ def _project(
     else:
         delta = moved - x
         length = _sample_norm(delta)
-        projected = torch.where(length > eps, x + delta * (eps / length), moved)
+        projected = torch.where(length <= eps, moved, x + delta * (eps / length))
     return projected if clip_min is None and clip_max is None else projected.clamp(clip_min, clip_max)
 
 

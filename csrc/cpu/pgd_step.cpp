@@ -1,0 +1,206 @@
+// The operators of the projected gradient step. Definition: afm_kernels/reference/pgd_step.py.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/pgd_step_kernel.h"
+#include "cpu/strided_loop_plan.h"
+
+namespace afm::cpu {
+
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kLinf = 0;  // index into ops.NORMS
+
+// Elements below which a second thread costs more than it saves; benchmarks/kernels/pgd_step.py.
+constexpr int64_t kGrain = 16384;
+// Elements that one partial sum of an l2 norm covers, whoever computes it. Three operands of it fit
+// the second-level cache.
+constexpr int64_t kChunk = 16384;
+
+constexpr int kOperands = PgdParams::kOperands;
+
+void run_linf(const PgdParams& params) {
+  static const auto kernel = AFM_KERNEL(pgd_linf);
+  parallel_for(0, params.loop.numel, kGrain,
+               [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+}
+
+// How a sample moves: out = x + (x_adv + along * (grad * grad_scale) - x) * shrink.
+struct Move {
+  double along;
+  double grad_scale;
+  double shrink;
+};
+
+class L2Step {
+ public:
+  L2Step(const PgdParams& params, int64_t samples,
+         const std::array<int64_t, kOperands>& sample_strides)
+      : params_(params),
+        samples_(samples),
+        sample_strides_(sample_strides),
+        chunks_((params.loop.numel + kChunk - 1) / kChunk) {}
+
+  void run() const {
+    const int64_t numel = params_.loop.numel;
+    if (samples_ >= 4 * num_threads() || numel <= kChunk) {
+      // A sample is still in the cache when it is written.
+      const int64_t grain = (kGrain + numel - 1) / numel;
+      parallel_for(0, samples_, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t sample = begin; sample < end; ++sample) {
+          PgdSums sums{0, 0, 0};
+          for (int64_t chunk = 0; chunk < chunks_; ++chunk)
+            add(&sums, chunk_sums(sample, chunk, 1));
+          const Move move = move_of(sample, sums);
+          for (int64_t chunk = 0; chunk < chunks_; ++chunk) apply(sample, chunk, move);
+        }
+      });
+      return;
+    }
+    // Few large samples: threads share them. The same partial sums are added in the same order.
+    std::vector<PgdSums> partial(samples_ * chunks_);
+    parallel_for(0, samples_ * chunks_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) partial[i] = chunk_sums(i / chunks_, i % chunks_, 1);
+    });
+    std::vector<Move> moves(samples_);
+    for (int64_t sample = 0; sample < samples_; ++sample) {
+      PgdSums sums{0, 0, 0};
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk)
+        add(&sums, partial[sample * chunks_ + chunk]);
+      moves[sample] = move_of(sample, sums);
+    }
+    parallel_for(0, samples_ * chunks_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) apply(i / chunks_, i % chunks_, moves[i / chunks_]);
+    });
+  }
+
+ private:
+  static void add(PgdSums* sums, const PgdSums& more) {
+    sums->gg += more.gg;
+    sums->dg += more.dg;
+    sums->dd += more.dd;
+  }
+
+  std::array<int64_t, kOperands> offsets(int64_t sample) const {
+    std::array<int64_t, kOperands> result;
+    for (int k = 0; k < kOperands; ++k) result[k] = sample * sample_strides_[k];
+    return result;
+  }
+
+  int64_t chunk_end(int64_t chunk) const {
+    return std::min((chunk + 1) * kChunk, params_.loop.numel);
+  }
+
+  PgdSums chunk_sums(int64_t sample, int64_t chunk, double grad_scale) const {
+    static const auto kernel = AFM_KERNEL(pgd_l2_sums);
+    return kernel(params_, offsets(sample).data(), chunk * kChunk, chunk_end(chunk), grad_scale);
+  }
+
+  void apply(int64_t sample, int64_t chunk, const Move& move) const {
+    static const auto kernel = AFM_KERNEL(pgd_l2_apply);
+    kernel(params_, offsets(sample).data(), chunk * kChunk, chunk_end(chunk), move.along,
+           move.shrink);
+  }
+
+  // With u = grad / ||grad||, the length of d + reach * u follows from the sums alone.
+  Move move_of(int64_t sample, PgdSums sums) const {
+    const bool start = params_.x_adv == nullptr;
+    double grad_scale = 1;
+    // Squares that overflowed or vanished, as those of some float64 gradients do: again, scaled by
+    // a power of two.
+    if (!start && !(sums.gg > 1e-280 && sums.gg < 1e280)) {
+      static const auto grad_max = AFM_KERNEL(pgd_grad_max);
+      const double largest = grad_max(params_, offsets(sample).data(), 0, params_.loop.numel);
+      if (largest == 0) return {0, 1, shrink_of(sums.dd)};
+      grad_scale = std::isfinite(largest) ? std::ldexp(1.0, -std::max(std::ilogb(largest), -1022))
+                                          : std::numeric_limits<double>::quiet_NaN();
+      sums = {0, 0, 0};
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk)
+        add(&sums, chunk_sums(sample, chunk, grad_scale));
+    }
+    const double grad_length = std::sqrt(sums.gg);
+    const double reach = start ? params_.step_size * grad_length : params_.step_size;
+    const double along_d = start ? 0 : sums.dg / grad_length;
+    return {start ? params_.step_size : params_.step_size / grad_length, grad_scale,
+            shrink_of(sums.dd + 2 * reach * along_d + reach * reach)};
+  }
+
+  double shrink_of(double squared_length) const {
+    const double length = std::sqrt(squared_length < 0 ? 0 : squared_length);
+    return length <= params_.eps ? 1 : params_.eps / length;
+  }
+
+  const PgdParams& params_;
+  const int64_t samples_;
+  const std::array<int64_t, kOperands> sample_strides_;
+  const int64_t chunks_;
+};
+
+void run(Tensor& out, const Tensor* x_adv, const Tensor& grad, const Tensor& x, double step_size,
+         double eps, int64_t norm, std::optional<double> clip_min, std::optional<double> clip_max) {
+  if (out.numel() == 0) return;
+  const Tensor& from = x_adv == nullptr ? x : *x_adv;
+  const std::array<const int64_t*, kOperands> strides = {
+      out.strides().data(), from.strides().data(), grad.strides().data(), x.strides().data()};
+  const int64_t* sizes = out.sizes().data();
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  const PgdParams params{
+      .out = out.mutable_data_ptr(),
+      .x_adv = x_adv == nullptr ? nullptr : x_adv->const_data_ptr(),
+      .grad = grad.const_data_ptr(),
+      .x = x.const_data_ptr(),
+      .dtype = dtype_of(x),
+      .grad_dtype = dtype_of(grad),
+      .loop = plan_loop<kOperands>(sizes, out.dim(), strides, norm == kLinf ? 0 : 1),
+      .step_size = step_size,
+      .eps = eps,
+      .clip_min = clip_min.value_or(-kInfinity),
+      .clip_max = clip_max.value_or(kInfinity),
+  };
+  if (norm == kLinf) {
+    run_linf(params);
+  } else {
+    std::array<int64_t, kOperands> sample_strides;
+    for (int k = 0; k < kOperands; ++k) sample_strides[k] = strides[k][0];
+    L2Step(params, sizes[0], sample_strides).run();
+  }
+}
+
+}  // namespace
+
+void pgd_step_out(Tensor x_adv, Tensor grad, Tensor x, double step_size, double eps, int64_t norm,
+                  std::optional<double> clip_min, std::optional<double> clip_max, Tensor out) {
+  run(out, &x_adv, grad, x, step_size, eps, norm, clip_min, clip_max);
+}
+
+Tensor pgd_step(Tensor x_adv, Tensor grad, Tensor x, double step_size, double eps, int64_t norm,
+                std::optional<double> clip_min, std::optional<double> clip_max) {
+  Tensor out = torch::stable::empty_like(x_adv);
+  run(out, &x_adv, grad, x, step_size, eps, norm, clip_min, clip_max);
+  return out;
+}
+
+Tensor pgd_start(Tensor x, Tensor noise, double noise_scale, double eps, int64_t norm,
+                 std::optional<double> clip_min, std::optional<double> clip_max) {
+  Tensor out = torch::stable::empty_like(x);
+  run(out, nullptr, noise, x, noise_scale, eps, norm, clip_min, clip_max);
+  return out;
+}
+
+}  // namespace afm::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(afm_kernels, CPU, m) {
+  m.impl("pgd_step", TORCH_BOX(&afm::cpu::pgd_step));
+  m.impl("pgd_step_out", TORCH_BOX(&afm::cpu::pgd_step_out));
+  m.impl("pgd_start", TORCH_BOX(&afm::cpu::pgd_start));
+}

@@ -1,0 +1,164 @@
+#include "cpu/pgd_step_kernel.h"
+
+#include "cpu/blocks.h"
+
+namespace afm::cpu::AFM_CAPABILITY {
+
+namespace {
+
+using Operand = PgdParams::Operand;
+
+// Calls f(out, x_adv, grad, x, n), with blocks of compute type, for all of [begin, end).
+template <class C, class F>
+AFM_INLINE void for_each_block(const PgdParams& p, const int64_t* sample_offsets, int64_t begin,
+                               int64_t end, bool writes, const F& f) {
+  alignas(64) C scratch[Operand::kOperands][kBlock];
+  int64_t strides[Operand::kOperands];
+  for (int k = 0; k < Operand::kOperands; ++k) strides[k] = p.loop.strides[k][0];
+  const Target out{p.out, p.dtype};
+  const Source sources[Operand::kOperands] = {
+      {nullptr, p.dtype}, {p.x_adv, p.dtype}, {p.grad, p.grad_dtype}, {p.x, p.dtype}};
+  for_each_run(p.loop, begin, end, [&](const int64_t* offsets, int64_t length) AFM_LAMBDA_INLINE {
+    int64_t at[Operand::kOperands];
+    for (int k = 0; k < Operand::kOperands; ++k) at[k] = offsets[k] + sample_offsets[k];
+    for (int64_t done = 0; done < length; done += kBlock) {
+      const int n = static_cast<int>(length - done < kBlock ? length - done : kBlock);
+      const C* blocks[Operand::kOperands];
+      for (int k = Operand::kXAdv; k < Operand::kOperands; ++k) {
+        blocks[k] = sources[k].base == nullptr ? nullptr
+                                               : load_block(sources[k], at[k] + done * strides[k],
+                                                            strides[k], n, scratch[k]);
+      }
+      if (blocks[Operand::kXAdv] == nullptr) blocks[Operand::kXAdv] = blocks[Operand::kX];
+      const int64_t out_at = at[Operand::kOut] + done * strides[Operand::kOut];
+      C* block = writes ? place_block(out, out_at, strides[Operand::kOut], scratch[Operand::kOut])
+                        : nullptr;
+      f(block, blocks[Operand::kXAdv], blocks[Operand::kGrad], blocks[Operand::kX], n);
+      if (writes)
+        store_block(out, out_at, strides[Operand::kOut], n, block, scratch[Operand::kOut]);
+    }
+  });
+}
+
+constexpr int64_t kNoOffsets[Operand::kOperands] = {};
+
+// Comparisons are written so that a NaN fails them and stays.
+template <class C>
+AFM_INLINE C clamp(C value, C low, C high) {
+  value = value < low ? low : value;
+  return value > high ? high : value;
+}
+
+template <class C>
+AFM_INLINE void linf(const PgdParams& p, int64_t begin, int64_t end) {
+  const C step = static_cast<C>(p.step_size), eps = static_cast<C>(p.eps);
+  const C clip_min = static_cast<C>(p.clip_min), clip_max = static_cast<C>(p.clip_max);
+  const bool start = p.x_adv == nullptr;
+  for_each_block<C>(
+      p, kNoOffsets, begin, end, true,
+      [=](C* out, const C* x_adv, const C* grad, const C* x, int n) AFM_LAMBDA_INLINE {
+        if (start) {
+          AFM_INDEPENDENT
+          for (int i = 0; i < n; ++i) {
+            const C moved = clamp(x[i] + step * grad[i], x[i] - eps, x[i] + eps);
+            const C clipped = clamp(moved, clip_min, clip_max);
+            out[i] = x[i] != x[i] ? x[i] : clipped;
+          }
+          return;
+        }
+        AFM_INDEPENDENT
+        for (int i = 0; i < n; ++i) {
+          const C g = grad[i];
+          const C down = g < 0 ? -step : g;  // a gradient of 0 or NaN is its own step
+          const C moved = clamp(x_adv[i] + (g > 0 ? step : down), x[i] - eps, x[i] + eps);
+          const C clipped = clamp(moved, clip_min, clip_max);
+          out[i] = x[i] != x[i] ? x[i] : clipped;
+        }
+      });
+}
+
+// Lanes of sums: enough additions in flight to hide their latency, in an order that never changes.
+constexpr int kLanes = 16;
+typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
+
+AFM_INLINE double total(const Lanes& lanes) {
+  double sum = 0;
+  for (int j = 0; j < kLanes; ++j) sum += lanes[j];
+  return sum;
+}
+
+}  // namespace
+
+void pgd_linf(const PgdParams& p, int64_t begin, int64_t end) {
+  if (p.dtype == Dtype::kFloat64 || p.grad_dtype == Dtype::kFloat64) {
+    linf<double>(p, begin, end);
+  } else {
+    linf<float>(p, begin, end);
+  }
+}
+
+PgdSums pgd_l2_sums(const PgdParams& p, const int64_t* sample_offsets, int64_t begin, int64_t end,
+                    double grad_scale) {
+  Lanes gg{}, dg{}, dd{};
+  PgdSums tail{0, 0, 0};
+  for_each_block<double>(p, sample_offsets, begin, end, false,
+                         [&](double*, const double* x_adv, const double* grad, const double* x,
+                             int n) AFM_LAMBDA_INLINE {
+                           int i = 0;
+                           for (; i + kLanes <= n; i += kLanes) {
+                             Lanes a, b, g;
+                             memcpy(&a, x_adv + i, sizeof(a));
+                             memcpy(&b, x + i, sizeof(b));
+                             memcpy(&g, grad + i, sizeof(g));
+                             g *= grad_scale;
+                             const Lanes d = a - b;
+                             gg += g * g;
+                             dg += d * g;
+                             dd += d * d;
+                           }
+                           for (; i < n; ++i) {
+                             const double d = x_adv[i] - x[i], g = grad[i] * grad_scale;
+                             tail.gg += g * g;
+                             tail.dg += d * g;
+                             tail.dd += d * d;
+                           }
+                         });
+  return {total(gg) + tail.gg, total(dg) + tail.dg, total(dd) + tail.dd};
+}
+
+void pgd_l2_apply(const PgdParams& p, const int64_t* sample_offsets, int64_t begin, int64_t end,
+                  double along, double shrink) {
+  const double clip_min = p.clip_min, clip_max = p.clip_max;
+  for_each_block<double>(
+      p, sample_offsets, begin, end, true,
+      [=](double* out, const double* x_adv, const double* grad, const double* x, int n)
+          AFM_LAMBDA_INLINE {
+            if (shrink == 1) {
+              AFM_INDEPENDENT
+              for (int i = 0; i < n; ++i)
+                out[i] = clamp(x_adv[i] + along * (grad[i] * grad_scale), clip_min, clip_max);
+              return;
+            }
+            AFM_INDEPENDENT
+            for (int i = 0; i < n; ++i) {
+              const double moved = x_adv[i] + along * (grad[i] * grad_scale);
+              out[i] = clamp(x[i] + (moved - x[i]) * shrink, clip_min, clip_max);
+            }
+          });
+}
+
+double pgd_grad_max(const PgdParams& p, const int64_t* sample_offsets, int64_t begin, int64_t end) {
+  double largest = 0;
+  for_each_block<double>(p, sample_offsets, begin, end, false,
+                         [&](double*, const double*, const double* grad, const double*, int n)
+                             AFM_LAMBDA_INLINE {
+                               for (int i = 0; i < n; ++i) {
+                                 const double magnitude = grad[i] < 0 ? -grad[i] : grad[i];
+                                 largest = magnitude <= largest ? largest : magnitude;
+                                 if (magnitude != magnitude) return;
+                               }
+                             });
+  return largest;
+}
+
+}  // namespace afm::cpu::AFM_CAPABILITY
