@@ -109,7 +109,7 @@ class L2Step {
   void apply(int64_t sample, int64_t chunk, const Move& move) const {
     static const auto kernel = AFM_KERNEL(pgd_l2_apply);
     kernel(params_, offsets(sample).data(), chunk * kChunk, chunk_end(chunk), move.along,
-           move.shrink);
+           move.grad_scale, move.shrink);
   }
 
   // With u = grad / ||grad||, the length of d + reach * u follows from the sums alone.

@@ -127,7 +127,7 @@ PgdSums pgd_l2_sums(const PgdParams& p, const int64_t* sample_offsets, int64_t b
 }
 
 void pgd_l2_apply(const PgdParams& p, const int64_t* sample_offsets, int64_t begin, int64_t end,
-                  double along, double shrink) {
+                  double along, double grad_scale, double shrink) {
   const double clip_min = p.clip_min, clip_max = p.clip_max;
   for_each_block<double>(
       p, sample_offsets, begin, end, true,
