@@ -52,6 +52,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mavx512dq",
         "-mavx512vl",
         "-mprefer-vector-width=512",
+        "-Wno-maybe-uninitialized",  # GCC 12 says it of its own intrinsics
     ]
     CAPABILITIES |= {"avx2": avx2, "avx512": avx2 + avx512}
 

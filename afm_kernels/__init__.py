@@ -7,7 +7,15 @@
 """
 
 from afm_kernels.autograd import SoftmaxKLDivFunction
-from afm_kernels.functional import distillation_loss, dkl_loss, softmax_kl_div, softmax_kl_div_grad
+from afm_kernels.functional import (
+    distillation_loss,
+    dkl_loss,
+    pgd_start,
+    pgd_step,
+    scale_shift_relu,
+    softmax_kl_div,
+    softmax_kl_div_grad,
+)
 from afm_kernels.modules import DistillationLoss, DKLLoss, SoftmaxKLDivLoss
 from afm_kernels.ops import backend_info, use_backend
 from afm_kernels.version import __version__
@@ -21,6 +29,9 @@ __all__ = [
     "backend_info",
     "distillation_loss",
     "dkl_loss",
+    "pgd_start",
+    "pgd_step",
+    "scale_shift_relu",
     "softmax_kl_div",
     "softmax_kl_div_grad",
     "use_backend",

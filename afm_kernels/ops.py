@@ -35,6 +35,12 @@ What every backend may assume, because ``functional`` has checked it, and must d
   backward. They have their logits' dtype, shape and, where those are dense and non-overlapping, strides
   (``torch.empty_like``). A gradient that was not asked for (``wrt_student``, ``wrt_teacher``) is an empty
   tensor of shape (0,).
+* pgd_step, pgd_start: ``x_adv``, ``x``, ``out`` of one dtype, ``grad`` and ``noise`` of any; one shape and device,
+  any strides. ``norm``: an index into ``NORMS``. ``out`` may be one of the inputs. The semantics, those of NaN, 0
+  and infinity included: Note [PGD step] in reference/pgd_step.py.
+* scale_shift_relu: ``x`` (N, C, ...) of any strides; ``scale``, ``shift`` (C,) of any stride and dtype;
+  ``residual`` like ``x``, of any dtype. ``output`` is what the forward returned; where it is not <= 0 the
+  gradient passes.
 * In the hard rows "p > 0" means that the logit is above -inf: an underflowed probability is still positive.
 * Nothing is written but the outputs, nothing synchronises with the device, the current stream is used.
 """

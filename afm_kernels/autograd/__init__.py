@@ -2,6 +2,7 @@
 
 from afm_kernels.autograd.distillation import DistillationFunction
 from afm_kernels.autograd.dkl import DKLFunction
+from afm_kernels.autograd.scale_shift_relu import ScaleShiftReLUFunction
 from afm_kernels.autograd.softmax_kl import SoftmaxKLDivFunction
 
-__all__ = ["DKLFunction", "DistillationFunction", "SoftmaxKLDivFunction"]
+__all__ = ["DKLFunction", "DistillationFunction", "ScaleShiftReLUFunction", "SoftmaxKLDivFunction"]

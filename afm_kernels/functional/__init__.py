@@ -2,6 +2,16 @@
 
 from afm_kernels.functional.distillation import distillation_loss
 from afm_kernels.functional.dkl import dkl_loss
+from afm_kernels.functional.pgd_step import pgd_start, pgd_step
+from afm_kernels.functional.scale_shift_relu import scale_shift_relu
 from afm_kernels.functional.softmax_kl import softmax_kl_div, softmax_kl_div_grad
 
-__all__ = ["distillation_loss", "dkl_loss", "softmax_kl_div", "softmax_kl_div_grad"]
+__all__ = [
+    "distillation_loss",
+    "dkl_loss",
+    "pgd_start",
+    "pgd_step",
+    "scale_shift_relu",
+    "softmax_kl_div",
+    "softmax_kl_div_grad",
+]

@@ -134,6 +134,28 @@ def check_recompute(recompute: bool | None) -> None:
         raise TypeError(f"recompute is {_described(recompute)}; allowed: True, False, None")
 
 
+def check_floating(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {_described(value)}; a floating-point tensor is expected")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}; allowed: float16, bfloat16, float32, float64")
+
+
+def check_like(name: str, value: Tensor, other_name: str, other: Tensor, same_dtype: bool = False) -> None:
+    """A floating-point tensor with the shape and device of another."""
+    check_floating(name, value)
+    if value.shape != other.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} and {other_name} {tuple(other.shape)}; they must be equal"
+        )
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} is on {value.device} and {other_name} on {other.device}; they must be on one device"
+        )
+    if same_dtype and value.dtype != other.dtype:
+        raise TypeError(f"{name} has dtype {value.dtype} and {other_name} {other.dtype}; they must be equal")
+
+
 def _described(value: Any) -> str:
     text = repr(value)
     return f"a {type(value).__name__}" + (f" ({text})" if len(text) <= 40 else "")

@@ -6,6 +6,13 @@ from afm_kernels.reference.distillation import (
     distillation_forward_grad,
 )
 from afm_kernels.reference.dkl import dkl_backward, dkl_forward, dkl_forward_grad
+from afm_kernels.reference.pgd_step import pgd_start, pgd_step, pgd_step_out
+from afm_kernels.reference.scale_shift_relu import (
+    scale_shift_relu,
+    scale_shift_relu_backward,
+    scale_shift_relu_backward_vectors,
+    scale_shift_relu_forward,
+)
 from afm_kernels.reference.softmax_kl import (
     softmax_kl_backward,
     softmax_kl_forward,
@@ -21,6 +28,13 @@ __all__ = [
     "dkl_backward",
     "dkl_forward",
     "dkl_forward_grad",
+    "pgd_start",
+    "pgd_step",
+    "pgd_step_out",
+    "scale_shift_relu",
+    "scale_shift_relu_backward",
+    "scale_shift_relu_backward_vectors",
+    "scale_shift_relu_forward",
     "softmax_kl_backward",
     "softmax_kl_forward",
     "softmax_kl_forward_grad",

@@ -22,13 +22,17 @@ def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
     return vector.view(-1, *[1] * (like.ndim - 2))
 
 
-def scale_shift_relu_forward(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
+def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
+    """The formula, differentiable by PyTorch and open to every torch.func transform."""
     dtype = _compute_dtype(x, scale, shift, residual)
-    scale, shift = _per_channel(scale.to(dtype), x), _per_channel(shift.to(dtype), x)
-    total = x.to(dtype) * scale + shift
+    total = x.to(dtype) * _per_channel(scale.to(dtype), x) + _per_channel(shift.to(dtype), x)
     if residual is not None:
         total = total + residual
-    return torch.empty_like(x).copy_(total.relu())
+    return total.relu().to(x.dtype)
+
+
+def scale_shift_relu_forward(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
+    return torch.empty_like(x).copy_(scale_shift_relu(x, scale, shift, residual))
 
 
 def scale_shift_relu_backward(
@@ -42,3 +46,14 @@ def scale_shift_relu_backward(
     if wrt_residual:
         grad_residual = torch.empty_like(output).copy_(passed)
     return grad_x, grad_residual
+
+
+def scale_shift_relu_backward_vectors(
+    grad_output: Tensor, output: Tensor, x: Tensor | None, scale_dtype: torch.dtype, shift_dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
+    """The gradients by ``scale`` (None without ``x``) and ``shift``, summed over all but the channels."""
+    dtype = _compute_dtype(grad_output, output)
+    others = [d for d in range(output.ndim) if d != 1]
+    passed = torch.where(output <= 0, 0, grad_output.to(dtype))
+    grad_scale = None if x is None else (passed * x).sum(others).to(scale_dtype)
+    return grad_scale, passed.sum(others).to(shift_dtype)
