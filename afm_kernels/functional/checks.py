@@ -91,8 +91,8 @@ def constant_like_rows(name: str, value: Tensor, logits: Logits, shape: torch.Si
         )
     if value.requires_grad:
         raise ValueError(
-            f"{name} requires a gradient, but it is a constant of the loss: pass {name}.detach(), or weight the rows of "
-            'reduction="none" yourself'
+            f"{name} requires a gradient, but it is a constant of the loss: pass {name}.detach(), or weight the "
+            'rows of reduction="none" yourself'
         )
     if value.dim() > len(shape) or any(
         own not in (1, wanted) for own, wanted in zip(reversed(value.shape), reversed(shape), strict=False)

@@ -7,7 +7,7 @@ CE is the cross-entropy with labels, KL as in Note [Hard rows] (afm_kernels/func
 | row                                              | loss                        | gradients                           |
 |--------------------------------------------------|-----------------------------|-------------------------------------|
 | class -inf on both sides, not the label, ε = 0   | that class contributes 0    | 0 there                             |
-| teacher -inf, student finite                     | KL: contributes 0; CE usual | student: of CE, plus α T q; teacher 0 |
+| teacher -inf, student finite                     | KL: contributes 0; CE usual | student: of CE + α T q; teacher 0 |
 | student -inf at the label (α < 1)                | +inf                        | NaN in that row, both sides         |
 | student -inf anywhere, ε > 0 (α < 1)             | +inf                        | NaN in that row, both sides         |
 | student -inf where p > 0 (α > 0)                 | +inf                        | NaN in that row, both sides         |

@@ -4,12 +4,12 @@ Note [Hard rows of dkl]
 ~~~~~~~~~~~~~~~~~~~~~~~
 Weights are the teacher's own (0 where the teacher is -inf) unless ``class_weight`` is given.
 
-| row                                    | own weights                       | with ``class_weight`` w                    |
-|----------------------------------------|-----------------------------------|--------------------------------------------|
-| class -inf on both sides               | contributes 0, gradients 0 there  | the same                                   |
-| teacher -inf, student finite           | contributes 0; student α q/T there | +inf and NaN gradients where w > 0 (β > 0) |
-| student -inf where the teacher is not  | +inf, gradients NaN in that row   | the same (where w > 0 if α = 0)            |
-| NaN or +inf logit, or all -inf         | NaN, gradients NaN in that row    | the same                                   |
+| row                                   | own weights                        | ``class_weight`` w            |
+|---------------------------------------|------------------------------------|-------------------------------|
+| class -inf on both sides              | contributes 0, gradients 0 there   | the same                      |
+| teacher -inf, student finite          | contributes 0; student α q/T there | +inf where w > 0 (β > 0)      |
+| student -inf where the teacher is not | +inf, gradients NaN in that row    | the same (α = 0: where w > 0) |
+| NaN or +inf logit, or all -inf        | NaN, gradients NaN in that row     | the same                      |
 
 A term of factor 0 (α or β) contributes exactly 0. A logit gap of 10⁴ gives 10⁸ in the squared term, as it
 should.

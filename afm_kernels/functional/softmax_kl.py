@@ -170,7 +170,7 @@ def softmax_kl_div_grad(
     if row_weight is not None:
         row_weight = check_row_weight(row_weight, logits)
     wrt_student, wrt_teacher = _sides(wrt)
-    student, teacher, rows, _ = logits
+    student, teacher = logits.student, logits.teacher
     device_type = student.device.type
     with torch.no_grad():
         if out is None:

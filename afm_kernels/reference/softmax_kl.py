@@ -15,8 +15,9 @@ and then
 
     KL = L - r,    δ = x - L,    q - p = p expm1(δ),    -p (δ + KL) = -p (x - r)
 
-lose nothing. They hold where the divergence is small; a row with KL > 1 takes the direct form, which is exact
-there. Classes that the teacher excludes (-inf) carry the student's mass Q, and L gains -log1p(-Q).
+lose nothing where the divergence is small; a row with KL >= 1 takes the direct form, which is exact there.
+Classes that the teacher excludes (-inf) or that are far off, |x| > 8, are taken out of both expectations: they
+hold masses P and Q of p and q, and L = log1p(E'[expm1(x) - x] + r' - P) - log1p(-Q), E' and r' over the others.
 
 JS in the same spirit, with e = expm1(δ) and ψ(y) = (1 + y) log1p(y) - y, which is y²/2 to first order:
 Σ p (γ ψ(e) - ψ(γ e)); the first-order terms, Σ p e = 0, are gone before they can cancel.
@@ -33,8 +34,11 @@ from torch import Tensor
 KL, REVERSE_KL, JEFFREYS, JS = range(4)  # indices into ops.DIVERGENCES
 ROW_STATS = 8
 
-# expm1(x) - x and ψ(y) are evaluated by their series below this, where the closed forms cancel.
+# exp(x) - 1 - x is taken by its series below this, where the closed form cancels.
 _SERIES_BELOW = 0.5
+# Classes with |x| beyond this enter L through their mass in q, p eˣ = q e^L, which cannot overflow. Not all are
+# beyond in a row with KL < 1: with E_p[x] = 0 that would take E_p[eˣ] > e.
+_REACH = 8.0
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -43,11 +47,13 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _expm1_minus_identity(x: Tensor) -> Tensor:
-    """exp(x) - 1 - x for |x| < 1/2, by Horner's rule: 15 terms reach float64's last digit at 1/2."""
-    series = torch.zeros_like(x)
+    """exp(x) - 1 - x; small x by Horner's rule, whose 15 terms reach float64's last digit at 1/2."""
+    small = x.abs() < _SERIES_BELOW
+    y = x.where(small, 0)
+    series = torch.zeros_like(y)
     for n in range(16, 2, -1):
-        series = (series + 1) * x / n
-    return (series + 1) * x * x / 2
+        series = (series + 1) * y / n
+    return torch.where(small, (series + 1) * y * y / 2, torch.expm1(x) - x)
 
 
 def _psi(y: Tensor) -> Tensor:
@@ -79,11 +85,13 @@ def rows_of(student: Tensor, teacher: Tensor, temperature: float) -> Rows:
     log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
     q, p = log_q.exp(), log_p.exp()
 
-    # Direct form. NaN + inf is NaN: a row that is no distribution stays NaN.
+    # Direct form. A row that is no distribution is NaN in all its classes; NaN + inf is NaN.
     delta = (log_q - log_p).masked_fill(student_excluded & teacher_excluded, 0)
     infinite = (student_excluded & ~teacher_excluded).any(-1, keepdim=True)
     kl = (p * -delta).masked_fill(student_excluded | teacher_excluded, 0).sum(-1, keepdim=True)
-    kl = torch.where(infinite, kl + torch.inf, kl)
+    kl = torch.where(infinite, kl + torch.inf, kl) + 0 * (
+        log_p.detach().amax(-1, keepdim=True) + log_q.detach().amax(-1, keepdim=True)
+    )
     centred = kl < 1
 
     # Centred form. Equal offsets cancel exactly in s - t; unequal ones are better taken off first.
@@ -96,14 +104,15 @@ def rows_of(student: Tensor, teacher: Tensor, temperature: float) -> Rows:
     ) / temperature
     x = (d - (p * d).sum(-1, keepdim=True)).masked_fill(teacher_excluded, 0)
     rest = (p * x).sum(-1, keepdim=True)
-    small = x.abs() < _SERIES_BELOW
-    near = p * _expm1_minus_identity(x.where(small, 0))
-    far = (
-        (log_p + x).where(centred & ~small & ~teacher_excluded, -torch.inf).exp() - p - p * x
-    )  # p eˣ, not p · eˣ: eˣ may overflow
-    bulge = near.where(small, far).sum(-1, keepdim=True)
-    outside = (q * teacher_excluded).sum(-1, keepdim=True)
-    log_mean_exp = torch.log1p((bulge + rest).where(centred, 0)) - torch.log1p(-outside.where(centred, 0))
+    reached = (x.abs() < _REACH) & ~teacher_excluded
+    bulge = (p * _expm1_minus_identity(x.where(reached, 0))).sum(-1, keepdim=True)
+    rest_reached, p_beyond, q_beyond = (
+        term.sum(-1, keepdim=True)
+        for term in ((p * x).where(reached, 0), p.where(~reached, 0), q.where(~reached, 0))
+    )
+    log_mean_exp = torch.log1p((bulge + (rest_reached - p_beyond)).where(centred, 0)) - torch.log1p(
+        -q_beyond.where(centred, 0)
+    )
     delta = (x - log_mean_exp).where(centred & ~teacher_excluded, delta)
     slope = (x - rest).where(centred, delta + kl)
     kl = (log_mean_exp - rest).where(centred, kl)
