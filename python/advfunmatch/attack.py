@@ -1,0 +1,696 @@
+"""The attack engine: K steps of projected gradient ascent on an objective, and nothing else.
+
+A step is a forward of the networks that move with x, the objective's logit gradients, one input gradient through
+them, and one fused update. No loss value exists, no weight gradient is computed, and nothing is read back from
+the device, so on CUDA the whole attack (starts, steps and restarts) is one captured graph; see Note [Captured attack].
+
+Note [Captured attack]
+~~~~~~~~~~~~~~~~~~~~~~
+A CUDA graph replays kernels on fixed addresses. So the images, labels and given teacher logits are copied into static
+buffers, the networks must keep their parameters where they were (``prepare_for_attack(...).refresh_()`` writes in
+place; an address that changed is part of the key, so it captures anew instead of reading freed memory), and noise
+comes from a generator registered with the graph, which advances on each replay. Shapes, dtypes and layouts are in the
+key too: a short last batch is simply one more graph. The least recently used graph beyond ``max_graphs`` is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afm_kernels import pgd_start, pgd_step
+
+from .lean import PreparedModel, unwrap
+from .objectives import Objective, create_objective
+
+__all__ = ["PGDAttack", "input_gradient"]
+
+NORMS = ("linf", "l2")
+INITS = ("gaussian", "uniform", "zero")
+BN_MODES = ("eval", "batch", "train")
+GAUSSIAN_SCALE = 0.001  # the start of TRADES, RSLAD and AdaAD: x + 0.001·N(0, 1)
+
+
+class PGDAttack:
+    """Projected gradient ascent in an l_p ball, through student and teacher at once.
+
+    Args:
+        objective: "mismatch", "fixed_teacher", "cross_entropy", "margin", or a callable of logits to logit gradients;
+            see Note [Objective contract] in ``objectives``.
+        norm: "linf" (steps of the gradient's sign) or "l2" (steps of the gradient divided by its norm).
+        eps: radius of the ball, in the units of x.
+        step_size: length of a step in that norm.
+        steps: number of steps K.
+        init: "gaussian" (x + 0.001·N(0, 1)), "uniform" (in the ball) or "zero".
+        clip: the range of valid images, or None.
+        seed: seeds a generator of the attack's own, which then serves every call, and leaves the caller's random state
+            alone. None draws from PyTorch's default generator.
+        restarts: number of independent starts; each image keeps its best by the objective's score.
+        bn: the student's BatchNorm during the attack. "eval": running statistics (RSLAD, TRADES, AdaAD); "batch": the
+            batch's own, the running ones untouched; "train": running ones updated too, as the code of ARD, IAD and
+            Fast-AT does. Everything else, and the teacher, is in eval mode always.
+        targeted: for cross_entropy and margin: labels are targets.
+        temperature: for mismatch and fixed_teacher.
+        early_stop: stop with each image at its first success and spend no more time on it. This reads the
+            device at every step and is never captured.
+        cuda_graph: capture the attack as one CUDA graph. None: where both networks are prepared and on CUDA.
+        streams: on CUDA, run the teacher on a stream of its own beside the student's.
+        max_graphs: captured graphs kept, by least recent use.
+
+    Raises:
+        ValueError, TypeError: an argument outside what is listed here.
+
+    Example:
+        >>> attack = PGDAttack("cross_entropy", eps=0.1, step_size=0.03, steps=5, seed=0)
+        >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+        >>> x, labels = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+        >>> x_adv = attack(net, None, x, labels)
+        >>> bool(((x_adv - x).abs() <= 0.1 + 1e-6).all())
+        True
+    """
+
+    def __init__(
+        self,
+        objective: str | Objective = "mismatch",
+        norm: str = "linf",
+        eps: float = 8 / 255,
+        step_size: float = 2 / 255,
+        steps: int = 10,
+        init: str = "gaussian",
+        clip: tuple[float | None, float | None] | None = (0.0, 1.0),
+        seed: int | None = None,
+        *,
+        restarts: int = 1,
+        bn: str = "eval",
+        targeted: bool = False,
+        temperature: float = 1.0,
+        early_stop: bool = False,
+        cuda_graph: bool | None = None,
+        streams: bool = False,
+        max_graphs: int = 8,
+    ) -> None:
+        _check_choice("norm", norm, NORMS)
+        _check_choice("init", init, INITS)
+        _check_choice("bn", bn, BN_MODES)
+        _check_positive("eps", eps)
+        _check_positive("step_size", step_size)
+        _check_count("steps", steps, least=0)
+        _check_count("restarts", restarts, least=1)
+        _check_count("max_graphs", max_graphs, least=1)
+        if isinstance(objective, str):
+            self.objective = create_objective(objective, targeted=targeted, temperature=temperature)
+        elif not callable(objective):
+            raise TypeError(f"objective must be a name or a callable, got {type(objective).__name__}")
+        elif targeted or temperature != 1.0:
+            raise ValueError(
+                "targeted and temperature go with an objective's name; give them to the callable itself"
+            )
+        else:
+            self.objective = objective
+        if restarts > 1 and not hasattr(self.objective, "score"):
+            raise ValueError(
+                f"restarts={restarts} needs an objective with a score(student, teacher, labels) method"
+            )
+        if early_stop and not hasattr(self.objective, "success"):
+            raise ValueError(
+                "early_stop=True needs an objective with a success(student, teacher, labels) method"
+            )
+        if early_stop and bn != "eval":
+            raise ValueError(f"early_stop=True needs bn='eval' (it shrinks the batch), got bn={bn!r}")
+        if early_stop and cuda_graph:
+            raise ValueError(
+                "early_stop=True reads the device at every step, so cuda_graph=True is not possible"
+            )
+        self.norm = norm
+        self.eps = float(eps)
+        self.step_size = float(step_size)
+        self.steps = steps
+        self.init = init
+        self.clip = _checked_clip(clip)
+        self.seed = seed
+        self.restarts = restarts
+        self.bn = bn
+        self.early_stop = early_stop
+        self.cuda_graph = cuda_graph
+        self.streams = streams
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._graphs = GraphCache(max_graphs)
+        self._side_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def __call__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        x: Tensor,
+        labels: Tensor | None = None,
+        *,
+        teacher_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Attack the images x.
+
+        Args:
+            student: maps images to logits (N, C). A DDP or DataParallel wrapper is looked through.
+            teacher: the same, or None where the objective needs none. For "fixed_teacher", None means the student's
+                own clean logits.
+            x: images (N, ...), floating point, in the clip range.
+            labels: int64 (N,), for the objectives that need them.
+            teacher_logits: for objectives with the teacher on clean images, its logits, where the caller has
+                them already.
+
+        Returns:
+            x_adv: x's shape, dtype, device and memory format; within eps of x and within the clip range to one ulp.
+        """
+        student = unwrap(student)
+        teacher = None if teacher is None else unwrap(teacher)
+        self._check_call(student, teacher, x, labels, teacher_logits)
+        if x.numel() == 0:
+            return x.detach().clone()
+        if self._teacher_use(teacher) == "none" or teacher_logits is not None:
+            teacher = None
+        # Inference tensors cannot be saved for a backward, and a caller's no_grad would leave nothing to differentiate.
+        with torch.inference_mode(False), torch.enable_grad(), _eval_modes(student, teacher, self.bn):
+            x = x.detach()
+            if x.is_inference():
+                x = x.clone()
+            if self.early_stop:
+                return self._attack_until_success(student, teacher, x, labels, teacher_logits)
+            if self._captures(student, teacher, x):
+                return self._attack_captured(student, teacher, x, labels, teacher_logits)
+            return self._attack(student, teacher, x, labels, teacher_logits, self._generator(x.device))
+
+    def get_rng_state(self) -> dict[str, Tensor]:
+        """The state of the attack's own generators by device, for an exact resume; empty without a seed."""
+        return {str(device): generator.get_state() for device, generator in self._generators.items()}
+
+    def set_rng_state(self, state: dict[str, Tensor]) -> None:
+        """Continue where ``get_rng_state`` was called."""
+        for device, value in state.items():
+            generator = self._generator(torch.device(device))
+            if generator is None:
+                raise ValueError("set_rng_state needs an attack with a seed, and this one has seed=None")
+            generator.set_state(value.cpu())
+
+    def __repr__(self) -> str:
+        objective = type(self.objective).__name__
+        return (
+            f"PGDAttack({objective}, norm={self.norm!r}, eps={self.eps:.5g}, step_size={self.step_size:.5g}, "
+            f"steps={self.steps}, init={self.init!r}, clip={self.clip}, seed={self.seed}, restarts={self.restarts}, "
+            f"bn={self.bn!r})"
+        )
+
+    # ---- the attack itself ---------------------------------------------------------------------------------------
+
+    def _attack(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        x: Tensor,
+        labels: Tensor | None,
+        teacher_logits: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Starts, steps and restarts: all that a captured graph holds."""
+        x_inner = _networks_format(x, student, teacher)
+        teacher_use = self._teacher_use(teacher)
+        if teacher_use == "clean" and teacher_logits is None:
+            with torch.no_grad():
+                teacher_logits = _logits(student if teacher is None else teacher, x_inner)
+            teacher = None
+        best = best_score = None
+        for _ in range(self.restarts):
+            x_adv = self._start(x_inner, generator)
+            for _ in range(self.steps):
+                gradient = self._input_gradient(student, teacher, x_adv, labels, teacher_logits)
+                x_adv = self._step(x_adv, gradient, x_inner)
+            if self.restarts == 1:
+                best = x_adv
+                break
+            score = self._score(student, teacher, x_adv, labels, teacher_logits)
+            if best is None:
+                best, best_score = x_adv, score
+            else:
+                better = score > best_score
+                best = torch.where(better.view(-1, *[1] * (x.dim() - 1)), x_adv, best)
+                best_score = torch.where(better, score, best_score)
+        assert best is not None
+        return _in_format_of(best, x)
+
+    def _attack_until_success(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        x: Tensor,
+        labels: Tensor | None,
+        teacher_logits: Tensor | None,
+    ) -> Tensor:
+        """The same with the broken images taken out of the batch as they break."""
+        x_inner = _networks_format(x, student, teacher)
+        if self._teacher_use(teacher) == "clean" and teacher_logits is None:
+            with torch.no_grad():
+                teacher_logits = _logits(student if teacher is None else teacher, x_inner)
+            teacher = None
+        result = x_inner.clone()
+        active = torch.arange(len(x), device=x.device)
+        for _ in range(self.restarts):
+            rows = _rows(active, x_inner, labels, teacher_logits)
+            x_adv = self._start(rows[0], self._generator(x.device))
+            for step in range(self.steps + 1):
+                x_rows, label_rows, teacher_rows = rows
+                # The logits that the gradient needs also say which images are broken: no extra forward.
+                leaf, z_s, z_t = self._forward(student, teacher, x_adv, teacher_rows)
+                unbroken = ~self.objective.success(z_s.detach(), _detached(z_t), label_rows)  # type: ignore[attr-defined]
+                result[active] = x_adv
+                kept = unbroken.nonzero().squeeze(1)
+                if step == self.steps or len(kept) == 0:
+                    active = active[kept]
+                    break
+                gradient = self._backward(leaf, z_s, z_t, label_rows)
+                x_adv = self._step(x_adv[kept], gradient[kept], x_rows[kept])
+                active = active[kept]
+                rows = _rows(kept, x_rows, label_rows, teacher_rows)
+            if len(active) == 0:
+                break
+        return _in_format_of(result, x)
+
+    def _start(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if self.init == "zero":
+            noise, scale = torch.zeros_like(x, dtype=dtype), 0.0
+        elif self.init == "gaussian":
+            noise, scale = _randn(x, generator, dtype), GAUSSIAN_SCALE
+        elif self.norm == "linf":
+            noise, scale = _rand(x, generator, dtype).mul_(2).sub_(1), self.eps
+        else:
+            # uniform in the l2 ball: a direction, times the radius of a uniform volume
+            noise = _randn(x, generator, dtype)
+            rows = noise.flatten(1)
+            radius = _rand(rows[:, :1], generator, dtype).pow_(1 / rows.shape[1])
+            radius = radius / rows.norm(dim=1, keepdim=True)
+            noise, scale = noise * radius.view(-1, *[1] * (x.dim() - 1)), self.eps
+        return pgd_start(x, noise, noise_scale=scale, eps=self.eps, norm=self.norm, clip=self.clip)
+
+    def _step(self, x_adv: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+        return pgd_step(
+            x_adv, gradient, x, step_size=self.step_size, eps=self.eps, norm=self.norm, clip=self.clip
+        )
+
+    def _forward(
+        self, student: nn.Module, teacher: nn.Module | None, x_adv: Tensor, teacher_logits: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A fresh leaf at x_adv, the student's logits there, and the teacher's (with a graph where it moves)."""
+        leaf = x_adv.detach().requires_grad_(True)
+        if teacher is None:
+            return leaf, _logits(student, leaf), teacher_logits
+        moving = self._teacher_use(teacher) == "moving"
+        if not (self.streams and leaf.is_cuda):
+            z_s = _logits(student, leaf)
+            with torch.set_grad_enabled(moving):
+                return leaf, z_s, _logits(teacher, leaf)
+        here = torch.cuda.current_stream(leaf.device)
+        side = self._side_streams.setdefault(leaf.device, torch.cuda.Stream(leaf.device))
+        side.wait_stream(here)
+        with torch.cuda.stream(side), torch.set_grad_enabled(moving):
+            z_t = _logits(teacher, leaf)
+        z_s = _logits(student, leaf)
+        here.wait_stream(side)
+        # Allocated on the side stream and used on this one: its memory must not be reused before this one is done.
+        z_t.record_stream(here)
+        leaf.record_stream(side)
+        return leaf, z_s, z_t
+
+    def _backward(self, leaf: Tensor, z_s: Tensor, z_t: Tensor | None, labels: Tensor | None) -> Tensor:
+        """The objective's gradient at the leaf. Autograd runs each network's part on its forward's stream."""
+        gradients = self.objective(z_s.detach(), _detached(z_t), labels)
+        outputs, grads = _moving_sides(z_s, z_t, gradients)
+        if leaf.dtype == torch.float16 or any(z.dtype == torch.float16 for z in outputs):
+            grads = _scaled_rows(grads)
+        (gradient,) = torch.autograd.grad(outputs, leaf, grads)
+        return gradient
+
+    def _input_gradient(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        x_adv: Tensor,
+        labels: Tensor | None,
+        teacher_logits: Tensor | None,
+    ) -> Tensor:
+        return self._backward(*self._forward(student, teacher, x_adv, teacher_logits), labels)
+
+    def _score(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        x_adv: Tensor,
+        labels: Tensor | None,
+        teacher_logits: Tensor | None,
+    ) -> Tensor:
+        with torch.no_grad():
+            z_s = _logits(student, x_adv)
+            z_t = teacher_logits if teacher is None else _logits(teacher, x_adv)
+            score: Tensor = self.objective.score(z_s, z_t, labels)  # type: ignore[attr-defined]
+        return score
+
+    # ---- capture -------------------------------------------------------------------------------------------------
+
+    def _captures(self, student: nn.Module, teacher: nn.Module | None, x: Tensor) -> bool:
+        if self.cuda_graph is None:
+            prepared = all(
+                model is None or (isinstance(model, PreparedModel) and model.traced)
+                for model in (student, teacher)
+            )
+            return x.is_cuda and prepared
+        if self.cuda_graph and not x.is_cuda:
+            raise ValueError(f"cuda_graph=True needs images on a CUDA device, got {x.device}")
+        return self.cuda_graph
+
+    def _attack_captured(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        x: Tensor,
+        labels: Tensor | None,
+        teacher_logits: Tensor | None,
+    ) -> Tensor:
+        inputs = (x, labels, teacher_logits)
+        key = (_addresses(student), _addresses(teacher), *map(_layout, inputs), *_autocast_state(x.device))
+        captured = self._graphs.get(
+            key, lambda: CapturedAttack(self, student, teacher, inputs, self._generator(x.device))
+        )
+        result: Tensor = captured(inputs)
+        return result
+
+    # ---- small parts ---------------------------------------------------------------------------------------------
+
+    def _generator(self, device: torch.device) -> torch.Generator | None:
+        if self.seed is None:
+            return None
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self._generators[device]
+
+    def _teacher_use(self, teacher: nn.Module | None) -> str:
+        default = "none" if teacher is None else "moving"
+        use: str = getattr(self.objective, "teacher", default)
+        return use
+
+    def _check_call(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        x: Tensor,
+        labels: Tensor | None,
+        teacher_logits: Tensor | None,
+    ) -> None:
+        name = type(self.objective).__name__
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a floating-point tensor of images, got {got}")
+        if x.dim() < 2:
+            raise ValueError(f"x must have shape (N, ...) with at least 2 dimensions, got {tuple(x.shape)}")
+        use = self._teacher_use(teacher)
+        if use in ("moving", "detached") and teacher is None:
+            raise ValueError(
+                f"objective {name} evaluates the teacher at x_adv, so teacher must be a module, got None"
+            )
+        if teacher_logits is not None and use != "clean":
+            raise ValueError(
+                f"teacher_logits go with an objective on clean teacher logits, and {name} is not one"
+            )
+        if teacher_logits is not None and len(teacher_logits) != len(x):
+            raise ValueError(
+                f"teacher_logits must have a row for each of the {len(x)} images, got {tuple(teacher_logits.shape)}"
+            )
+        if labels is None and getattr(self.objective, "needs_labels", False):
+            raise ValueError(f"objective {name} needs labels, got None")
+        if labels is not None:
+            if labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
+                raise ValueError(
+                    f"labels must be int64 of shape ({len(x)},), got {labels.dtype} of shape {tuple(labels.shape)}"
+                )
+            if labels.device != x.device:
+                raise ValueError(f"labels must be on the images' device {x.device}, got {labels.device}")
+        if self.bn != "eval" and isinstance(student, PreparedModel):
+            raise ValueError(
+                f"a prepared student has its BatchNorm in eval mode, so bn={self.bn!r} is not possible"
+            )
+
+
+class GraphCache:
+    """The captured attacks of one ``PGDAttack``, at most ``max_graphs``, the least recently used dropped first."""
+
+    def __init__(self, max_graphs: int) -> None:
+        self.max_graphs = max_graphs
+        self._entries: OrderedDict[Any, Any] = OrderedDict()
+
+    def get(self, key: Any, capture: Callable[[], Any]) -> Any:
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        # Dropped before the capture, so that its memory is free for it.
+        while len(self._entries) >= self.max_graphs:
+            self._entries.popitem(last=False)
+        self._entries[key] = capture()
+        return self._entries[key]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class CapturedAttack:
+    """One attack on static buffers as a CUDA graph: copy in, replay, copy out. See Note [Captured attack]."""
+
+    def __init__(
+        self,
+        attack: PGDAttack,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        inputs: tuple[Tensor | None, ...],
+        generator: torch.Generator | None,
+    ) -> None:
+        # The networks are held, so that no address in the key is freed and used again by another network.
+        self.networks = (student, teacher)
+        self.static_inputs = tuple(None if t is None else t.clone() for t in inputs)
+
+        def run() -> Tensor:
+            x, labels, teacher_logits = self.static_inputs
+            assert x is not None
+            return attack._attack(student, teacher, x, labels, teacher_logits, generator)
+
+        device = inputs[0].device if inputs[0] is not None else torch.device("cuda")
+        self.static_output, self.replay = capture_graph(run, device, generator)
+
+    def __call__(self, inputs: tuple[Tensor | None, ...]) -> Tensor:
+        for static, given in zip(self.static_inputs, inputs, strict=True):
+            if static is not None and given is not None:
+                static.copy_(given)
+        self.replay()
+        return self.static_output.clone()
+
+
+def capture_graph(
+    run: Callable[[], Tensor], device: torch.device, generator: torch.Generator | None
+) -> tuple[Tensor, Callable[[], None]]:
+    """Capture ``run`` as a CUDA graph: its output's static buffer, and the call that replays it.
+
+    The random state is as if the warm-up had not happened.
+    """
+    state = (generator or torch.cuda.default_generators[device.index or 0]).get_state()
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(2):  # cuDNN and cuBLAS choose their kernels and allocate their workspaces here
+            run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    (generator or torch.cuda.default_generators[device.index or 0]).set_state(state)
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    try:
+        with torch.cuda.graph(graph):
+            output = run()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "the attack could not be captured as a CUDA graph: a network or the objective reads the device or "
+            "allocates by its data; pass cuda_graph=False to run it eagerly"
+        ) from error
+    return output, graph.replay
+
+
+def input_gradient(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    x_adv: Tensor,
+    objective: str | Objective = "mismatch",
+    labels: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
+) -> Tensor:
+    """The gradient at x_adv that one step of an attack on this objective follows, networks as they are.
+
+    Example:
+        >>> net = torch.nn.Linear(3, 2)
+        >>> input_gradient(net, None, torch.rand(5, 3), "margin", torch.zeros(5, dtype=torch.int64)).shape
+        torch.Size([5, 3])
+    """
+    attack = PGDAttack(objective)
+    with torch.inference_mode(False), torch.enable_grad():
+        return attack._input_gradient(unwrap(student), teacher, x_adv, labels, teacher_logits)
+
+
+@contextlib.contextmanager
+def _eval_modes(student: nn.Module, teacher: nn.Module | None, bn: str) -> Iterator[None]:
+    """Both networks in eval mode but for the student's BatchNorm as ``bn`` says; afterwards all is as it was."""
+    changed: list[tuple[nn.Module, str, bool]] = []
+
+    def switch(module: nn.Module, flag: str, value: bool) -> None:
+        if getattr(module, flag) != value:
+            changed.append((module, flag, getattr(module, flag)))
+            setattr(module, flag, value)
+
+    try:
+        for model, mode in ((student, bn), (teacher, "eval")):
+            for module in () if model is None else model.modules():
+                is_bn = isinstance(module, nn.modules.batchnorm._BatchNorm)
+                switch(module, "training", is_bn and mode != "eval")
+                if is_bn and mode == "batch":
+                    # With nothing tracked, one in training mode neither reads nor writes running statistics.
+                    switch(module, "track_running_stats", False)
+        yield
+    finally:
+        for module, flag, value in reversed(changed):
+            setattr(module, flag, value)
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    logits = model(x)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{type(model).__name__} must return a tensor of logits, got {type(logits).__name__}")
+    if logits.dim() != 2 or len(logits) != len(x):
+        raise ValueError(
+            f"{type(model).__name__} must return logits (N, C) with N = {len(x)}, got {tuple(logits.shape)}"
+        )
+    return logits
+
+
+def _moving_sides(z_s: Tensor, z_t: Tensor | None, gradients: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The logits that have a gradient, and their gradients."""
+    sides = gradients if isinstance(gradients, (tuple, list)) else (gradients, None)
+    if len(sides) != 2:
+        raise ValueError(f"an objective must return one gradient or a pair of them, got {len(sides)}")
+    outputs, grads = [], []
+    for name, z, gradient in (("student", z_s, sides[0]), ("teacher", z_t, sides[1])):
+        if gradient is None:
+            continue
+        if z is None or not isinstance(gradient, Tensor) or gradient.shape != z.shape:
+            got = tuple(gradient.shape) if isinstance(gradient, Tensor) else type(gradient).__name__
+            want = (
+                "no gradient, there are no such logits"
+                if z is None
+                else f"a tensor of shape {tuple(z.shape)}"
+            )
+            raise ValueError(f"the objective's {name} gradient must be {want}, got {got}")
+        if not z.requires_grad:
+            raise ValueError(
+                f"the objective gave a gradient for the {name}'s logits, which do not depend on x_adv differentiably"
+            )
+        outputs.append(z)
+        grads.append(gradient.to(z.dtype))
+    if not outputs:
+        raise ValueError("the objective returned no gradient for either side")
+    return outputs, grads
+
+
+def _scaled_rows(grads: list[Tensor]) -> list[Tensor]:
+    """Each row's gradients divided by their largest entry, one factor for both sides."""
+    wide = [g.float() for g in grads]
+    largest = torch.stack([g.abs().amax(1, keepdim=True) for g in wide]).amax(0)
+    factor = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return [(w / factor).to(g.dtype) for w, g in zip(wide, grads, strict=True)]
+
+
+def _randn(like: Tensor, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
+    # Drawn in the order of the shape, so that a seed means the same start in every memory format.
+    return torch.randn(like.shape, generator=generator, dtype=dtype, device=like.device)
+
+
+def _rand(like: Tensor, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
+    return torch.rand(like.shape, generator=generator, dtype=dtype, device=like.device)
+
+
+def _detached(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach()
+
+
+def _rows(index: Tensor, *tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t[index] for t in tensors]
+
+
+def _networks_format(x: Tensor, student: nn.Module, teacher: nn.Module | None) -> Tensor:
+    """x in the memory format of the prepared networks, so that it is converted once and not at every step."""
+    formats = {m.memory_format for m in (student, teacher) if isinstance(m, PreparedModel)}
+    if x.dim() == 4 and torch.channels_last in formats:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def _in_format_of(result: Tensor, x: Tensor) -> Tensor:
+    if result.stride() == x.stride():
+        return result
+    return torch.empty_like(x).copy_(result)
+
+
+def _addresses(model: nn.Module | None) -> tuple[int, ...]:
+    """What tells one network, at its place in memory, from another."""
+    if model is None:
+        return ()
+    return (id(model), *(t.data_ptr() for t in (*model.parameters(), *model.buffers())))
+
+
+def _layout(t: Tensor | None) -> Any:
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
+
+
+def _autocast_state(device: torch.device) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _checked_clip(
+    clip: tuple[float | None, float | None] | None,
+) -> tuple[float | None, float | None] | None:
+    if clip is None:
+        return None
+    if not isinstance(clip, (tuple, list)) or len(clip) != 2:
+        raise ValueError(f"clip must be a pair (lowest, highest) or None, got {clip!r}")
+    low, high = (None if bound is None else float(bound) for bound in clip)
+    if any(bound is not None and math.isnan(bound) for bound in (low, high)) or (
+        low is not None and high is not None and low >= high
+    ):
+        raise ValueError(f"clip must be a pair with lowest < highest, got {clip!r}")
+    return low, high

@@ -1,0 +1,194 @@
+"""What an attack maximises, as a map from logits to logit gradients.
+
+Note [Objective contract]
+~~~~~~~~~~~~~~~~~~~~~~~~~
+An objective is called with ``(student_logits, teacher_logits, labels)``, all detached, and returns the gradient of
+what the attack *maximises*, summed over the rows: the student's gradient, or the pair (student's, teacher's). A
+gradient has the shape and dtype of its logits; None means that side does not move. No loss value, no scalar and no
+graph is made, and a built-in objective reads nothing back from the device, so a whole attack can be one CUDA graph.
+
+An attack's step uses only the direction of each image's gradient (its sign, or the gradient divided by its own
+norm), so a row may be scaled by any positive factor. Where that matters (float16, whose smallest number is 6e-8),
+the attack scales each row to at most 1.
+
+Attributes, all optional on a user's own callable:
+
+* ``teacher``: what the attack evaluates the teacher on. "moving": on x_adv, with its gradient (the default where a
+  teacher is given); "detached": on x_adv, its gradient unused; "clean": on x, once; "none": never.
+* ``needs_labels``: a missing ``labels`` is refused at the door (default False).
+* ``score(student_logits, teacher_logits, labels)``: a value for each row, larger is better, by which restarts keep the
+  best; required for restarts.
+* ``success(student_logits, teacher_logits, labels)``: a bool for each row; required for early stopping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afm_kernels import softmax_kl_div, softmax_kl_div_grad
+
+__all__ = ["OBJECTIVES", "CrossEntropy", "FixedTeacher", "Margin", "Mismatch", "create_objective"]
+
+LogitGradients = Tensor | tuple[Tensor | None, Tensor | None]
+Objective = Callable[[Tensor, Any, Any], LogitGradients]
+
+
+class Mismatch:
+    """KL(teacher ‖ student) with both networks at x_adv: where do they differ most within the ball?
+
+    The inner maximum of AdvFunMatch (arXiv 2305.14700) and of AdaAD (CVPR 2023).
+
+    Args:
+        temperature: divides both logits.
+        teacher_gradient: differentiate through the teacher too. AdaAD's code does; False is the cheaper variant, which
+            still evaluates the teacher at x_adv.
+    """
+
+    needs_labels = False
+
+    def __init__(self, temperature: float = 1.0, teacher_gradient: bool = True) -> None:
+        self.temperature = temperature
+        self.teacher = "moving" if teacher_gradient else "detached"
+
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None
+    ) -> LogitGradients:
+        wrt = ("student", "teacher") if self.teacher == "moving" else ("student",)
+        gradients = softmax_kl_div_grad(student_logits, teacher_logits, temperature=self.temperature, wrt=wrt)
+        return (gradients[0], gradients[1]) if self.teacher == "moving" else gradients[0]
+
+    def score(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
+        return softmax_kl_div(student_logits, teacher_logits, temperature=self.temperature, reduction="none")
+
+
+class FixedTeacher:
+    """KL(teacher(x) ‖ student(x_adv)): the teacher's logits at the clean images are computed once.
+
+    RSLAD's attack; with no teacher it is TRADES's, whose target is the student's own clean output.
+
+    Args:
+        temperature: divides both logits.
+    """
+
+    teacher = "clean"
+    needs_labels = False
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        self.temperature = temperature
+
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None
+    ) -> LogitGradients:
+        return softmax_kl_div_grad(
+            student_logits, teacher_logits, temperature=self.temperature, wrt=("student",)
+        )[0]
+
+    def score(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
+        return softmax_kl_div(student_logits, teacher_logits, temperature=self.temperature, reduction="none")
+
+
+class _Labelled:
+    """What cross-entropy and margin share: the labels, and when an image counts as broken."""
+
+    teacher = "none"
+    needs_labels = True
+
+    def __init__(self, targeted: bool = False) -> None:
+        self.targeted = targeted
+
+    def score(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
+        # The margin for both objectives: it is positive exactly where the attack has succeeded, so restarts never
+        # trade a broken image for an unbroken one, which the highest cross-entropy could.
+        best_other = _other_logits(student_logits, labels).amax(1)
+        own = student_logits.gather(1, labels[:, None]).squeeze(1)
+        return own - best_other if self.targeted else best_other - own
+
+    def success(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
+        hit = student_logits.argmax(1) == labels
+        return hit if self.targeted else ~hit
+
+
+class CrossEntropy(_Labelled):
+    """Cross-entropy to the labels: PGD as in Madry et al. (2018), and ARD's, IAD's and MART's attack.
+
+    Args:
+        targeted: the labels are targets, and the attack lowers their cross-entropy.
+    """
+
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
+    ) -> LogitGradients:
+        column = labels[:, None]
+        # p − onehot, with the label's entry as −Σ of the others: p − 1 rounds to 0 for a confident network, and the
+        # gradient would then lose the one class that matters.
+        wide = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+        others = student_logits.softmax(1, dtype=wide).scatter(1, column, 0.0)
+        gradient = others.scatter(1, column, -others.sum(1, keepdim=True)).to(student_logits.dtype)
+        return gradient.neg_() if self.targeted else gradient
+
+
+class Margin(_Labelled):
+    """C&W's margin: the best other logit minus the label's (targeted: the target's minus the best other).
+
+    Args:
+        targeted: the labels are targets.
+        confidence: an image whose margin has reached this stops moving, as in Carlini and Wagner (2017). The default
+            never stops one; RSLAD's and TRADES's evaluation code uses 50, which seldom binds.
+    """
+
+    def __init__(self, targeted: bool = False, confidence: float = float("inf")) -> None:
+        super().__init__(targeted)
+        self.confidence = confidence
+
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
+    ) -> LogitGradients:
+        column = labels[:, None]
+        own = student_logits.gather(1, column)
+        best_other, other_column = _other_logits(student_logits, labels).max(1, keepdim=True)
+        up = own if self.targeted else best_other
+        down = best_other if self.targeted else own
+        moving = (up - down < self.confidence).to(student_logits.dtype)
+        up_column, down_column = (column, other_column) if self.targeted else (other_column, column)
+        gradient = torch.zeros_like(student_logits).scatter(1, up_column, moving)
+        return gradient.scatter(1, down_column, -moving)
+
+
+def _other_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.scatter(1, labels[:, None], float("-inf"))
+
+
+OBJECTIVES: dict[str, type] = {
+    "mismatch": Mismatch,
+    "fixed_teacher": FixedTeacher,
+    "cross_entropy": CrossEntropy,
+    "margin": Margin,
+}
+
+
+def create_objective(name: str, *, targeted: bool = False, temperature: float = 1.0) -> Objective:
+    """The objective of that name.
+
+    Args:
+        name: a key of ``OBJECTIVES``.
+        targeted: for ``cross_entropy`` and ``margin``.
+        temperature: for ``mismatch`` and ``fixed_teacher``.
+
+    Raises:
+        ValueError: an unknown name, or an option that this objective does not have.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)} or a callable, got {name!r}")
+    labelled = issubclass(OBJECTIVES[name], _Labelled)
+    if targeted and not labelled:
+        raise ValueError(f"targeted=True needs objective 'cross_entropy' or 'margin', got {name!r}")
+    if temperature != 1.0 and labelled:
+        raise ValueError(f"temperature needs objective 'mismatch' or 'fixed_teacher', got {name!r}")
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    objective: Objective = OBJECTIVES[name](targeted) if labelled else OBJECTIVES[name](temperature)
+    return objective
