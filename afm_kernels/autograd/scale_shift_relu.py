@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from afm_kernels import ops, reference
-from afm_kernels.autograd.fused import refuse_forward_mode
 
 
 class ScaleShiftReLUFunction(torch.autograd.Function):
@@ -19,7 +18,7 @@ class ScaleShiftReLUFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, backend: str
     ) -> Tensor:
         output = ops.kernel("scale_shift_relu_forward", x.device.type, backend)(x, scale, shift, residual)
@@ -29,7 +28,7 @@ class ScaleShiftReLUFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         output, scale, x = ctx.saved_tensors
         wrt_x, wrt_scale, wrt_shift, wrt_residual, _ = ctx.needs_input_grad
         grad_x = grad_residual = None
@@ -51,5 +50,3 @@ class ScaleShiftReLUFunction(torch.autograd.Function):
             grad_residual if wrt_residual else None,
             None,
         )
-
-    jvp = staticmethod(refuse_forward_mode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from afm_kernels import ops, reference
 from afm_kernels.autograd.scale_shift_relu import ScaleShiftReLUFunction
@@ -25,7 +26,8 @@ def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor |
     Returns:
         A tensor with the shape, dtype and dense memory format of ``x``, computed in float32 (float64 if a
         tensor is) and rounded once. A NaN stays NaN, as in ``torch.relu``. Gradients flow to ``x`` and
-        ``residual`` in one more pass; those by ``scale`` and ``shift``, where asked for, are plain PyTorch.
+        ``residual`` in one more pass; those by ``scale`` and ``shift``, second derivatives, forward mode and
+        the transforms of torch.func are served by plain PyTorch.
 
     Raises:
         ValueError, TypeError: an argument is not as above.
@@ -55,7 +57,8 @@ def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor |
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
 
-    if torch._C._are_functorch_transforms_active():  # plain PyTorch under any transform, compiled or not
+    # Plain PyTorch under any torch.func transform and in forward mode, compiled or not.
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return reference.scale_shift_relu(x, scale, shift, residual)
     backend = ops.backend_for("scale_shift_relu_forward", x.device.type)
     if torch.is_grad_enabled() and (
