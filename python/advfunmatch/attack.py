@@ -34,7 +34,6 @@ __all__ = ["PGDAttack", "input_gradient"]
 NORMS = ("linf", "l2")
 INITS = ("gaussian", "uniform", "zero")
 BN_MODES = ("eval", "batch", "train")
-GAUSSIAN_SCALE = 0.001  # the start of TRADES, RSLAD and AdaAD: x + 0.001·N(0, 1)
 
 
 class PGDAttack:
@@ -279,21 +278,7 @@ class PGDAttack:
         return _in_format_of(result, x)
 
     def _start(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if self.init == "zero":
-            noise, scale = torch.zeros_like(x, dtype=dtype), 0.0
-        elif self.init == "gaussian":
-            noise, scale = _randn(x, generator, dtype), GAUSSIAN_SCALE
-        elif self.norm == "linf":
-            noise, scale = _rand(x, generator, dtype).mul_(2).sub_(1), self.eps
-        else:
-            # uniform in the l2 ball: a direction, times the radius of a uniform volume
-            noise = _randn(x, generator, dtype)
-            rows = noise.flatten(1)
-            radius = _rand(rows[:, :1], generator, dtype).pow_(1 / rows.shape[1])
-            radius = radius / rows.norm(dim=1, keepdim=True)
-            noise, scale = noise * radius.view(-1, *[1] * (x.dim() - 1)), self.eps
-        return pgd_start(x, noise, noise_scale=scale, eps=self.eps, norm=self.norm, clip=self.clip)
+        return pgd_start(x, eps=self.eps, init=self.init, norm=self.norm, clip=self.clip, generator=generator)
 
     def _step(self, x_adv: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
         return pgd_step(
@@ -614,15 +599,6 @@ def _scaled_rows(grads: list[Tensor]) -> list[Tensor]:
     largest = torch.stack([g.abs().amax(1, keepdim=True) for g in wide]).amax(0)
     factor = torch.where(largest > 0, largest, torch.ones_like(largest))
     return [(w / factor).to(g.dtype) for w, g in zip(wide, grads, strict=True)]
-
-
-def _randn(like: Tensor, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
-    # Drawn in the order of the shape, so that a seed means the same start in every memory format.
-    return torch.randn(like.shape, generator=generator, dtype=dtype, device=like.device)
-
-
-def _rand(like: Tensor, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
-    return torch.rand(like.shape, generator=generator, dtype=dtype, device=like.device)
 
 
 def _detached(t: Tensor | None) -> Tensor | None:
