@@ -1,0 +1,255 @@
+"""The mathematics of a row, as Triton functions that every kernel of ``softmax_kl`` and ``distillation`` shares.
+
+With s' = s/T, t' = t/T, q = softmax(s') and p = softmax(t'), let d = s' - t' and u = log q - log p. For any constant c
+near the mean of d under p, with x = d - c,
+
+    r = E_p[x],  a = E_p[expm1(x) - x],  λ = log E_p[exp x] = log1p(a + r),  u = x - λ,  KL(p‖q) = λ - r
+
+Note [Near and far]
+~~~~~~~~~~~~~~~~~~~
+expm1(x) - x is evaluated by its series where |x| < 1/2 (*near*), because the closed form cancels there; elsewhere
+(*far*) by the closed form, in which p·eˣ is known already: it is the student's exponential times the row's factor
+exp(max_s' - max_t' - c) · z_t/z_s-free. No third exponential is taken. A row with KL >= 1 takes its value from the
+normalisers (*direct* form), which is exact there and cannot overflow.
+
+Note [Excluded classes]
+~~~~~~~~~~~~~~~~~~~~~~~
+A class is excluded on a side whose logit is -inf. d is -inf where only the student excludes it, +inf where only the
+teacher does, NaN where both do. ``tl.minimum`` drops a NaN, so clamping d to ±FAR leaves +FAR, with a weight p of
+exactly 0, where the teacher excludes the class, and no further mask is needed. A row in which d reaches -inf has
+KL = +inf. A masked lane of a tile is -inf on both sides: an excluded class like any other.
+
+Note [Row offset]
+~~~~~~~~~~~~~~~~~
+s - t is exact where the logits are close, and loses digits where one side carries an offset that the other has
+not. Then a whole number near the difference of the maxima is taken off s first, which is exact.
+
+Note [Row scalars]
+~~~~~~~~~~~~~~~~~~
+What a gradient needs of its row, in the order of the columns of ``row_stats``:
+
+    max_s, 1/z_s, max_t, 1/z_t     of the logits as they came, and of exp((logit - max)/T)
+    centre, tail                   u = (d - centre) - tail
+    slope_p                        ∂KL/∂t = -p·(u + slope_p)/T; JS: E_p[log m - log p]
+    slope_q                        Jeffreys: E_q[u]; JS: E_q[log q - log m]; distillation: 1/z of the student at T = 1
+
+The normalisers of a row that has no gradient (its loss is not finite) are NaN, so that its gradient is.
+"""
+
+import triton
+import triton.language as tl
+
+# With the interpreter on, kernels run on CPU tensors; Triton decides this when a kernel is defined.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+KL = tl.constexpr(0)
+JEFFREYS = tl.constexpr(2)
+JS = tl.constexpr(3)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INF = tl.constexpr(
+    float("inf")
+)  # INF - INF is NaN, which as a global constant Triton takes for one that changes
+
+# Stands for ±inf in d. Large enough that no float32 logits that mean anything are so far apart, small enough
+# that a sum of 2^26 of them is finite.
+FAR = tl.constexpr(1e30)
+# Below this the series serves. At 1/2, 8 terms give float32's last digit and 15 give float64's.
+NEAR = tl.constexpr(0.5)
+# exp2 of this times a float32 is finite; a row whose factor is clamped takes the direct form.
+MAX_EXPONENT = tl.constexpr(80.0)
+
+
+@triton.jit
+def scalar(value, dtype: tl.constexpr):
+    """A float argument (float64 in every signature, so that 1/T is exact enough) in the accumulation dtype."""
+    return tl.full([], value, dtype)
+
+
+@triton.jit
+def stored_as(x, dtype: tl.constexpr):
+    """x rounded to nearest, to the dtype that it is stored in."""
+    if dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+        if INTERPRETED:  # which truncates, where the hardware rounds
+            bits = x.to(tl.int32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def expm1_minus_identity(x):
+    """exp(x) - 1 - x by its Taylor series; good for |x| < 1/2. See Note [Near and far]."""
+    if x.dtype == tl.float64:
+        tail = x * (1.0 / 17.0)
+        for n in tl.static_range(16, 2, -1):
+            tail = (tail + 1.0) * (x * (1.0 / n))
+        return (tail + 1.0) * (x * x * 0.5)
+    else:
+        tail = x * 2.4801587e-5 + 1.9841270e-4
+        tail = tail * x + 1.3888889e-3
+        tail = tail * x + 8.3333333e-3
+        tail = tail * x + 4.1666667e-2
+        tail = tail * x + 1.6666667e-1
+        tail = tail * x + 0.5
+        return tail * (x * x)
+
+
+@triton.jit
+def atanh_tail(z, TERMS: tl.constexpr):
+    """atanh(z)/z - 1 = z²/3 + z⁴/5 + …, the first TERMS terms."""
+    square = z * z
+    tail = square * (1.0 / (2 * TERMS + 1))
+    for n in tl.static_range(TERMS - 1, 0, -1):
+        tail = (tail + 1.0 / (2 * n + 1)) * square
+    return tail
+
+
+@triton.jit
+def log1p_row(y):
+    """log(1 + y) for -1/2 < y < e - 1, to the last digit near 0, where the hardware's logarithm has none left."""
+    z = y / (y + 2.0)
+    if y.dtype == tl.float64:
+        return 2.0 * z + 2.0 * z * atanh_tail(z, 24)
+    else:
+        return 2.0 * z + 2.0 * z * atanh_tail(z, 10)
+
+
+@triton.jit
+def row_offset(max_s, max_t):
+    """The whole number to take off s before t is subtracted. See Note [Row offset]."""
+    gap = max_s - max_t
+    return tl.where((tl.abs(gap) > 8.0) & (tl.abs(gap) < FAR), tl.floor(gap), 0.0)
+
+
+@triton.jit
+def clamp_far(d):
+    """d within ±FAR, and +FAR where it is NaN. See Note [Excluded classes]."""
+    return tl.maximum(tl.minimum(d, FAR), -FAR)
+
+
+@triton.jit
+def row_scalars(max_s, z_s, max_t, z_t, offset, c, r, a, lowest, inv_t):
+    """centre, tail and KL of a row from its sums; see the head of the file.
+
+    ``r`` and ``a`` are E_p[x] and E_p[expm1(x) - x] for x = d - c; ``lowest`` is the least d, -inf where the
+    student excludes a class that the teacher has.
+    """
+    log_ratio = (max_s - offset - max_t) * inv_t + (tl.log(z_s) - tl.log(z_t))
+    direct = (log_ratio - c) - r
+    centred = (direct < 1.0) & (tl.abs(r) < 0.5) & (lowest > -INF)
+    tail = log1p_row(tl.where(centred, a + r, 0.0))
+    kl = tl.where(centred, tl.maximum(tail - r, 0.0), direct)
+    # Adding keeps the NaN of a row that has no distribution at all.
+    kl = tl.where(lowest == -INF, kl + INF, kl)
+    return tl.where(centred, c, log_ratio), tl.where(centred, tail, 0.0), kl
+
+
+@triton.jit
+def jeffreys_terms(p, q, u):
+    """p·u·expm1(u), whose sum is KL(p‖q) + KL(q‖p), and q·u. Never negative term by term."""
+    near = tl.abs(u) < NEAR
+    value = tl.where(near, p * u * (u + expm1_minus_identity(u)), (q - p) * u)
+    return value, q * u
+
+
+@triton.jit
+def js_logs(u, beta):
+    """log m - log p and log q - log m for m = β p + (1 - β) q."""
+    gamma = 1.0 - beta
+    near = tl.abs(u) < NEAR
+    v = gamma * (u + expm1_minus_identity(u))
+    z = v / (v + 2.0)
+    if u.dtype == tl.float64:
+        series = 2.0 * z + 2.0 * z * atanh_tail(z, 13)
+    else:
+        series = 2.0 * z + 2.0 * z * atanh_tail(z, 5)
+    # exp of a negative number only: u of either sign and any size is safe
+    fall = tl.exp2(-tl.abs(u) * LOG2E)
+    log_mix = tl.log(tl.where(u > 0, gamma + beta * fall, beta + gamma * fall))
+    m_over_p = tl.where(near, series, log_mix + tl.maximum(u, 0.0))
+    q_over_m = tl.where(near, u - series, tl.minimum(u, 0.0) - log_mix)
+    return m_over_p, q_over_m
+
+
+@triton.jit
+def js_terms(p, q, u, beta):
+    """A class's share of JS, and p·(log m - log p), q·(log q - log m).
+
+    With y = expm1(u) and v = (1 - β) y the share is p·((1 - β)·G - H), G = u·y - (y - u) and
+    H = (1 + v)·log1p(v) - v: the first-order terms, which sum to nothing, are gone before they can cancel.
+    """
+    gamma = 1.0 - beta
+    near = tl.abs(u) < NEAR
+    rest = expm1_minus_identity(u)
+    y = u + rest
+    v = gamma * y
+    z = v / (v + 2.0)
+    if u.dtype == tl.float64:
+        bend = atanh_tail(z, 13)
+    else:
+        bend = atanh_tail(z, 5)
+    series = 2.0 * z + 2.0 * z * bend
+    value_near = p * (gamma * (u * y - rest) - v * (z + (1.0 + z) * bend))
+    fall = tl.exp2(-tl.abs(u) * LOG2E)
+    log_mix = tl.log(tl.where(u > 0, gamma + beta * fall, beta + gamma * fall))
+    value_far = tl.where(u > 0, -beta * p, gamma * q) * u - (beta * p + gamma * q) * log_mix
+    m_over_p = tl.where(near, series, log_mix + tl.maximum(u, 0.0))
+    q_over_m = tl.where(near, u - series, tl.minimum(u, 0.0) - log_mix)
+    return tl.where(near, value_near, value_far), p * m_over_p, q * q_over_m
+
+
+@triton.jit
+def row_gradients(
+    s, t, max_s, rz_s, max_t, rz_t, centre, tail, slope_p, slope_q, inv_t, beta, DIVERGENCE: tl.constexpr
+):
+    """T times the gradients of a row's loss to s and to t. The row's scalars broadcast against s and t."""
+    p = tl.exp2((t - max_t) * (inv_t * LOG2E)) * rz_t
+    q = tl.exp2((s - max_s) * (inv_t * LOG2E)) * rz_s
+    d = clamp_far(((s - row_offset(max_s, max_t)) - t) * inv_t)
+    u = (d - centre) - tail
+    if DIVERGENCE == JS:
+        m_over_p, q_over_m = js_logs(u, beta)
+        grad_s = (1.0 - beta) * q * (q_over_m - slope_q)
+        grad_t = beta * p * (slope_p - m_over_p)
+    else:
+        # q - p = p·expm1(u) keeps the digits, and with them the sign, where student and teacher agree.
+        grad_s = tl.where(tl.abs(u) < NEAR, p * (u + expm1_minus_identity(u)), q - p)
+        grad_t = -p * (u + slope_p)
+        if DIVERGENCE == JEFFREYS:
+            difference = grad_s
+            grad_s = difference + q * (u - slope_q)
+            grad_t = grad_t - difference
+    return grad_s, grad_t
+
+
+@triton.jit
+def cross_entropy(max_s, z_1, mean_below, label_logit, label, ignore_index, smoothing):
+    """-(1 - ε) log q_y - ε mean(log q) at temperature 1; ``mean_below`` is the mean of s - max_s."""
+    log_z = tl.log(z_1)
+    hard = log_z - (label_logit - max_s)
+    # smoothing 1 leaves the label out, unless it is no class at all
+    hard = tl.where(hard == INF, tl.where(smoothing == 1.0, 0.0, hard), (1.0 - smoothing) * hard)
+    soft = tl.where(smoothing == 0.0, 0.0, smoothing * (log_z - mean_below))
+    return tl.where(label == ignore_index, 0.0, hard + soft)
+
+
+@triton.jit
+def mixed_value(kl, hard, alpha, temperature):
+    """(1 - α) CE + α T² KL; a term of factor 0 is not looked at."""
+    soft = tl.where(alpha == 0.0, 0.0, alpha * temperature * temperature * kl)
+    return soft + tl.where(alpha == 1.0, 0.0, (1.0 - alpha) * hard)
+
+
+@triton.jit
+def mixed_gradients(
+    s, is_label, is_class, ignored, classes, max_s, rz_1, grad_s, grad_t, alpha, temperature, smoothing
+):
+    """T times the gradients of ``mixed_value``, from T times those of KL."""
+    factor = alpha * temperature * temperature
+    q = tl.exp2((s - max_s) * LOG2E) * rz_1
+    target = tl.where(is_label, 1.0 - smoothing, 0.0) + tl.where(is_class, smoothing / classes, 0.0)
+    hard = tl.where(ignored, 0.0, (1.0 - alpha) * temperature * (q - target))
+    grad_s = tl.where(alpha == 1.0, 0.0, hard) + tl.where(alpha == 0.0, 0.0, factor * grad_s)
+    return grad_s, tl.where(alpha == 0.0, 0.0, factor * grad_t)
