@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afm_kernels.autograd.fused import fused_backward, fused_forward, refuse_forward_mode
+from afm_kernels.autograd.fused import fused_backward, fused_forward
 
 
 class DistillationFunction(torch.autograd.Function):
@@ -46,5 +46,3 @@ class DistillationFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return *fused_backward(ctx, grad_loss), *(None,) * 10
-
-    jvp = staticmethod(refuse_forward_mode)

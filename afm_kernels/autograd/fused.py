@@ -8,7 +8,8 @@ which only torch.func needs. So each loss has an old-style Function, and under a
 Note [Second derivatives] ~~~~~~~~~~~~~~~~~~~~~~~~~ A backward that is itself recorded (create_graph=True,
 torch.func.grad) runs the reference's formulas, which are plain differentiable PyTorch, whatever the backend:
 every higher derivative then comes from PyTorch. A compiled graph has no double backward, and PyTorch says so.
-Forward mode is refused.
+Forward mode is refused at the public boundary: torch.compile
+takes no Function that has a ``jvp`` to refuse it with.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def prefers_recompute(student: Tensor, teacher: Tensor, backend: str) -> bool:
 
 
 def refuse_forward_mode(*_: Any) -> NoReturn:
-    """The ``jvp`` of every Function here."""
+    """Raises the one sentence about forward mode. Without it an operator would drop the tangents."""
     raise RuntimeError(
         "forward-mode derivatives (jvp, jacfwd, hessian) of afm_kernels losses are not supported; use reverse mode "
         "(grad, vjp, jacrev)"

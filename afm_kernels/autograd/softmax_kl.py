@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afm_kernels.autograd.fused import fused_backward, fused_forward, refuse_forward_mode
+from afm_kernels.autograd.fused import fused_backward, fused_forward
 
 
 class SoftmaxKLDivFunction(torch.autograd.Function):
@@ -67,5 +67,3 @@ class SoftmaxKLDivFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return *fused_backward(ctx, grad_loss), None, None, None, None, None, None, None, None
-
-    jvp = staticmethod(refuse_forward_mode)

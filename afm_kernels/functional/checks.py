@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from afm_kernels.autograd.fused import refuse_forward_mode
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -48,6 +51,10 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, dim: int) -> Lo
             f"teacher_logits is on {teacher_logits.device} and student_logits on {student_logits.device}; "
             "they must be on one device"
         )
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(logits).tangent is not None for logits in (student_logits, teacher_logits)
+    ):
+        refuse_forward_mode()
     last = len(shape) - 1
     if dim != -1 and dim != last:
         if not isinstance(dim, int):

@@ -83,7 +83,8 @@ def rows_of(student: Tensor, teacher: Tensor, temperature: float) -> Rows:
     student, teacher = student.to(dtype), teacher.to(dtype)
     student_excluded, teacher_excluded = student == -torch.inf, teacher == -torch.inf
     log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
-    q, p = log_q.exp(), log_p.exp()
+    # Not exp(log_q): that carries the rounding of log_q, which grows with its size.
+    q, p = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
 
     # Direct form. A row that is no distribution is NaN in all its classes; NaN + inf is NaN.
     delta = (log_q - log_p).masked_fill(student_excluded & teacher_excluded, 0)
