@@ -59,12 +59,12 @@ from typing import Any
 import torch
 
 from afm_kernels import reference
+from afm_kernels.reference.softmax_kl import ROW_STATS, accumulation_dtype
 from afm_kernels.version import __version__
 
 DIVERGENCES = ("kl", "reverse_kl", "jeffreys", "js")
 REDUCTIONS = ("none", "sum")
 NORMS = ("linf", "l2")
-ROW_STATS = 8  # columns of row_stats, room for every backend's row scalars
 
 _KL = "Tensor student, Tensor teacher, Tensor? row_weight, "
 _DISTILLATION = "Tensor student, Tensor teacher, Tensor labels, Tensor? row_weight, "
@@ -125,13 +125,7 @@ for _name, _signature in SCHEMAS.items():
         _each.define(_name + _signature, tags=torch.Tag.pt2_compliant_tag)
 
 
-# Fakes: shapes, dtypes and strides of the outputs, for torch.compile and torch.export.
-# ---------------------------
-
-
-def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """float64 if any of ``tensors`` is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+# Fakes: shapes, dtypes and strides of the outputs, for torch.compile and torch.export. -------------------------
 
 
 def _fake_loss(student: torch.Tensor, teacher: torch.Tensor, reduction: int) -> torch.Tensor:
@@ -211,8 +205,7 @@ for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"afm_kernels_triton::{_name}", _fake, lib=_triton_library)
 
 
-# Backends: who is there, and who serves what.
-# ----------------------------------------------------------------------
+# Backends: who is there, and who serves what. --------------------------------------------------------------------
 
 
 def _load_compiled_module(backend: str) -> str:

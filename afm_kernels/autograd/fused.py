@@ -1,15 +1,17 @@
 """What the autograd Functions of the fused losses share.
 
-Note [Two kinds of Function] ~~~~~~~~~~~~~~~~~~~~~~~~~~~~ An eager call costs 8 µs through a Function whose
-``forward`` takes ``ctx``, and 42 to 50 µs through one with ``setup_context`` (measured on two shared cores),
-which only torch.func needs. So each loss has an old-style Function, and under an active torch.func transform
-``TransformedLoss`` stands in for all of them.
+Note [Two kinds of Function]
+~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+An eager call costs 8 µs through a Function whose ``forward`` takes ``ctx``, and 42 to 50 µs through one with
+``setup_context`` (measured on two shared cores), which only torch.func needs. So each loss has an old-style
+Function, and under an active torch.func transform ``TransformedLoss`` stands in for all of them.
 
-Note [Second derivatives] ~~~~~~~~~~~~~~~~~~~~~~~~~ A backward that is itself recorded (create_graph=True,
-torch.func.grad) runs the reference's formulas, which are plain differentiable PyTorch, whatever the backend:
-every higher derivative then comes from PyTorch. A compiled graph has no double backward, and PyTorch says so.
-Forward mode is refused at the public boundary: torch.compile
-takes no Function that has a ``jvp`` to refuse it with.
+Note [Second derivatives]
+~~~~~~~~~~~~~~~~~~~~~~~~~
+A backward that is itself recorded (create_graph=True, torch.func.grad) runs the reference's formulas, which are
+plain differentiable PyTorch, whatever the backend: every higher derivative then comes from PyTorch. A compiled
+graph has no double backward, and PyTorch says so. Forward mode is refused: by ``TransformedLoss`` under torch.func,
+else at the public boundary, since torch.compile takes no Function that has a ``jvp`` to refuse it with.
 """
 
 from __future__ import annotations

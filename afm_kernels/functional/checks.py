@@ -51,8 +51,10 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, dim: int) -> Lo
             f"teacher_logits is on {teacher_logits.device} and student_logits on {student_logits.device}; "
             "they must be on one device"
         )
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(logits).tangent is not None for logits in (student_logits, teacher_logits)
+    if (
+        forward_ad._current_level >= 0
+        and not torch._C._are_functorch_transforms_active()
+        and any(forward_ad.unpack_dual(side).tangent is not None for side in (student_logits, teacher_logits))
     ):
         refuse_forward_mode()
     last = len(shape) - 1

@@ -1,7 +1,9 @@
 """Divergences between softmax(student / T) and softmax(teacher / T), straight from logits.
 
-Note [Hard rows] ~~~~~~~~~~~~~~~~ What every backend returns where logits are extreme; q is the student's
-softmax, p the teacher's, γ = 1 - β. NaN gradients fill their row on both sides and leave other rows alone.
+Note [Hard rows]
+~~~~~~~~~~~~~~~~
+What every backend returns where logits are extreme; q is the student's softmax, p the teacher's, γ = 1 - β. NaN
+gradients fill their row on both sides and leave other rows alone.
 
 | row                            | kl              | reverse_kl      | jeffreys | js                              |
 |--------------------------------|-----------------|-----------------|----------|---------------------------------|
@@ -25,9 +27,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from afm_kernels import ops
-from afm_kernels.autograd.fused import Call, prefers_recompute, transformed_loss
+from afm_kernels.autograd.fused import Call, prefers_recompute, refuse_forward_mode, transformed_loss
 from afm_kernels.autograd.softmax_kl import SoftmaxKLDivFunction
 from afm_kernels.functional.checks import (
     check_between,
@@ -170,6 +173,8 @@ def softmax_kl_div_grad(
     if row_weight is not None:
         row_weight = check_row_weight(row_weight, logits)
     wrt_student, wrt_teacher = _sides(wrt)
+    if forward_ad._current_level >= 0 and torch._C._are_functorch_transforms_active():
+        refuse_forward_mode()  # no Function below that would
     student, teacher = logits.student, logits.teacher
     device_type = student.device.type
     with torch.no_grad():

@@ -36,9 +36,11 @@ def row_cross_entropy(
     smooth = 0.0
     if label_smoothing != 0:
         smooth = label_smoothing / log_q.shape[-1]
-        value = (1 - label_smoothing) * value if label_smoothing != 1 else value.masked_fill(value.isinf(), 0)
+        value = (
+            (1 - label_smoothing) * value if label_smoothing != 1 else 0 * value.masked_fill(value.isinf(), 0)
+        )
         value = value - smooth * log_q.sum(-1, keepdim=True)
-    grad = log_q.exp() - (1 - label_smoothing) * is_label - smooth
+    grad = log_q.exp() - (1 - label_smoothing) * is_label.to(dtype) - smooth
     grad = grad.masked_fill(~value.isfinite(), torch.nan)
     return value.masked_fill(ignored, 0), grad.masked_fill(ignored, 0)
 

@@ -37,7 +37,8 @@ def row_dkl(
     dtype = accumulation_dtype(student, teacher)
     s, t = student.to(dtype), teacher.to(dtype)
     student_excluded, teacher_excluded = s == -torch.inf, t == -torch.inf
-    value = torch.zeros_like(s[..., :1])
+    # 0, or NaN in a row that is no distribution, even where a mask or class weights hide what spoils it.
+    value = 0 * (s.detach().amax(-1, keepdim=True) + t.detach().amax(-1, keepdim=True))
     to_student, to_teacher = torch.zeros_like(s), torch.zeros_like(t)
     if alpha != 0:
         log_q, p = (s / temperature).log_softmax(-1), (t / temperature).softmax(-1).detach()
@@ -59,9 +60,7 @@ def row_dkl(
         divisor = total.where(total != 0, 1)
         off = (d - (weight * d).sum(-1, keepdim=True) / divisor).masked_fill(left_out, 0)
         off = off - (weight * off).sum(-1, keepdim=True) / divisor  # what rounding left of the mean
-        # A row that is no distribution is NaN also where class weights hide the class that spoils it.
-        spoilt = (s.detach().amax(-1, keepdim=True) + t.detach().amax(-1, keepdim=True)) * 0
-        squared = total / 2 * (weight * off * off).sum(-1, keepdim=True) + spoilt
+        squared = total / 2 * (weight * off * off).sum(-1, keepdim=True)
         value = value + beta * torch.where(missing, squared + torch.inf, squared)
         grad = beta * (total * weight * off)
         to_teacher = to_teacher + grad

@@ -1,7 +1,6 @@
 """Divergences between two softmaxes, in plain PyTorch: the definition that every kernel is compared with.
 
-With s' = s/T, t' = t/T, q = softmax(s') (student), p = softmax(t') (teacher) and δ = log q - log p, a row is
-worth
+With s' = s/T, t' = t/T, q = softmax(s') (student), p = softmax(t') (teacher), δ = log q - log p, a row is worth
 
     kl           Σ p (log p - log q)           ∂/∂s = (q - p)/T              ∂/∂t = -p (δ + KL)/T
     reverse_kl   Σ q (log q - log p)           the same with student and teacher exchanged
@@ -9,9 +8,10 @@ worth
     js           β KL(p‖m) + γ KL(q‖m)         ∂/∂s = γ q (b - E_q[b])/T     ∂/∂t = β p (a - E_p[a])/T
                  m = β p + γ q, γ = 1 - β      b = log q - log m             a = log p - log m
 
-Note [Centred form] ~~~~~~~~~~~~~~~~~~~ Σ p (log p - log q) cancels when q is close to p. With d = s' - t', μ
-= E_p[d], x = d - μ and r = E_p[x] (0 but for rounding), log E_p[exp x] = log1p(E_p[expm1(x) - x] + r) =: L,
-and then
+Note [Centred form]
+~~~~~~~~~~~~~~~~~~~
+Σ p (log p - log q) cancels when q is close to p. With d = s' - t', μ = E_p[d], x = d - μ, r = E_p[x] (0 but for
+rounding) and L = log E_p[exp x] = log1p(E_p[expm1(x) - x] + r),
 
     KL = L - r,    δ = x - L,    q - p = p expm1(δ),    -p (δ + KL) = -p (x - r)
 
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 KL, REVERSE_KL, JEFFREYS, JS = range(4)  # indices into ops.DIVERGENCES
-ROW_STATS = 8
+ROW_STATS = 8  # columns of row_stats, room for every backend's row scalars
 
 # exp(x) - 1 - x is taken by its series below this, where the closed form cancels.
 _SERIES_BELOW = 0.5
