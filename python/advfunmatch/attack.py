@@ -223,7 +223,8 @@ class PGDAttack:
             teacher = None
         best = best_score = None
         for _ in range(self.restarts):
-            x_adv = self._start(x_inner, generator)
+            # From the caller's x: noise is drawn in memory order, so a seed means one start however x is converted.
+            x_adv = _networks_format(self._start(x, generator), student, teacher)
             for _ in range(self.steps):
                 gradient = self._input_gradient(student, teacher, x_adv, labels, teacher_logits)
                 x_adv = self._step(x_adv, gradient, x_inner)

@@ -325,10 +325,11 @@ def test_the_random_state_can_be_saved_and_continued(student, teacher, images) -
     assert torch.equal(resumed(student, teacher, images), want)
 
 
-def test_a_start_is_the_same_in_every_memory_format(student, teacher, images) -> None:
+def test_a_seed_means_the_same_start_for_prepared_networks(student, teacher, images) -> None:
+    prepared = prepare_for_attack(student), prepare_for_attack(teacher)
     starts = [
-        PGDAttack(eps=EPS, step_size=STEP, steps=0, init="uniform", seed=3)(student, teacher, x)
-        for x in (images, images.contiguous(memory_format=torch.channels_last))
+        PGDAttack(eps=EPS, step_size=STEP, steps=0, init="uniform", seed=3)(*networks, images)
+        for networks in ((student, teacher), prepared)
     ]
     assert torch.equal(*starts)
 
