@@ -1,0 +1,48 @@
+"""Data by name: `load_dataset("digits", split="train")`, `load_dataset("folder:PATH", split="test")`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..errors import InputError, one_of
+from .dataset import ImageDataset, as_float, choose
+from .digits import load_digits
+from .folder import load_folder
+from .npz import load_npz
+
+__all__ = ["SPLITS", "ImageDataset", "as_float", "load_dataset"]
+
+SPLITS = ("train", "test")
+BUNDLED: dict[str, Callable[[str], ImageDataset]] = {"digits": load_digits}
+AT_PATH: dict[str, Callable[[str, str, int | None], ImageDataset]] = {"folder": load_folder, "npz": load_npz}
+
+
+def load_dataset(name: str, *, split: str, limit: int | None = None) -> ImageDataset:
+    """Read one split of a data set into memory.
+
+    Args:
+        name: ``digits``, ``folder:PATH`` or ``npz:PATH``.
+        split: ``"train"`` or ``"test"``.
+        limit: keep this many images, drawn at random with a fixed seed; None keeps all.
+
+    Returns:
+        The images (uint8, N×C×H×W), labels and class names.
+
+    Raises:
+        InputError: if there is no such data, or it cannot be read.
+
+    >>> data = load_dataset("digits", split="test")
+    >>> len(data), data.image_size, data.num_classes
+    (360, (8, 8), 10)
+    """
+    if split not in SPLITS:
+        raise one_of("split", split, SPLITS)
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}, but must be at least 1")
+    if name in BUNDLED:
+        data = BUNDLED[name](split)
+        return data.subset(choose(len(data), limit))
+    kind, colon, path = name.partition(":")
+    if colon and kind in AT_PATH:
+        return AT_PATH[kind](path, split, limit)
+    raise one_of("data", name, [*BUNDLED, *(f"{kind}:PATH" for kind in AT_PATH)])

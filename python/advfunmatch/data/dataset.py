@@ -1,0 +1,73 @@
+"""Labelled images held as one tensor, on the device that trains on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """All images of one split.
+
+    Attributes:
+        name: the name it was loaded by.
+        split: ``"train"`` or ``"test"``.
+        images: (N, C, H, W), uint8 (0 to 255) or float32 (0 to 1).
+        labels: (N,), int64.
+        class_names: one for each class; its length is the number of classes.
+    """
+
+    name: str
+    split: str
+    images: torch.Tensor
+    labels: torch.Tensor
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def in_channels(self) -> int:
+        return self.images.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.images.shape[2], self.images.shape[3]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return as_float(self.images[index]), int(self.labels[index])
+
+    def to(self, device: torch.device | str) -> ImageDataset:
+        """The same set on another device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def subset(self, indices: torch.Tensor) -> ImageDataset:
+        """The images at `indices`, in that order."""
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+
+def as_float(images: torch.Tensor) -> torch.Tensor:
+    """float32 images in [0, 1] from stored ones.
+
+    >>> as_float(torch.tensor([0, 255], dtype=torch.uint8))
+    tensor([0., 1.])
+    """
+    return images.to(torch.float32) / 255 if images.dtype == torch.uint8 else images
+
+
+def choose(total: int, limit: int | None, seed: int = 0) -> torch.Tensor:
+    """Sorted indices of `limit` items drawn at random without replacement, or of all of them."""
+    if limit is None or limit >= total:
+        return torch.arange(total)
+    if limit < 1:
+        raise InputError(f"limit is {limit}, but must be at least 1")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(total, generator=generator)[:limit].sort().values

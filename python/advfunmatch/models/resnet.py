@@ -1,0 +1,111 @@
+"""ResNet-18/34/50 with the CIFAR stem: a 3×3 convolution of stride 1 and no max-pooling (He et al., 2016).
+
+Parameter names are torchvision's, so a saved state dict also loads into ``torchvision.models.resnet18`` after its
+``conv1`` and ``maxpool`` have been replaced.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.relu2 = nn.ReLU()
+        self.downsample = _downsample(in_planes, planes, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.relu2(out + shortcut)
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.relu2 = nn.ReLU()
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * planes)
+        self.relu3 = nn.ReLU()
+        self.downsample = _downsample(in_planes, 4 * planes, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.relu2(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.relu3(out + shortcut)
+
+
+def _downsample(in_planes: int, out_planes: int, stride: int) -> nn.Module | None:
+    if stride == 1 and in_planes == out_planes:
+        return None
+    return nn.Sequential(nn.Conv2d(in_planes, out_planes, 1, stride, bias=False), nn.BatchNorm2d(out_planes))
+
+
+class ResNet(nn.Module):
+    """A residual network on small images; `depths` is the number of blocks in each of its four stages."""
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: tuple[int, ...],
+        num_classes: int,
+        in_channels: int,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU()
+        in_planes = 64
+        stages = []
+        for stage, depth in enumerate(depths):
+            planes = 64 * 2**stage
+            blocks = nn.Sequential()
+            for index in range(depth):
+                blocks.append(block(in_planes, planes, 2 if stage > 0 and index == 0 else 1))
+                in_planes = planes * block.expansion
+            stages.append(blocks)
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(in_planes, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        return self.fc(self.avgpool(out).flatten(1))
+
+
+def resnet18(num_classes: int, in_channels: int) -> ResNet:
+    """ResNet-18, 11.2 million parameters."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, in_channels)
+
+
+def resnet34(num_classes: int, in_channels: int) -> ResNet:
+    """ResNet-34, 21.3 million parameters."""
+    return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, in_channels)
+
+
+def resnet50(num_classes: int, in_channels: int) -> ResNet:
+    """ResNet-50, 23.5 million parameters."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, in_channels)
