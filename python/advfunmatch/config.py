@@ -1,0 +1,158 @@
+"""The one configuration of a training run: its fields, their help, and the checks on them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from .errors import InputError, one_of
+from .methods import get_method
+from .schedule import SCHEDULES
+
+REDUCTIONS = ("batchmean", "mean", "sum")
+
+NORMS = ("linf", "l2")
+INITS = ("gaussian", "uniform", "zero")
+BN_MODES = ("eval", "batch", "train")
+
+# What a setting is when neither the user nor the method says.
+FALLBACKS: dict[str, Any] = {
+    "temperature": 1.0,
+    "reduction": "batchmean",
+    "scale_by_t2": False,
+    "teacher_input": "adversarial",
+    "teacher_gradient": True,
+    "attack_init": "gaussian",
+    "attack_bn": "eval",
+}
+
+
+def _field(help: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what a run computes.
+
+    Settings whose default is the method's, and `step_size`, are None until `resolve` fills them in; their types are
+    those of a resolved configuration, which is what everything but the command line works with.
+    """
+
+    data: str = field(metadata={"help": "digits, folder:PATH or npz:PATH"})
+    model: str = field(
+        metadata={"help": "network to train, e.g. small_cnn, small_cnn-8, resnet18, wrn-34-10"}
+    )
+    method: str = field(metadata={"help": "row of the method table, e.g. advfunmatch"})
+    out: str = field(metadata={"help": "folder for checkpoint.pt, metrics.jsonl and result.json"})
+    teacher: str | None = _field("checkpoint of the teacher, for methods that match one")
+    epochs: int = _field("passes over the training images", 30)
+    batch_size: int = _field("images a step", 128)
+    limit: int | None = _field("train on this many images, drawn at random with a fixed seed")
+    eval_limit: int | None = _field("final evaluation on this many test images instead of all")
+    seed: int = _field("fixes weights, order and attacks", 0)
+
+    lr: float = _field("peak learning rate", 0.1)
+    momentum: float = _field("SGD momentum (Nesterov)", 0.9)
+    weight_decay: float = _field("weight decay of SGD", 5e-4)
+    schedule: str = _field("learning-rate schedule: " + ", ".join(SCHEDULES), "cosine")
+    label_smoothing: float = _field("smoothing of the labels in cross-entropy terms", 0.0)
+
+    eps: float = _field("radius of the attack ball, e.g. 8/255 or 0.15", 8 / 255)
+    step_size: float = _field("step of the attack [default: eps/4]")
+    steps: int = _field("steps of the attack", 10)
+    norm: str = _field("norm of the ball: " + ", ".join(NORMS), "linf")
+    attack_init: str = _field("start of the attack: " + ", ".join(INITS) + " [default: the method's]")
+    attack_bn: str = _field(
+        "batch norm during the attack: " + ", ".join(BN_MODES) + " [default: the method's]"
+    )
+
+    temperature: float = _field("divides the logits that are matched [default: the method's]")
+    reduction: str = _field("of the KL terms: " + ", ".join(REDUCTIONS) + " [default: the method's]")
+    scale_by_t2: bool = _field("multiply matched terms by temperature² [default: the method's]")
+    teacher_input: str = _field("the teacher sees adversarial or clean images [default: the method's]")
+    teacher_gradient: bool = _field("attack through the teacher too [default: the method's]")
+
+    eval_every: int = _field("monitor clean and PGD-10 accuracy every so many epochs; 0 never", 1)
+    monitor_images: int = _field("test images used for that", 500)
+    device: str = _field("cpu, cuda, or auto", "auto")
+    overwrite: bool = _field("replace a run that DIR already holds", False)
+
+    def resolve(self) -> TrainConfig:
+        """The configuration with every None that has a default filled in, after checking each value.
+
+        Raises:
+            InputError: naming the first setting that cannot be used, its value, and what is allowed.
+        """
+        method = get_method(self.method)
+        filled: dict[str, Any] = {}
+        for name, fallback in FALLBACKS.items():
+            if getattr(self, name) is None:
+                filled[name] = method.defaults[name].value if name in method.defaults else fallback
+        if self.step_size is None:
+            filled["step_size"] = self.eps / 4
+        config = replace(self, **filled)
+
+        for name in ("epochs", "batch_size", "steps", "monitor_images"):
+            _at_least(name, getattr(config, name), 1)
+        for name in ("limit", "eval_limit"):
+            if getattr(config, name) is not None:
+                _at_least(name, getattr(config, name), 1)
+        for name in ("seed", "eval_every"):
+            _at_least(name, getattr(config, name), 0)
+        for name in ("lr", "eps", "step_size", "temperature"):
+            _positive(name, getattr(config, name))
+        if config.norm == "linf" and config.eps > 1:
+            raise InputError(
+                f"eps is {config.eps:g}, but images lie in [0, 1], so it must be at most 1 (try 8/255)"
+            )
+        for name in ("momentum", "weight_decay", "label_smoothing"):
+            value = getattr(config, name)
+            if not (math.isfinite(value) and 0 <= value < 1):
+                raise InputError(f"{name} is {value:g}, but must be at least 0 and below 1")
+        for name, allowed in (
+            ("schedule", SCHEDULES),
+            ("norm", NORMS),
+            ("attack_init", INITS),
+            ("attack_bn", BN_MODES),
+            ("reduction", REDUCTIONS),
+            ("teacher_input", ("adversarial", "clean")),
+        ):
+            if getattr(config, name) not in allowed:
+                raise one_of(name, getattr(config, name), allowed)
+        if method.needs_teacher and config.teacher is None:
+            raise InputError(f"method {config.method!r} matches a teacher, so teacher must name a checkpoint")
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return asdict(self)
+
+
+def setting_names() -> tuple[str, ...]:
+    """The names of all fields of a configuration."""
+    return tuple(field.name for field in fields(TrainConfig))
+
+
+def parse_number(text: str | float) -> float:
+    """A number, or a fraction such as 8/255.
+
+    >>> parse_number("8/255") == 8 / 255
+    True
+    """
+    try:
+        numerator, slash, denominator = str(text).partition("/")
+        return float(numerator) / float(denominator) if slash else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"{text!r} is not a number or a fraction such as 8/255") from None
+
+
+def _at_least(name: str, value: int, lowest: int) -> None:
+    if value < lowest:
+        raise InputError(f"{name} is {value}, but must be at least {lowest}")
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(f"{name} is {value:g}, but must be positive and finite")

@@ -1,0 +1,248 @@
+"""Accuracy under attack, and fidelity: how far a student is from its teacher, on clean and on mismatched examples.
+
+Every figure is a percentage of, or a mean over, all the images it was given; attacks are the same for every model.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afm_kernels import softmax_kl_div
+
+from .attack import PGDAttack
+from .data import ImageDataset, as_float
+from .errors import InputError, one_of
+
+BATCH_SIZE = 500
+MISMATCH_STEPS = 20
+
+
+@dataclass
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        accuracies: attack name to accuracy in percent.
+        agreement: percentage of clean images on which student and teacher predict the same class.
+        agreement_mismatched: the same on mismatched examples.
+        kl_clean: mean KL(teacher ‖ student) on clean images, in nats.
+        kl_mismatched: the same on mismatched examples, found by PGD on that KL through both networks.
+        images: number of test images.
+        settings: eps, norm, seed and the attacks' parameters.
+        attack_seconds: time for each attack.
+        warnings: what AutoAttack found suspicious.
+    """
+
+    accuracies: dict[str, float]
+    images: int
+    settings: dict[str, Any]
+    agreement: float | None = None
+    agreement_mismatched: float | None = None
+    kl_clean: float | None = None
+    kl_mismatched: float | None = None
+    attack_seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the accuracies at the top level; fidelity is left out where no teacher was given."""
+        values = asdict(self)
+        accuracies = values.pop("accuracies")
+        return accuracies | {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every attack of one evaluation shares."""
+
+    eps: float
+    norm: str
+    seed: int
+    batch_size: int
+    num_classes: int
+
+
+def _clean(model: nn.Module, images: Tensor, labels: Tensor, setup: Setup) -> Tensor:
+    return images
+
+
+def _pgd(steps: int) -> Callable[[nn.Module, Tensor, Tensor, Setup], Tensor]:
+    def run(model: nn.Module, images: Tensor, labels: Tensor, setup: Setup) -> Tensor:
+        attack = PGDAttack(
+            "cross_entropy",
+            norm=setup.norm,
+            eps=setup.eps,
+            step_size=setup.eps / 4,
+            steps=steps,
+            init="uniform",
+            seed=setup.seed,
+        )
+        parts = zip(images.split(setup.batch_size), labels.split(setup.batch_size), strict=True)
+        return torch.cat([attack(model, None, x, y) for x, y in parts])
+
+    return run
+
+
+def _auto_attack(model: nn.Module, images: Tensor, labels: Tensor, setup: Setup) -> Tensor:
+    from pyautoattack import AutoAttack
+
+    kwargs: dict[str, Any] = {"version": "standard"}
+    if setup.num_classes < 4:
+        # The targeted DLR loss needs the third and fourth largest logit.
+        kwargs = {"version": "custom", "attacks": ["apgd-ce", "fab", "square"]}
+    norm = {"linf": "Linf", "l2": "L2"}[setup.norm]
+    adversary = AutoAttack(model, device=images.device, eps=setup.eps, norm=norm, seed=setup.seed, **kwargs)
+    targets = min(9, setup.num_classes - 1)
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
+    x_adv, _ = adversary.run_standard_evaluation(images, labels, batch_size=setup.batch_size)
+    return x_adv
+
+
+# name -> (what it is, the function that returns the attacked images)
+ATTACKS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor, Setup], Tensor]]] = {
+    "clean": ("no attack", _clean),
+    "pgd10": ("PGD on cross-entropy, 10 steps of eps/4, uniform start", _pgd(10)),
+    "pgd20": ("PGD on cross-entropy, 20 steps of eps/4, uniform start", _pgd(20)),
+    "autoattack": ("AutoAttack, standard version, through pyautoattack", _auto_attack),
+}
+
+
+def check_attacks(names: Sequence[str]) -> None:
+    """InputError for a name that is no attack, or for none at all."""
+    for name in names:
+        if name not in ATTACKS:
+            raise one_of("attack", name, ATTACKS)
+    if not names:
+        raise InputError(f"attacks is empty, but must name one or more of: {', '.join(ATTACKS)}")
+
+
+def evaluate(
+    model: nn.Module,
+    data: ImageDataset,
+    attacks: Sequence[str],
+    *,
+    eps: float,
+    norm: str = "linf",
+    seed: int = 0,
+    teacher: nn.Module | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Evaluation:
+    """Measure a model on every image of `data`.
+
+    Args:
+        model: maps images in [0, 1] to logits; it is put into eval mode meanwhile.
+        data: the images and labels.
+        attacks: names in `ATTACKS`.
+        eps: radius of the ball of every attack.
+        norm: ``"linf"`` or ``"l2"``.
+        seed: seeds every attack, so that the same call gives the same figures.
+        teacher: measures fidelity to this network too.
+        batch_size: images attacked at a time.
+
+    Returns:
+        Accuracies in percent, fidelity where there is a teacher, settings and times.
+
+    Raises:
+        InputError: for an unknown attack.
+    """
+    check_attacks(attacks)
+    device = next(model.parameters()).device
+    images, labels = as_float(data.images).to(device), data.labels.to(device)
+    setup = Setup(eps, norm, seed, batch_size, data.num_classes)
+    settings = {
+        "eps": eps,
+        "norm": norm,
+        "seed": seed,
+        "attacks": {name: ATTACKS[name][0] for name in attacks},
+    }
+    result = Evaluation({}, len(data), settings)
+    with _frozen(model), _frozen(teacher), _autoattack_warnings(result.warnings):
+        for name in attacks:
+            started = time.perf_counter()
+            x_adv = ATTACKS[name][1](model, images, labels, setup)
+            correct = _logits(model, x_adv, batch_size).argmax(1) == labels
+            result.accuracies[name] = _percent(correct)
+            result.attack_seconds[name] = round(time.perf_counter() - started, 3)
+        if teacher is not None:
+            _measure_fidelity(result, model, teacher, images, setup)
+    return result
+
+
+def mismatched_examples(
+    model: nn.Module, teacher: nn.Module, images: Tensor, *, eps: float, norm: str, seed: int, batch_size: int
+) -> Tensor:
+    """Images in the ball on which KL(teacher ‖ model) is largest, as far as PGD finds them."""
+    attack = PGDAttack("mismatch", norm=norm, eps=eps, step_size=eps / 4, steps=MISMATCH_STEPS, seed=seed)
+    return torch.cat([attack(model, teacher, x) for x in images.split(batch_size)])
+
+
+def _measure_fidelity(
+    result: Evaluation, model: nn.Module, teacher: nn.Module, images: Tensor, setup: Setup
+) -> None:
+    mismatched = mismatched_examples(
+        model, teacher, images, eps=setup.eps, norm=setup.norm, seed=setup.seed, batch_size=setup.batch_size
+    )
+    result.settings["mismatched"] = (
+        f"PGD on KL(teacher ‖ student), {MISMATCH_STEPS} steps of eps/4, gaussian start"
+    )
+    for suffix, x in (("clean", images), ("mismatched", mismatched)):
+        ours, theirs = _logits(model, x, setup.batch_size), _logits(teacher, x, setup.batch_size)
+        agreement = _percent(ours.argmax(1) == theirs.argmax(1))
+        kl = float(softmax_kl_div(ours.double(), theirs.double()))
+        if suffix == "clean":
+            result.agreement, result.kl_clean = agreement, kl
+        else:
+            result.agreement_mismatched, result.kl_mismatched = agreement, kl
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+    return torch.cat([model(x) for x in images.split(batch_size)])
+
+
+def _percent(flags: Tensor) -> float:
+    return round(100 * float(flags.double().mean()), 2)
+
+
+@contextmanager
+def _frozen(model: nn.Module | None) -> Iterator[None]:
+    """In eval mode and without parameter gradients for a while."""
+    if model is None:
+        yield
+        return
+    training = model.training
+    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in moving:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in moving:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _autoattack_warnings(into: list[str]) -> Iterator[None]:
+    """Collect what AutoAttack warns about (masked gradients, randomised outputs) instead of printing it."""
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            into.append(record.getMessage())
+
+    logger, handler = logging.getLogger("auto-attack"), Collector(logging.WARNING)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

@@ -1,0 +1,94 @@
+"""What a run shows while it works: a bar on a terminal, a line now and then anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+QUIET_SECONDS = 15.0  # between the lines of a run whose output is not a terminal
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:,.0f} images/s")
+
+
+class TrainingProgress:
+    """Images a second and the time left, as a rich bar on a terminal and as quiet lines elsewhere.
+
+    Args:
+        label: what is being trained.
+        total: images in the whole run.
+        done: images of it that an earlier run has done.
+    """
+
+    def __init__(self, label: str, total: int, done: int = 0) -> None:
+        self.label, self.total, self.first = label, total, done
+        self.done, self.note = done, ""
+        self.console = Console(stderr=True)
+        self.started = self.last_line = time.monotonic()
+        self.bar: Progress | None = None
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.percentage:3.0f}%"),
+                _Rate(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+            )
+            self.task = self.bar.add_task(label, total=total, completed=done, note="")
+
+    def __enter__(self) -> TrainingProgress:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+        elif kind is None:
+            self._line()
+
+    def advance(self, images: int) -> None:
+        """Count `images` more as done."""
+        self.done += images
+        if self.bar:
+            self.bar.advance(self.task, images)
+        elif time.monotonic() - self.last_line > QUIET_SECONDS:
+            self._line()
+
+    def say(self, note: str) -> None:
+        """Replace the text at the end of the bar, such as the last epoch's accuracies."""
+        self.note = note
+        if self.bar:
+            self.bar.update(self.task, note=note)
+
+    def _line(self) -> None:
+        now = time.monotonic()
+        self.last_line = now
+        rate = (self.done - self.first) / max(now - self.started, 1e-9)
+        left = (self.total - self.done) / rate if rate else float("inf")
+        share = self.done / max(self.total, 1)
+        ending = "done" if self.done >= self.total else f"{_clock(left)} left"
+        print(
+            f"{self.label}: {share:4.0%}, {rate:,.0f} images/s, {ending}  {self.note}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _clock(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

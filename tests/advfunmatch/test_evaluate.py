@@ -1,0 +1,97 @@
+"""Evaluation: figures against what the attacks give when called by hand, and repeatability."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from advfunmatch import InputError, evaluate, load_dataset, load_model
+from pyautoattack import AutoAttack
+
+EPS = 0.1
+
+
+@pytest.fixture(scope="module")
+def small_test() -> object:
+    return load_dataset("digits", split="test", limit=24)
+
+
+def test_clean_accuracy_and_fidelity_by_hand(teacher: str) -> None:
+    data = load_dataset("digits", split="test")
+    model = load_model(teacher)
+    other = load_model(teacher)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.02)
+        x = data.images.float() / 255
+        ours, theirs = model(x), other(x)
+    result = evaluate(model, data, ["clean"], eps=EPS, teacher=other)
+    assert result.accuracies["clean"] == pytest.approx(
+        100 * float((ours.argmax(1) == data.labels).double().mean()), abs=0.01
+    )
+    assert result.agreement == pytest.approx(
+        100 * float((ours.argmax(1) == theirs.argmax(1)).double().mean()), abs=0.01
+    )
+    kl = F.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="batchmean", log_target=True)
+    assert result.kl_clean == pytest.approx(float(kl), rel=1e-3)
+    assert result.kl_mismatched > 2 * result.kl_clean
+
+
+def test_a_network_agrees_with_itself(teacher: str, small_test) -> None:  # type: ignore[no-untyped-def]
+    model = load_model(teacher)
+    result = evaluate(model, small_test, ["clean"], eps=EPS, teacher=load_model(teacher))
+    assert result.agreement == result.agreement_mismatched == 100
+    assert result.kl_clean == pytest.approx(0, abs=1e-9)
+    assert result.kl_mismatched == pytest.approx(0, abs=1e-9)
+
+
+def nearest_mean_classifier() -> torch.nn.Module:
+    """A linear digit classifier, fast enough for AutoAttack's thousands of queries."""
+    train = load_dataset("digits", split="train")
+    images = train.images.flatten(1).float() / 255
+    means = torch.stack([images[train.labels == digit].mean(0) for digit in range(10)])
+    linear = torch.nn.Linear(64, 10)
+    with torch.no_grad():
+        linear.weight.copy_(means)
+        linear.bias.copy_(-means.square().sum(1) / 2)
+    return torch.nn.Sequential(torch.nn.Flatten(), linear)
+
+
+def test_autoattack_equals_a_call_by_hand(small_test) -> None:  # type: ignore[no-untyped-def]
+    model = nearest_mean_classifier()
+    result = evaluate(model, small_test, ["clean", "pgd20", "autoattack"], eps=0.05, seed=1)
+    images = small_test.images.float() / 255
+    adversary = AutoAttack(model, eps=0.05, norm="Linf", seed=1)
+    x_adv, _ = adversary.run_standard_evaluation(images, small_test.labels, batch_size=500)
+    by_hand = 100 * float((model(x_adv).argmax(1) == small_test.labels).double().mean())
+    assert 0 < by_hand < 100, "neither all nor none, or the comparison says nothing"
+    assert result.accuracies["autoattack"] == pytest.approx(by_hand, abs=0.01)
+    assert result.accuracies["autoattack"] <= result.accuracies["pgd20"] <= result.accuracies["clean"]
+
+
+def test_same_seed_same_figures_and_the_model_is_left_as_it_was(teacher: str, small_test) -> None:  # type: ignore[no-untyped-def]
+    model = load_model(teacher).train().requires_grad_(True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first = evaluate(model, small_test, ["pgd20"], eps=EPS, seed=5)
+    again = evaluate(model, small_test, ["pgd20"], eps=EPS, seed=5)
+    assert first.accuracies == again.accuracies
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_three_classes_are_attacked_too(small_test) -> None:  # type: ignore[no-untyped-def]
+    from dataclasses import replace
+
+    torch.manual_seed(0)
+    three = replace(small_test.subset(small_test.labels < 3), class_names=("0", "1", "2"))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    result = evaluate(model, three, ["autoattack"], eps=0.05)
+    assert 0 <= result.accuracies["autoattack"] <= 100
+
+
+def test_unknown_attack_lists_what_there_is(teacher: str, small_test) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InputError, match=r"attack is 'pdg', but must be one of: clean, .*autoattack"):
+        evaluate(load_model(teacher), small_test, ["pdg"], eps=EPS)
+    with pytest.raises(InputError, match="attacks is empty"):
+        evaluate(load_model(teacher), small_test, [], eps=EPS)

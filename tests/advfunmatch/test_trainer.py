@@ -1,0 +1,193 @@
+"""The loop: what it writes, that it learns, that a seed decides everything, and what stops it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import advfunmatch.checkpoint
+import advfunmatch.trainer
+import pytest
+import torch
+from advfunmatch import InputError, TrainConfig, TrainingDiverged, load_dataset, load_model, train
+from advfunmatch.config import setting_names
+from advfunmatch.methods import METHODS, Method
+
+MakeConfig = Callable[..., TrainConfig]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_writes_its_run(make_config: MakeConfig, teacher: str, method: str) -> None:
+    needs_teacher = METHODS[method].needs_teacher
+    config = make_config(method=method, teacher=teacher if needs_teacher else None)
+    result = train(config)
+    out = Path(config.out)
+    assert json.loads((out / "result.json").read_text()) == result
+    assert 0 <= result["pgd20"] <= 100
+    assert result["clean"] > 15, "worse than chance on ten classes"
+    assert ("agreement" in result) == needs_teacher
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert rows[1]["loss"] < rows[0]["loss"]
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "metrics.jsonl", "result.json"]
+
+
+def test_checkpoint_says_what_it_is_and_gives_the_measured_network(make_config: MakeConfig) -> None:
+    config = make_config()
+    result = train(config)
+    path = Path(config.out) / "checkpoint.pt"
+    stored = torch.load(path, weights_only=True)
+    assert stored["model"] == "small_cnn-4"
+    assert (stored["num_classes"], stored["in_channels"], stored["image_size"]) == (10, 1, [8, 8])
+    assert stored["config"] == result["config"]
+    assert set(stored["config"]) == set(setting_names())
+    model = load_model(path)
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    test = load_dataset("digits", split="test", limit=60)
+    correct = model(test.images.float() / 255).argmax(1) == test.labels
+    assert round(100 * correct.double().mean().item(), 2) == result["clean"]
+
+
+def test_the_seed_decides_every_bit(make_config: MakeConfig, teacher: str, tmp_path: Path) -> None:
+    def weights(name: str, seed: int) -> dict[str, torch.Tensor]:
+        out = tmp_path / name
+        torch.rand(len(name))  # whatever ran before must not matter
+        train(make_config(method="advfunmatch", teacher=teacher, seed=seed, out=out))
+        return torch.load(out / "checkpoint.pt", weights_only=True)["state_dict"]
+
+    first, again, other = weights("a", 3), weights("again", 3), weights("other", 4)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["fc.weight"], other["fc.weight"])
+
+
+def test_every_image_once_an_epoch_in_changing_order() -> None:
+    data = load_dataset("digits", split="test")
+    marked = data.subset(torch.arange(50))
+    marked = type(marked)(
+        "marked", "train", torch.arange(50.0).view(50, 1, 1, 1), torch.arange(50), marked.class_names
+    )
+    epochs = [
+        torch.cat([y for _, y in advfunmatch.trainer.batches(marked, 16, 0, epoch)]) for epoch in range(2)
+    ]
+    assert all(order.sort().values.tolist() == list(range(50)) for order in epochs)
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+def test_adversarial_training_resists_attacks_that_ordinary_training_does_not(
+    make_config: MakeConfig, teacher: str, tmp_path: Path
+) -> None:
+    settings = {
+        "model": "small_cnn-8",
+        "epochs": 6,
+        "limit": None,
+        "eval_limit": None,
+        "steps": 5,
+        "eps": 0.1,
+    }
+    ordinary = train(make_config(method="ce", out=tmp_path / "ce", **settings))
+    robust = train(make_config(method="pgd_at", out=tmp_path / "at", **settings))
+    assert robust["pgd20"] > ordinary["pgd20"] + 20
+
+
+def test_nan_loss_stops_and_keeps_the_last_checkpoint(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def loss_that_breaks(logits, config):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        return METHODS["ce"].loss(logits, config) * (float("nan") if len(calls) == 6 else 1)
+
+    broken = Method("ce", "", None, loss_that_breaks, needs_teacher=False, needs_labels=True, source="")
+    monkeypatch.setattr(advfunmatch.trainer, "get_method", lambda name: broken)
+    config = make_config(epochs=4, batch_size=50)
+    with pytest.raises(TrainingDiverged, match=r"nan at step 6 .*last good checkpoint is '.*checkpoint\.pt'"):
+        train(config)
+    kept = torch.load(Path(config.out) / "checkpoint.pt", weights_only=True)
+    assert kept["epoch"] == 1
+    assert all(value.isfinite().all() for value in kept["state_dict"].values())
+
+
+def test_full_disk_keeps_the_last_checkpoint(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    real, saves = os.fsync, []
+
+    def fsync_on_a_disk_that_fills_up(descriptor: int) -> None:
+        if os.fstat(descriptor).st_size > 5000:  # only the checkpoint is that large
+            saves.append(1)
+            if len(saves) == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync_on_a_disk_that_fills_up)
+    config = make_config()
+    with pytest.raises(
+        InputError, match=r"checkpoint\.pt': No space left on device; what it held before is untouched"
+    ):
+        train(config)
+    out = Path(config.out)
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] == 1
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "metrics.jsonl"]
+
+
+def test_an_existing_run_is_not_replaced_unasked(make_config: MakeConfig) -> None:
+    train(make_config(epochs=1))
+    with pytest.raises(InputError, match=r"already holds a run.*--overwrite"):
+        train(make_config(epochs=1))
+    train(make_config(epochs=1, overwrite=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0, but must be at least 1"),
+        ({"eps": 0.0}, "eps is 0, but must be positive"),
+        ({"eps": float("nan")}, "eps is nan"),
+        ({"eps": 8.0}, "eps is 8, .*try 8/255"),
+        ({"step_size": -1.0}, "step_size is -1"),
+        ({"temperature": 0.0}, "temperature is 0"),
+        ({"lr": float("inf")}, "lr is inf"),
+        ({"limit": 0}, "limit is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"momentum": 1.0}, "momentum is 1"),
+        ({"method": "advfunmtch"}, "method is 'advfunmtch', but must be one of: .*advfunmatch"),
+        ({"model": "resnet"}, "model is 'resnet', but must be one of: small_cnn"),
+        ({"data": "cifar"}, "data is 'cifar', but must be one of: digits"),
+        ({"norm": "l1"}, "norm is 'l1', but must be one of: linf, l2"),
+        ({"reduction": "none"}, "reduction is 'none'"),
+        ({"attack_init": "normal"}, "attack_init is 'normal'"),
+        ({"schedule": "step"}, "schedule is 'step'"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"method": "advfunmatch"}, "matches a teacher"),
+        ({"method": "funmatch", "teacher": "absent.pt"}, "teacher 'absent.pt' does not exist"),
+    ],
+)
+def test_bad_settings_are_named_before_anything_is_written(
+    make_config: MakeConfig, settings: dict[str, object], message: str
+) -> None:
+    config = make_config(**settings)
+    with pytest.raises(InputError, match=message):
+        train(config)
+    assert not Path(config.out).exists()
+
+
+def test_teacher_of_other_data_is_refused(make_config: MakeConfig, teacher: str, tmp_path: Path) -> None:
+    import numpy as np
+
+    images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 2, 3])
+    np.savez(tmp_path / "four.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    config = make_config(method="funmatch", teacher=teacher, data=f"npz:{tmp_path / 'four.npz'}")
+    with pytest.raises(InputError, match=r"teacher .* has num_classes = 10, but data .* has 4"):
+        train(config)
+    grey_labels = np.arange(10)
+    colour = np.zeros((10, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "ten.npz", x_train=colour, y_train=grey_labels, x_test=colour, y_test=grey_labels)
+    config = make_config(method="funmatch", teacher=teacher, data=f"npz:{tmp_path / 'ten.npz'}")
+    with pytest.raises(InputError, match=r"teacher .* has in_channels = 1, but data .* has 3"):
+        train(config)
