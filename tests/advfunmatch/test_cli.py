@@ -1,0 +1,205 @@
+"""The command line: what it writes, and one sentence with exit code 2 for whatever it cannot do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from advfunmatch.cli import run
+
+TRAIN = ["train", "--data", "digits", "--model", "small_cnn-4", "--method", "ce", "--epochs", "1"]
+TRAIN += ["--eps", "0.15", "--limit", "100", "--eval-limit", "20"]
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run, check the manner of the refusal, and return its sentence."""
+    capsys.readouterr()
+    assert run(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_train_then_evaluate(tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "train",
+        "--data",
+        "digits",
+        "--model",
+        "small_cnn-4",
+        "--method",
+        "advfunmatch",
+        "--teacher",
+        teacher,
+    ]
+    arguments += [
+        "--epochs",
+        "1",
+        "--eps",
+        "8/255",
+        "--seed",
+        "0",
+        "--limit",
+        "100",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert run(arguments) == 0
+    assert "PGD-20" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert stored["config"]["eps"] == 8 / 255
+
+    checkpoint, out = str(tmp_path / "run" / "checkpoint.pt"), tmp_path / "new" / "figures.json"
+    arguments = [
+        "evaluate",
+        "--checkpoint",
+        checkpoint,
+        "--data",
+        "digits",
+        "--attacks",
+        "clean,pgd20,autoattack",
+    ]
+    assert run([*arguments, "--eps", "0.2", "--limit", "30", "--out", str(out)]) == 0
+    figures = json.loads(out.read_text())
+    assert figures["images"] == 30
+    assert figures["autoattack"] <= figures["clean"]
+    assert figures["teacher"] == teacher
+    assert {"agreement", "kl_clean", "kl_mismatched"} <= set(figures)
+
+
+def test_as_a_module_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "advfunmatch", *TRAIN, "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "checkpoint.pt").is_file()
+    assert "images/s" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "advfunmatch", *TRAIN, "--eps", "-1", "--out", str(tmp_path / "bad")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: eps is -1, but must be positive and finite"
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["--data", "folder:/no/such/folder"], "'/no/such/folder' does not exist"),
+        (["--data", "mnist"], "data is 'mnist', but must be one of: digits"),
+        (["--model", "vgg"], "model is 'vgg', but must be one of: small_cnn"),
+        (["--method", "at"], "method is 'at', but must be one of: ce"),
+        (["--method", "advfunmatch"], "teacher must name a checkpoint"),
+        (["--method", "funmatch", "--teacher", "nowhere.pt"], "teacher 'nowhere.pt' does not exist"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--epochs", "many"], "'--epochs'"),
+        (["--eps", "0"], "eps is 0"),
+        (["--eps", "big"], "'big' is not a number"),
+        (["--eps", "1/0"], "'1/0' is not a number"),
+        (["--no-such-flag"], "No such option: --no-such-flag"),
+    ],
+)
+def test_train_refuses(
+    changes: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert expected in refused([*TRAIN, *changes, "--out", str(out)], capsys)
+    assert not out.exists()
+
+
+def test_missing_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--out" in refused(TRAIN, capsys)
+
+
+def test_out_that_cannot_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("kept")
+    assert "cannot be created" in refused([*TRAIN, "--out", str(tmp_path / "file" / "run")], capsys)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def evaluate(checkpoint: Path | str, out: Path, *more: str) -> list[str]:
+    return [
+        "evaluate",
+        "--checkpoint",
+        str(checkpoint),
+        "--data",
+        "digits",
+        "--out",
+        str(out),
+        "--limit",
+        "20",
+        *more,
+    ]
+
+
+def test_checkpoints_that_are_none(tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "figures.json"
+    whole = Path(teacher).read_bytes()
+    cases = {
+        "truncated.pt": (whole[: len(whole) // 2], "is truncated or damaged"),
+        "empty.pt": (b"", "is truncated or damaged"),
+        "text.pt": (b"hello", "is not a PyTorch checkpoint"),
+    }
+    for name, (content, expected) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        assert expected in refused(evaluate(tmp_path / name, out), capsys)
+    assert "does not exist" in refused(evaluate(tmp_path / "absent.pt", out), capsys)
+    assert "not a file" in refused(evaluate(tmp_path, out), capsys)
+
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
+    assert "was not written by advfunmatch" in refused(evaluate(tmp_path / "foreign.pt", out), capsys)
+    stored = torch.load(teacher, weights_only=True)
+    torch.save({**stored, "model": "resnet18"}, tmp_path / "other.pt")
+    assert "does not hold the weights of a resnet18" in refused(evaluate(tmp_path / "other.pt", out), capsys)
+    torch.save({name: value for name, value in stored.items() if name != "config"}, tmp_path / "lacking.pt")
+    assert "lacks 'config'" in refused(evaluate(tmp_path / "lacking.pt", out), capsys)
+    assert not out.exists()
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import pickle
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "ran",)  # type: ignore[return-value]
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    refused(evaluate(tmp_path / "evil.pt", tmp_path / "figures.json"), capsys)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--attacks", "clean,pgd"], "attack is 'pgd', but must be one of: clean"),
+        (["--attacks", ","], "attacks is empty"),
+        (["--eps", "2"], "eps is 2"),
+        (["--norm", "l0"], "norm is 'l0'"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--limit", "0"], "limit is 0"),
+        (["--teacher", "absent.pt"], "teacher 'absent.pt' does not exist"),
+        (["--device", "abacus"], "device is 'abacus'"),
+    ],
+)
+def test_evaluate_refuses(
+    more: list[str], expected: str, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in refused(evaluate(teacher, tmp_path / "figures.json", *more), capsys)
+    assert not (tmp_path / "figures.json").exists()
+
+
+def test_full_disk(teacher: str, capsys: pytest.CaptureFixture[str]) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    assert "No space left on device" in refused(evaluate(teacher, full, "--attacks", "clean"), capsys)
+    assert full.is_char_device()

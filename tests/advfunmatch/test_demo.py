@@ -1,0 +1,38 @@
+"""The demo, with two epochs instead of thirty and without AutoAttack's minutes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from advfunmatch import cli, demo
+from PIL import Image
+
+
+def test_demo_writes_table_picture_and_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = demo.evaluate
+
+    def without_autoattack(model, data, attacks, **options):  # type: ignore[no-untyped-def]
+        measured = real(model, data, attacks[:2], **options)
+        measured.accuracies["autoattack"] = measured.accuracies["pgd20"]
+        return measured
+
+    monkeypatch.setattr(demo, "evaluate", without_autoattack)
+    monkeypatch.setattr(demo, "TEACHER_MODEL", "small_cnn-8")
+    assert cli.run(["demo", "--out", str(tmp_path), "--epochs", "2"]) == 0
+    table = capsys.readouterr().out
+    assert all(word in table for word in ("pgd_at", "advfunmatch", "AutoAttack", "agreement", "small_cnn-8"))
+    result = json.loads((tmp_path / "demo.json").read_text())
+    assert list(result["runs"]) == ["teacher", "ce", "funmatch", "advfunmatch"]
+    assert result["test_images"] == 360
+    students = [run for name, run in result["runs"].items() if name != "teacher"]
+    assert all(
+        {"clean", "pgd20", "agreement", "kl_mismatched", "train_seconds"} <= set(run) for run in students
+    )
+    with Image.open(tmp_path / "demo.png") as picture:
+        picture.load()
+        assert picture.width > 1000
+        assert len(picture.convert("RGB").getcolors(maxcolors=10**7)) > 100
