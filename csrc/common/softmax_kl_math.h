@@ -63,6 +63,7 @@ enum class RowKind : int {
   kNear,      // |x| <= 1 everywhere, all finite
   kFar,       // all finite
   kGeneral,   // -inf logits, or a small KL with large |x| somewhere
+  kUnlooked,  // the divergence has weight 0
   kInfinite,  // the loss is +inf and the gradients NaN
   kNan,       // the loss and the gradients are NaN
   kMasked,    // weight 0: all is 0, whatever the row holds
@@ -98,28 +99,6 @@ template <class T>
 AFM_INLINE bool far_kl_is_too_small(T kl, T r) {
   const T magnitude = r < T(0) ? -r : r;
   return !(kl >= T(kFarKlFloor) && kl >= T(kFarMeanFraction) * magnitude);
-}
-
-// Row constants of the gradients, everything that multiplies (weight, scale, 1/T) folded in. The
-// two formulas below are all that is done for a class.
-//   near:  e = exp((t - m_t)/T), f = exp(x) - 1     grad_s = e * (f * student_f + student_1)
-//   else:  e as above, f = exp((s - m_s)/T)         grad_s = f * student_f + e * student_1
-//   both:  grad_t = e * (x * teacher_x + teacher_1)
-template <class T>
-struct GradientFactors {
-  T student_f, student_1, teacher_x, teacher_1;
-};
-
-template <class T>
-AFM_INLINE GradientFactors<T> near_factors(T scale_over_t, T inv_zt, T a, T r) {
-  const T p = scale_over_t * inv_zt, q = p / (T(1) + a);
-  return {q, -q * a, -p, p * r};
-}
-
-template <class T>
-AFM_INLINE GradientFactors<T> far_factors(T scale_over_t, T inv_zs, T inv_zt, T r) {
-  const T p = scale_over_t * inv_zt;
-  return {scale_over_t * inv_zs, -p, -p, p * r};
 }
 
 }  // namespace afm

@@ -16,6 +16,12 @@
 #if AFM_CAPABILITY_AVX512 || AFM_CAPABILITY_AVX2
 #include <immintrin.h>
 #endif
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the "undefined" sources inside its own AVX-512 intrinsics for uninitialised
+// variables.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 
 #include "common/inline.h"
 
@@ -95,10 +101,8 @@ AFM_INLINE Vec<double> select(__mmask8 m, Vec<double> a, Vec<double> b) { return
 
 AFM_INLINE bool any(__mmask16 m) { return m != 0; }
 AFM_INLINE bool any(__mmask8 m) { return m != 0; }
-template <class V>
-AFM_INLINE typename V::Mask both(typename V::Mask a, typename V::Mask b) { return a & b; }
-template <class V>
-AFM_INLINE typename V::Mask negate(typename V::Mask a) { return static_cast<typename V::Mask>(~a); }
+AFM_INLINE __mmask16 both(__mmask16 a, __mmask16 b) { return static_cast<__mmask16>(a & b); }
+AFM_INLINE __mmask8 both(__mmask8 a, __mmask8 b) { return static_cast<__mmask8>(a & b); }
 // clang-format on
 
 #elif AFM_CAPABILITY_AVX2
@@ -200,24 +204,32 @@ AFM_INLINE Vec<double>::Mask operator==(Vec<double> a, Vec<double> b) { return {
 AFM_INLINE Vec<double> select(Vec<double>::Mask m, Vec<double> a, Vec<double> b) { return _mm256_blendv_pd(b.v, a.v, m.m); }
 AFM_INLINE bool any(Vec<double>::Mask m) { return _mm256_movemask_pd(m.m) != 0; }
 
-template <class V>
-AFM_INLINE typename V::Mask both(typename V::Mask a, typename V::Mask b) { return {a.m & b.m}; }
-template <class V>
-AFM_INLINE typename V::Mask negate(typename V::Mask a) {
-  const V zero(0);
-  return {((zero == zero).m) ^ a.m};
-}
+AFM_INLINE Vec<float>::Mask both(Vec<float>::Mask a, Vec<float>::Mask b) { return {_mm256_and_ps(a.m, b.m)}; }
+AFM_INLINE Vec<double>::Mask both(Vec<double>::Mask a, Vec<double>::Mask b) { return {_mm256_and_pd(a.m, b.m)}; }
 // clang-format on
 
 #else
 
 // 128-bit vectors of the compiler's own vector extension: SSE2, NEON, or whatever the baseline has.
-template <class T, class Bits>
+template <class T>
+struct PortableLanes;
+template <>
+struct PortableLanes<float> {
+  typedef float Lanes __attribute__((vector_size(16)));
+  typedef int32_t Bits __attribute__((vector_size(16)));
+};
+template <>
+struct PortableLanes<double> {
+  typedef double Lanes __attribute__((vector_size(16)));
+  typedef int64_t Bits __attribute__((vector_size(16)));
+};
+
+template <class T>
 struct PortableVec {
   static constexpr int width = 16 / sizeof(T);
   static constexpr int mantissa = sizeof(T) == 4 ? 23 : 52;
-  typedef T Lanes __attribute__((vector_size(16)));
-  typedef Bits BitLanes __attribute__((vector_size(16)));
+  using Lanes = typename PortableLanes<T>::Lanes;
+  using BitLanes = typename PortableLanes<T>::Bits;
   struct Mask {
     BitLanes m;
   };
@@ -263,10 +275,10 @@ struct PortableVec {
 };
 
 // clang-format off
-#define AFM_PORTABLE_VEC(T, BITS)                                                                             \
+#define AFM_PORTABLE_VEC(T)                                                                             \
   template <>                                                                                                 \
-  struct Vec<T> : PortableVec<T, BITS> {                                                                      \
-    using PortableVec<T, BITS>::PortableVec;                                                                  \
+  struct Vec<T> : PortableVec<T> {                                                                      \
+    using PortableVec<T>::PortableVec;                                                                  \
     Vec() = default;                                                                                          \
     AFM_MEMBER static Vec load(const T* p) { return Vec(load_lanes(p)); }                                     \
     AFM_MEMBER static Vec load(const T* p, int n, Vec fill) { return Vec(load_lanes(p, n, fill.v)); }         \
@@ -284,18 +296,15 @@ struct PortableVec {
   AFM_INLINE Vec<T>::Mask operator<=(Vec<T> a, Vec<T> b) { return {(Vec<T>::BitLanes)(a.v <= b.v)}; }         \
   AFM_INLINE Vec<T>::Mask operator==(Vec<T> a, Vec<T> b) { return {(Vec<T>::BitLanes)(a.v == b.v)}; }         \
   AFM_INLINE Vec<T> select(Vec<T>::Mask m, Vec<T> a, Vec<T> b) { return Vec<T>(m.m != 0 ? a.v : b.v); }       \
+  AFM_INLINE Vec<T>::Mask both(Vec<T>::Mask a, Vec<T>::Mask b) { return {a.m & b.m}; }                        \
   AFM_INLINE bool any(Vec<T>::Mask m) {                                                                       \
     for (int i = 0; i < Vec<T>::width; ++i)                                                                   \
       if (m.m[i]) return true;                                                                                \
     return false;                                                                                             \
   }
-AFM_PORTABLE_VEC(float, int32_t)
-AFM_PORTABLE_VEC(double, int64_t)
+AFM_PORTABLE_VEC(float)
+AFM_PORTABLE_VEC(double)
 #undef AFM_PORTABLE_VEC
-template <class V>
-AFM_INLINE typename V::Mask both(typename V::Mask a, typename V::Mask b) { return {a.m & b.m}; }
-template <class V>
-AFM_INLINE typename V::Mask negate(typename V::Mask a) { return {~a.m}; }
 // clang-format on
 
 #endif

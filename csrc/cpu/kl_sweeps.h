@@ -1,0 +1,344 @@
+// The loops over the classes of one row for KL and Jeffreys: sums, then gradients. See Note
+// [Centred KL].
+//
+// Each loop keeps kUnroll vectors in flight, to cover the latency of the polynomials, and ends with
+// one masked vector. Sums leave a tile in double precision, so that long rows do not lose digits.
+
+#pragma once
+
+#include "common/softmax_kl_math.h"
+#include "cpu/vec_math.h"
+
+namespace afm::cpu::AFM_CAPABILITY {
+namespace {
+
+#if AFM_CAPABILITY_AVX512 || AFM_CAPABILITY_AVX2
+constexpr int kUnroll = 2;
+#else
+constexpr int kUnroll = 1;
+#endif
+
+// How a loop touches memory: a whole vector, one whose lines are not worth keeping in the caches,
+// or the first n lanes.
+struct Whole {
+  template <class T>
+  AFM_MEMBER Vec<T> load(const T* p, Vec<T>) const {
+    return Vec<T>::load(p);
+  }
+  template <class T>
+  AFM_MEMBER void store(T* p, Vec<T> x) const {
+    x.store(p);
+  }
+  template <class T>
+  AFM_MEMBER Vec<T> or_zero(Vec<T> x) const {
+    return x;
+  }
+};
+
+struct Streamed : Whole {
+  template <class T>
+  AFM_MEMBER void store(T* p, Vec<T> x) const {
+    x.stream(p);
+  }
+};
+
+struct Part {
+  int n;
+  template <class T>
+  AFM_MEMBER Vec<T> load(const T* p, Vec<T> fill) const {
+    return Vec<T>::load(p, n, fill);
+  }
+  template <class T>
+  AFM_MEMBER void store(T* p, Vec<T> x) const {
+    x.store(p, n);
+  }
+  template <class T>
+  AFM_MEMBER Vec<T> or_zero(Vec<T> x) const {
+    return select(Vec<T>::first(n), x, Vec<T>(T(0)));
+  }
+};
+
+// The loops stay functions of their own: a row's worth of work pays for the call, and their copies
+// add up.
+#define AFM_LOOP static __attribute__((noinline))
+#define AFM_STEP __attribute__((always_inline))
+
+// Calls step(access, first class, accumulator) over n classes.
+template <class V, class Access = Whole, class F>
+AFM_INLINE void sweep(int64_t j, int64_t n, const F& step) {
+  for (; j + kUnroll * V::width <= n; j += kUnroll * V::width) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) step(Access{}, j + u * V::width, u);
+  }
+  for (; j + V::width <= n; j += V::width) step(Access{}, j, 0);
+  if (j < n) step(Part{static_cast<int>(n - j)}, j, 0);
+}
+
+// One accumulator for each vector in flight.
+template <class T>
+struct Accumulator {
+  Vec<T> lanes[kUnroll];
+  explicit AFM_MEMBER Accumulator(T start = T(0)) {
+    for (int u = 0; u < kUnroll; ++u) lanes[u] = Vec<T>(start);
+  }
+  AFM_MEMBER void add(int u, Vec<T> x) { lanes[u] = lanes[u] + x; }
+  AFM_MEMBER void add_product(int u, Vec<T> x, Vec<T> y) { lanes[u] = fma(x, y, lanes[u]); }
+  AFM_MEMBER void take_max(int u, Vec<T> x) { lanes[u] = max(x, lanes[u]); }
+  AFM_MEMBER double sum() const {
+    Vec<T> s = lanes[0];
+    for (int u = 1; u < kUnroll; ++u) s = s + lanes[u];
+    return static_cast<double>(s.sum());
+  }
+  AFM_MEMBER T largest() const {
+    Vec<T> s = lanes[0];
+    for (int u = 1; u < kUnroll; ++u) s = max(s, lanes[u]);
+    return s.max();
+  }
+};
+
+AFM_INLINE double larger(double a, double b) { return a > b ? a : b; }
+
+// The sums of a row, whichever loop took them. See Note [Centred KL].
+struct RowSums {
+  double student = 0;         // Z_s; not in near rows
+  double teacher = 0;         // Z_t
+  double linear = 0;          // of e * x
+  double excess = 0;          // near and general: of e * (exp(x) - 1 - x)
+  double curvature = 0;       // near and general: of e * x * (exp(x) - 1)
+  double student_linear = 0;  // far and general: of exp((s - m_s) / T) * x
+  double student_max = -__builtin_inf(), teacher_max = -__builtin_inf();
+  double largest_square = 0;     // near: of x
+  bool one_sided = false;        // general: a class is -inf on one side only
+  bool student_missing = false;  // general: ... on the student's side
+};
+
+// Constants of a row, in the arithmetic type.
+template <class T>
+struct RowConstants {
+  ScaledExp<T> exp;
+  T inv_t;                         // 1 / temperature
+  T student_shift, teacher_shift;  // m_s, m_t
+  T gap;                           // k, see coarse_gap
+  T centre;                        // c
+  T bridge;  // general: exp((m_s - m_t - k) / T - c), so that e * exp(x) = bridge * exp((s - m_s) /
+             // T)
+
+  AFM_MEMBER Vec<T> x(Vec<T> s, Vec<T> t) const {
+    return fma((s - Vec<T>(gap)) - t, Vec<T>(inv_t), Vec<T>(-centre));
+  }
+  AFM_MEMBER Vec<T> student_exp(Vec<T> s) const { return exp(s - Vec<T>(student_shift)); }
+  AFM_MEMBER Vec<T> teacher_exp(Vec<T> t) const { return exp(t - Vec<T>(teacher_shift)); }
+  // Far rows take c = (m_s - m_t - k) / T, and x in units of logits.
+  AFM_MEMBER Vec<T> far_x(Vec<T> s, Vec<T> t) const {
+    return (s - Vec<T>(student_shift)) - (t - Vec<T>(teacher_shift));
+  }
+};
+
+// Beyond the end of a row: exp gives 0, and differences stay finite.
+template <class T>
+AFM_INLINE Vec<T> no_class() {
+  return Vec<T>(Float<T>::lowest / 4);
+}
+
+// The first look at a row: enough of it to choose shifts, and the loop to run.
+template <class T>
+struct Probe {
+  T student_max, teacher_max, gap_min, gap_max;
+};
+
+template <class T>
+AFM_LOOP Probe<T> probe_row(const T* s, const T* t, int64_t n) {
+  using V = Vec<T>;
+  const V lowest(Float<T>::lowest), highest(-Float<T>::lowest);
+  V s_max = lowest, t_max = lowest, d_min = highest, d_max = lowest;
+  int64_t j = 0;
+  for (; j + V::width <= n; j += V::width) {
+    const V a = V::load(s + j), b = V::load(t + j), d = a - b;
+    s_max = max(a, s_max), t_max = max(b, t_max), d_min = min(d, d_min), d_max = max(d, d_max);
+  }
+  if (j < n) {
+    const int rest = static_cast<int>(n - j);
+    const auto lanes = V::first(rest);
+    const V a = V::load(s + j, rest, lowest), b = V::load(t + j, rest, lowest), d = a - b;
+    s_max = max(a, s_max), t_max = max(b, t_max);
+    d_min = min(select(lanes, d, highest), d_min), d_max = max(select(lanes, d, lowest), d_max);
+  }
+  return {s_max.max(), t_max.max(), d_min.min(), d_max.max()};
+}
+
+// Sums over classes [0, n) of a tile.
+// ------------------------------------------------------------------------------
+
+// All finite. `linear` and `student_linear` come in units of logits: see RowConstants::far_x.
+// Anything that is not finite turns `linear` into NaN or inf; logits above the shift show in the
+// maxima.
+template <bool kCache, bool kJeffreys, class T>
+AFM_LOOP void sum_far(const T* s, const T* t, int64_t n, const RowConstants<T>& row,
+                      T* student_cache, T* teacher_cache, RowSums& sums) {
+  using V = Vec<T>;
+  Accumulator<T> student, teacher, linear, student_linear;
+  Accumulator<T> student_max(Float<T>::lowest), teacher_max(Float<T>::lowest);
+  sweep<V>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
+    const V a = access.load(s + j, no_class<T>()), b = access.load(t + j, no_class<T>());
+    student_max.take_max(u, a), teacher_max.take_max(u, b);
+    const V v = a - V(row.student_shift), w = b - V(row.teacher_shift);
+    const V e_s = row.exp(v), e_t = row.exp(w), x = v - w;
+    student.add(u, e_s), teacher.add(u, e_t), linear.add_product(u, e_t, x);
+    if constexpr (kJeffreys) student_linear.add_product(u, e_s, x);
+    if constexpr (kCache)
+      access.store(student_cache + j, e_s), access.store(teacher_cache + j, e_t);
+  });
+  sums.student += student.sum(), sums.teacher += teacher.sum(), sums.linear += linear.sum();
+  if constexpr (kJeffreys) sums.student_linear += student_linear.sum();
+  sums.student_max = larger(sums.student_max, student_max.largest());
+  sums.teacher_max = larger(sums.teacher_max, teacher_max.largest());
+}
+
+// |x| <= 1 everywhere, which `largest_square` proves: one exponential a class.
+template <bool kCache, bool kJeffreys, class T>
+AFM_LOOP void sum_near(const T* s, const T* t, int64_t n, const RowConstants<T>& row,
+                       T* student_cache, T* teacher_cache, RowSums& sums) {
+  using V = Vec<T>;
+  Accumulator<T> teacher, linear, excess, curvature, largest_square;
+  Accumulator<T> teacher_max(Float<T>::lowest);
+  sweep<V>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
+    const V a = access.load(s + j, no_class<T>()), b = access.load(t + j, no_class<T>());
+    teacher_max.take_max(u, b);
+    const V e_t = row.teacher_exp(b), x = access.or_zero(row.x(a, b)), square = x * x;
+    largest_square.take_max(u, square);
+    const V above = square * polynomial(Float<T>::excess, x);
+    teacher.add(u, e_t), linear.add_product(u, e_t, x), excess.add_product(u, e_t, above);
+    if constexpr (kJeffreys) curvature.add_product(u, e_t, x * (x + above));
+    if constexpr (kCache)
+      access.store(student_cache + j, x + above), access.store(teacher_cache + j, e_t);
+  });
+  sums.teacher += teacher.sum(), sums.linear += linear.sum(), sums.excess += excess.sum();
+  if constexpr (kJeffreys) sums.curvature += curvature.sum();
+  sums.teacher_max = larger(sums.teacher_max, teacher_max.largest());
+  sums.largest_square = larger(sums.largest_square, largest_square.largest());
+}
+
+// Whether a row is a pair of distributions at all, and its exact maxima.
+struct RowClass {
+  double student_max = -__builtin_inf(), teacher_max = -__builtin_inf();
+  bool broken = false;  // NaN or +inf somewhere
+};
+
+template <class T>
+AFM_LOOP void classify(const T* s, int64_t n, double& largest, bool& broken) {
+  using V = Vec<T>;
+  Accumulator<T> top(-Float<T>::infinity), spoilt;
+  sweep<V>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
+    const V a = access.load(s + j, V(-Float<T>::infinity));
+    top.take_max(u, a);
+    spoilt.add(u, select(a < V(Float<T>::infinity), V(T(0)), V(T(1))));
+  });
+  largest = larger(largest, top.largest());
+  broken = broken || spoilt.sum() > 0;
+}
+
+// Any logits but NaN and +inf, with exact maxima as shifts.
+template <class T>
+AFM_LOOP void sum_general(const T* s, const T* t, int64_t n, const RowConstants<T>& row,
+                          RowSums& sums) {
+  using V = Vec<T>;
+  const V zero(T(0)), one(T(1)), excluded(-Float<T>::infinity), bridge(row.bridge);
+  Accumulator<T> student, teacher, linear, excess, curvature, student_linear, one_sided,
+      student_missing;
+  sweep<V>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
+    const V a = access.load(s + j, excluded), b = access.load(t + j, excluded);
+    const auto in_s = excluded < a, in_t = excluded < b, in_both = both(in_s, in_t);
+    one_sided.add(u, select(in_both, zero, select(in_s, one, select(in_t, one, zero))));
+    student_missing.add(u, select(in_s, zero, select(in_t, one, zero)));
+    const V e_s = row.student_exp(a), e_t = row.teacher_exp(b),
+            x = select(in_both, row.x(a, b), zero);
+    const auto is_near = both(in_both, abs(x) <= V(T(kNearLimit)));
+    const V y = x + excess_of_exp<T>(x), moved = bridge * e_s - e_t;
+    const V above = select(is_near, e_t * excess_of_exp<T>(x), moved - e_t * x);
+    student.add(u, e_s), teacher.add(u, e_t), linear.add_product(u, e_t, x), excess.add(u, above);
+    curvature.add_product(u, x, select(is_near, e_t * y, moved)),
+        student_linear.add_product(u, e_s, x);
+  });
+  sums.student += student.sum(), sums.teacher += teacher.sum(), sums.linear += linear.sum();
+  sums.excess += excess.sum(), sums.curvature += curvature.sum();
+  sums.student_linear += student_linear.sum();
+  sums.one_sided = sums.one_sided || one_sided.sum() > 0;
+  sums.student_missing = sums.student_missing || student_missing.sum() > 0;
+}
+
+// Gradients of classes [0, n) of a tile.
+// ----------------------------------------------------------------------------
+
+// What multiplies what in the gradients, everything of the row folded in (weight, scale, 1/T,
+// normalisers).
+//   f = exp((s - m_s) / T), in near rows exp(x) - 1;  e = exp((t - m_t) / T);  x as the loops take
+//   it KL        grad_s = f * student_f + e * student_e + student_1     grad_t = e * (x * teacher_x
+//   + teacher_e) Jeffreys  grad_s += f * x * student_fx (near: (e + e * f) * x * student_fx) grad_t
+//   += f * teacher_f
+// In near rows f * student_f and f * teacher_f are also multiplied by e.
+template <class T>
+struct GradientFactors {
+  T student_f = 0, student_e = 0, student_1 = 0, student_fx = 0;
+  T teacher_x = 0, teacher_e = 0, teacher_f = 0;
+};
+
+// Calls step over n classes; where stores are streamed, whole vectors are aligned.
+template <class T, class F>
+AFM_INLINE void sweep_out(const T* out, int64_t n, bool stream, const F& step) {
+  using V = Vec<T>;
+  if (!stream) return sweep<V>(0, n, step);
+  constexpr int64_t kBytes = V::width * sizeof(T);
+  const int64_t past = reinterpret_cast<uintptr_t>(out) % kBytes;
+  int64_t head = past == 0 ? 0 : (kBytes - past) / static_cast<int64_t>(sizeof(T));
+  head = head < n ? head : n;
+  if (head > 0) step(Part{static_cast<int>(head)}, 0, 0);
+  sweep<V, Streamed>(head, n, step);
+}
+
+template <RowKind kKind, bool kCached, bool kStudent, bool kTeacher, bool kJeffreys, class T>
+AFM_LOOP void gradient(const T* s, const T* t, int64_t n, const RowConstants<T>& row,
+                       const GradientFactors<T>& by, const T* student_cache, const T* teacher_cache,
+                       T* grad_student, T* grad_teacher, bool stream) {
+  using V = Vec<T>;
+  constexpr bool kNear = kKind == RowKind::kNear, kGeneral = kKind == RowKind::kGeneral;
+  constexpr bool kNeedsF = kStudent || kJeffreys,
+                 kNeedsX = kTeacher || kJeffreys || (kNear && !kCached);
+  const V student_f(by.student_f), student_e(by.student_e), student_1(by.student_1),
+      student_fx(by.student_fx);
+  const V teacher_x(by.teacher_x), teacher_e(by.teacher_e), teacher_f(by.teacher_f);
+  sweep_out(kStudent ? grad_student : grad_teacher, n, stream,
+            [&](auto access, int64_t j, int) AFM_STEP {
+              V a, b, x, e, f;
+              if constexpr (!kCached || kNeedsX) {
+                a = access.load(s + j, no_class<T>()), b = access.load(t + j, no_class<T>());
+              }
+              if constexpr (kNeedsX) {
+                x = kKind == RowKind::kFar ? row.far_x(a, b) : row.x(a, b);
+                if constexpr (kGeneral) {
+                  const V excluded(-Float<T>::infinity);
+                  x = select(both(excluded < a, excluded < b), x, V(T(0)));
+                }
+              }
+              if constexpr (kCached) {
+                e = access.load(teacher_cache + j, V(T(0)));
+                if constexpr (kNeedsF) f = access.load(student_cache + j, V(T(0)));
+              } else {
+                e = row.teacher_exp(b);
+                if constexpr (kNeedsF) f = kNear ? x + excess_of_exp<T>(x) : row.student_exp(a);
+              }
+              if constexpr (kNear && kNeedsF) f = e * f;
+              if constexpr (kStudent) {
+                V grad = fma(f, student_f, fma(e, student_e, student_1));
+                if constexpr (kJeffreys) grad = fma(kNear ? e + f : f, x * student_fx, grad);
+                access.store(grad_student + j, grad);
+              }
+              if constexpr (kTeacher) {
+                V grad = e * fma(x, teacher_x, teacher_e);
+                if constexpr (kJeffreys) grad = fma(f, teacher_f, grad);
+                access.store(grad_teacher + j, grad);
+              }
+            });
+}
+
+}  // namespace
+}  // namespace afm::cpu::AFM_CAPABILITY

@@ -1,0 +1,96 @@
+#include "cpu/losses.h"
+
+#include <algorithm>
+
+namespace afm::cpu {
+
+namespace {
+
+// Below this many classes in all, a second thread costs more than it saves: waking one takes as
+// long as about this much work. Measured by benchmarks/kernels/softmax_kl.py --grain.
+constexpr int64_t kClassesPerThread = 16384;
+
+constexpr int64_t kStreamedBytes = 16 << 20;
+
+int64_t rows_of(const Layout& layout) {
+  int64_t rows = 1;
+  for (int d = 0; d < layout.dims - 1; ++d) rows *= layout.sizes[d];
+  return rows;
+}
+
+bool is_float64(const Tensor& tensor) { return dtype_of(tensor) == DType::kFloat64; }
+
+}  // namespace
+
+LossCall::LossCall(const Tensor& student, const Tensor& teacher,
+                   const std::optional<Tensor>& row_weight)
+    : student(student),
+      teacher(teacher),
+      layout(student),
+      teacher_layout(teacher),
+      classes(layout.sizes[layout.dims - 1]),
+      rows(rows_of(layout)),
+      is_double(is_float64(student) || is_float64(teacher)),
+      weights(row_weight.has_value() ? row_weight->data_ptr() : nullptr) {}
+
+LossCall::~LossCall() {
+  if (values_ != few_values_) delete[] values_;
+}
+
+void LossCall::want_loss(int64_t reduction) {
+  reduction_ = reduction;
+  values_ = rows <= kFewRows ? few_values_ : new double[static_cast<size_t>(rows)];
+}
+
+void LossCall::want_gradients(bool wrt_student, bool wrt_teacher) {
+  if (wrt_student) grad_student = empty_like(student, layout);
+  if (wrt_teacher) grad_teacher = empty_like(teacher, teacher_layout);
+}
+
+void LossCall::give_grad_loss(const Tensor& tensor) {
+  grad_loss = tensor.data_ptr();
+  grad_loss_stride = tensor.dim() == 0 ? 0 : 1;
+}
+
+Tensor LossCall::new_stats(int64_t columns) const {
+  const int64_t sizes[] = {rows, columns};
+  return empty(2, sizes, is_double);
+}
+
+// Sums in the order of the rows and in double precision, so that threads do not show in the result.
+Tensor LossCall::take_loss() {
+  Tensor loss = empty(reduction_ == 0 ? layout.dims - 1 : 0, layout.sizes, is_double);
+  void* data = loss.data_ptr();
+  if (reduction_ == 0) {
+    for (int64_t i = 0; i < rows; ++i) {
+      if (is_double)
+        static_cast<double*>(data)[i] = values_[i];
+      else
+        static_cast<float*>(data)[i] = static_cast<float>(values_[i]);
+    }
+    return loss;
+  }
+  double sum = 0;
+  for (int64_t i = 0; i < rows; ++i) sum += values_[i];
+  if (is_double)
+    *static_cast<double*>(data) = sum;
+  else
+    *static_cast<float*>(data) = static_cast<float>(sum);
+  return loss;
+}
+
+std::tuple<Tensor, Tensor> LossCall::take_gradients() {
+  return {grad_student ? *std::move(grad_student) : nothing_like(student),
+          grad_teacher ? *std::move(grad_teacher) : nothing_like(teacher)};
+}
+
+bool LossCall::gradients_outgrow_caches() const {
+  const int64_t sides = (grad_student ? 1 : 0) + (grad_teacher ? 1 : 0);
+  return sides * layout.numel * (is_double ? 8 : 4) > kStreamedBytes;
+}
+
+int64_t LossCall::grain() const {
+  return std::max<int64_t>(1, kClassesPerThread / std::max<int64_t>(1, classes));
+}
+
+}  // namespace afm::cpu

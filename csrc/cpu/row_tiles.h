@@ -1,0 +1,245 @@
+// Moves rows of logits between memory (any dtype, any strides) and tiles of the kernel's arithmetic
+// type.
+//
+// A tile is a stretch of one row, short enough to stay in the first-level cache. Where the row
+// already is what the arithmetic wants (its dtype, class stride 1) the tile is the row itself, and
+// nothing is copied.
+
+#pragma once
+
+#include "cpu/rows.h"
+#include "cpu/vec.h"
+
+namespace afm::cpu::AFM_CAPABILITY {
+namespace {
+
+AFM_INLINE float float_of_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+AFM_INLINE uint32_t bits_of_float(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+AFM_INLINE float from_bfloat16(uint16_t half) {
+  return float_of_bits(static_cast<uint32_t>(half) << 16);
+}
+
+// To nearest, ties to even. NaN becomes the quiet one.
+AFM_INLINE uint16_t to_bfloat16(float x) {
+  const uint32_t bits = bits_of_float(x);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+AFM_INLINE float from_float16(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fff) << 13;
+  // 2^112 moves float16's exponents, subnormal ones too, to where float32 keeps them.
+  const float finite = float_of_bits(magnitude) * 0x1p112f;
+  const float value = magnitude >= 0x0f800000 ? float_of_bits(magnitude + 0x70000000) : finite;
+  return float_of_bits(bits_of_float(value) | sign);
+}
+
+// To nearest, ties to even.
+AFM_INLINE uint16_t to_float16(float x) {
+  const uint32_t bits = bits_of_float(x), magnitude = bits & 0x7fffffff;
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  // Normal: round in the integer. Subnormal: adding 1/2 makes the adder round at 2^-24, float16's
+  // last place.
+  const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const uint32_t subnormal = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000;
+  uint32_t half = magnitude < 0x38800000 ? subnormal : normal;
+  half = magnitude >= 0x477ff000 ? 0x7c00 : half;  // rounds to 65536 or more
+  half = magnitude > 0x7f800000 ? 0x7e00 : half;
+  return static_cast<uint16_t>(half | sign);
+}
+
+template <DType dtype>
+struct Element;
+template <>
+struct Element<DType::kFloat32> {
+  using Stored = float;
+  static AFM_MEMBER float load(const float* p) { return *p; }
+  static AFM_MEMBER void store(float* p, float x) { *p = x; }
+};
+template <>
+struct Element<DType::kFloat64> {
+  using Stored = double;
+  static AFM_MEMBER double load(const double* p) { return *p; }
+  static AFM_MEMBER void store(double* p, double x) { *p = x; }
+};
+template <>
+struct Element<DType::kFloat16> {
+  using Stored = uint16_t;
+  static AFM_MEMBER float load(const uint16_t* p) { return from_float16(*p); }
+  static AFM_MEMBER void store(uint16_t* p, float x) { *p = to_float16(x); }
+};
+template <>
+struct Element<DType::kBFloat16> {
+  using Stored = uint16_t;
+  static AFM_MEMBER float load(const uint16_t* p) { return from_bfloat16(*p); }
+  static AFM_MEMBER void store(uint16_t* p, float x) { *p = to_bfloat16(x); }
+};
+
+// The compiler vectorises these where the stride is 1; float16 has its own instructions.
+template <DType dtype, class T>
+static __attribute__((noinline)) void gather(const void* data, int64_t stride, int64_t n, T* tile) {
+  using E = Element<dtype>;
+  const auto* from = static_cast<const typename E::Stored*>(data);
+  int64_t i = 0;
+  if (stride == 1) {
+#if AFM_CAPABILITY_AVX512
+    if constexpr (dtype == DType::kFloat16 && sizeof(T) == 4)
+      for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(
+            tile + i, _mm512_maskz_cvtph_ps(
+                          0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+#elif AFM_CAPABILITY_AVX2
+    if constexpr (dtype == DType::kFloat16 && sizeof(T) == 4)
+      for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(
+            tile + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+    for (; i < n; ++i) tile[i] = static_cast<T>(E::load(from + i));
+  } else {
+    for (; i < n; ++i) tile[i] = static_cast<T>(E::load(from + i * stride));
+  }
+}
+
+template <DType dtype, class T>
+static __attribute__((noinline)) void scatter(const T* tile, int64_t n, void* data,
+                                              int64_t stride) {
+  using E = Element<dtype>;
+  auto* to = static_cast<typename E::Stored*>(data);
+  int64_t i = 0;
+  if (stride == 1) {
+#if AFM_CAPABILITY_AVX512
+    if constexpr (dtype == DType::kFloat16 && sizeof(T) == 4)
+      for (; i + 16 <= n; i += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                            _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(tile + i),
+                                                  _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif AFM_CAPABILITY_AVX2
+    if constexpr (dtype == DType::kFloat16 && sizeof(T) == 4)
+      for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(tile + i),
+                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
+    for (; i < n; ++i) E::store(to + i, tile[i]);
+  } else {
+    for (; i < n; ++i) E::store(to + i * stride, tile[i]);
+  }
+}
+
+constexpr int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+template <class T>
+constexpr DType kNative = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+
+// One row of a tensor; null where the tensor is absent.
+struct RowPointer {
+  char* data;
+  DType dtype;
+  int64_t stride;
+
+  AFM_MEMBER char* at(int64_t j) const { return data + j * stride * element_size(dtype); }
+
+  AFM_MEMBER RowPointer at_class(int64_t j) const { return {at(j), dtype, stride}; }
+
+  template <class T>
+  AFM_MEMBER bool is_native() const {
+    return dtype == kNative<T> && stride == 1;
+  }
+
+  // Classes [j, j + n) as T: in place, or copied to `buffer`.
+  template <class T>
+  AFM_MEMBER const T* read(int64_t j, int64_t n, T* buffer) const {
+    if (is_native<T>()) return reinterpret_cast<const T*>(data) + j;
+    switch (dtype) {
+      case DType::kFloat32:
+        gather<DType::kFloat32>(at(j), stride, n, buffer);
+        break;
+      case DType::kFloat64:
+        gather<DType::kFloat64>(at(j), stride, n, buffer);
+        break;
+      case DType::kFloat16:
+        gather<DType::kFloat16>(at(j), stride, n, buffer);
+        break;
+      case DType::kBFloat16:
+        gather<DType::kBFloat16>(at(j), stride, n, buffer);
+        break;
+    }
+    return buffer;
+  }
+
+  // Where classes from j on are to be written: in place, or to `buffer`, for write() to pass on.
+  template <class T>
+  AFM_MEMBER T* writable(int64_t j, T* buffer) const {
+    return is_native<T>() ? reinterpret_cast<T*>(data) + j : buffer;
+  }
+
+  template <class T>
+  AFM_MEMBER void write(int64_t j, int64_t n, const T* buffer) const {
+    if (is_native<T>()) return;
+    switch (dtype) {
+      case DType::kFloat32:
+        scatter<DType::kFloat32>(buffer, n, at(j), stride);
+        break;
+      case DType::kFloat64:
+        scatter<DType::kFloat64>(buffer, n, at(j), stride);
+        break;
+      case DType::kFloat16:
+        scatter<DType::kFloat16>(buffer, n, at(j), stride);
+        break;
+      case DType::kBFloat16:
+        scatter<DType::kBFloat16>(buffer, n, at(j), stride);
+        break;
+    }
+  }
+};
+
+// Walks over the rows of a call, from any row on, and knows where each tensor has the present one.
+struct RowCursor {
+  const RowShape& shape;
+  int64_t index[RowsOf::kMaxDims];
+
+  RowCursor(const RowShape& row_shape, int64_t row) : shape(row_shape) {
+    for (int d = shape.dims - 1; d >= 0; --d) {
+      index[d] = row % shape.sizes[d];
+      row /= shape.sizes[d];
+    }
+  }
+
+  AFM_MEMBER RowPointer row_of(const RowsOf& tensor) const {
+    if (tensor.data == nullptr) return {nullptr, tensor.dtype, 1};
+    int64_t offset = 0;
+    for (int d = 0; d < shape.dims; ++d) offset += index[d] * tensor.row_strides[d];
+    return {static_cast<char*>(tensor.data) + offset * element_size(tensor.dtype), tensor.dtype,
+            tensor.class_stride};
+  }
+
+  AFM_MEMBER void next() {
+    for (int d = shape.dims - 1; d >= 0; --d) {
+      if (++index[d] < shape.sizes[d] || d == 0) return;
+      index[d] = 0;
+    }
+  }
+};
+
+// Makes non-temporal stores visible to other threads.
+AFM_INLINE void end_of_streams() {
+#if AFM_CAPABILITY_AVX2 || AFM_CAPABILITY_AVX512
+  _mm_sfence();
+#endif
+}
+
+}  // namespace
+}  // namespace afm::cpu::AFM_CAPABILITY

@@ -1,0 +1,522 @@
+// One row after another of KL and Jeffreys, alone or with a cross-entropy (the distillation loss).
+//
+// A row is looked at (probe), summed by the loop that fits it, and turned into gradients by a
+// second loop that finds the row and its exponentials still in the cache. JS has a kernel of its
+// own.
+
+#include "cpu/softmax_kl.h"
+
+#include "cpu/kl_sweeps.h"
+#include "cpu/row_tiles.h"
+
+namespace afm::cpu::AFM_CAPABILITY {
+namespace {
+
+constexpr double kInfinity = __builtin_inf(), kNotANumber = __builtin_nan("");
+
+// How much of a row decides its shifts. The maximum of this many logits is nearly always within
+// exp's range of the row's; where it is not, or where a near row turns out not to be one, the row
+// is summed again.
+constexpr int64_t kProbe = 128;
+
+// Shifted logits may exceed the shift by 100 doublings before sums would lose their range.
+constexpr double kMaxDoublings = 100;
+
+// What a row comes to; what a backward needs of it is saved as RowStat.
+struct RowSummary {
+  RowKind kind = RowKind::kNan;
+  double student_shift = 0, teacher_shift = 0, gap = 0, centre = 0;
+  double student_sum = 1, teacher_sum = 1;
+  double a = 0;             // E_p[exp(x)] - 1, in near rows
+  double mean = 0;          // r = E_p[x]
+  double student_mean = 0;  // E_q[x], for Jeffreys
+  double divergence = 0;
+  double student_lse = 0;  // log of the sum of exp((s - student_shift) / T)
+};
+
+// The cross-entropy's part in a row.
+struct HardLabel {
+  bool is_present = false;
+  int64_t label = 0;
+  double scale = 0;        // of its gradient
+  double log_sum_exp = 0;  // of the student's logits, at temperature 1
+};
+
+template <class T>
+struct Worker {
+  const SoftmaxKlParams& params;
+  const bool jeffreys;
+  const double inv_t, to_log2;
+  const ScaledExp<T> exp, plain_exp;
+  T *student_cache, *teacher_cache;  // a row of exponentials each
+  T *student_tile, *teacher_tile, *grad_student_tile, *grad_teacher_tile;  // kTile each
+  RowPointer student, teacher, grad_student, grad_teacher;                 // the present row
+
+  Worker(const SoftmaxKlParams& p, void* scratch)
+      : params(p),
+        jeffreys(p.divergence == Divergence::kJeffreys),
+        inv_t(1 / p.temperature),
+        to_log2(1.44269504088896340736 / p.temperature),
+        exp(p.temperature),
+        plain_exp(1) {
+    T* at = static_cast<T*>(scratch);
+    student_tile = at, teacher_tile = at + kTile;
+    grad_student_tile = at + 2 * kTile, grad_teacher_tile = at + 3 * kTile;
+    student_cache = at + 4 * kTile;
+    teacher_cache = student_cache + (p.classes + 15) / 16 * 16;
+  }
+
+  RowConstants<T> constants(const RowSummary& row) const {
+    return {exp,
+            static_cast<T>(inv_t),
+            static_cast<T>(row.student_shift),
+            static_cast<T>(row.teacher_shift),
+            static_cast<T>(row.gap),
+            static_cast<T>(row.centre),
+            static_cast<T>(__builtin_exp((row.student_shift - row.teacher_shift - row.gap) * inv_t -
+                                         row.centre))};
+  }
+
+  // Calls f(s, t, first class, count) tile by tile.
+  template <class F>
+  void for_tiles(const F& f) const {
+    for (int64_t j = 0; j < params.classes; j += kTile) {
+      const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+      f(student.read(j, n, student_tile), teacher.read(j, n, teacher_tile), j, n);
+    }
+  }
+
+  // Sums.
+  // ----------------------------------------------------------------------------------------------------------
+
+  template <bool kCache>
+  RowSummary summarise() {
+    RowSummary row;
+    const int64_t head = params.classes < kProbe ? params.classes : kProbe;
+    const Probe<T> probe =
+        probe_row(student.read(0, head, student_tile), teacher.read(0, head, teacher_tile), head);
+    row.student_shift = probe.student_max, row.teacher_shift = probe.teacher_max;
+    row.gap = coarse_gap(static_cast<T>(probe.student_max - probe.teacher_max));
+    const double width = (static_cast<double>(probe.gap_max) - probe.gap_min) * inv_t;
+    if (width <= kNearLimit && summarise_near<kCache>(row, 0.5 * (probe.gap_max + probe.gap_min)))
+      return row;
+    if (summarise_far<kCache>(row)) return row;
+    summarise_general(row);
+    return row;
+  }
+
+  template <bool kCache>
+  bool summarise_near(RowSummary& row, double middle) {
+    row.centre = static_cast<T>((middle - row.gap) * inv_t);
+    const RowConstants<T> c = constants(row);
+    RowSums sums;
+    for_tiles([&](const T* s, const T* t, int64_t j, int64_t n) {
+      if (jeffreys)
+        sum_near<kCache, true>(s, t, n, c, student_cache + j, teacher_cache + j, sums);
+      else
+        sum_near<kCache, false>(s, t, n, c, student_cache + j, teacher_cache + j, sums);
+    });
+    constexpr double kLimit =
+        kNearLimit * kNearLimit * 1.01;  // the polynomial is fitted a little beyond 1
+    const bool in_range = (sums.teacher_max - row.teacher_shift) * to_log2 <= kMaxDoublings;
+    if (!(sums.largest_square <= kLimit && in_range && __builtin_isfinite(sums.linear)))
+      return false;
+    row.kind = RowKind::kNear;
+    row.teacher_sum = sums.teacher;
+    row.mean = sums.linear / sums.teacher;
+    row.a = row.mean + sums.excess / sums.teacher;
+    const double log_ratio = __builtin_log1p(row.a);
+    row.divergence = log_ratio - row.mean;
+    if (jeffreys) {
+      row.divergence = near_jeffreys(row.a, row.mean, sums.curvature / sums.teacher);
+      row.student_mean = row.mean + row.divergence;
+    }
+    row.student_lse = __builtin_log(sums.teacher) + log_ratio + row.centre +
+                      (row.gap - (row.student_shift - row.teacher_shift)) * inv_t;
+    return true;
+  }
+
+  template <bool kCache>
+  bool summarise_far(RowSummary& row) {
+    const RowConstants<T> c = constants(row);
+    RowSums sums;
+    for_tiles([&](const T* s, const T* t, int64_t j, int64_t n) {
+      if (jeffreys)
+        sum_far<kCache, true>(s, t, n, c, student_cache + j, teacher_cache + j, sums);
+      else
+        sum_far<kCache, false>(s, t, n, c, student_cache + j, teacher_cache + j, sums);
+    });
+    const double above =
+        larger(sums.student_max - row.student_shift, sums.teacher_max - row.teacher_shift);
+    if (!__builtin_isfinite(sums.linear) || !(above * to_log2 <= kMaxDoublings)) {
+      row.centre = kNotANumber;  // no better guess for the general loop
+      return false;
+    }
+    row.kind = RowKind::kFar;
+    row.student_sum = sums.student, row.teacher_sum = sums.teacher;
+    row.mean = sums.linear / sums.teacher * inv_t;
+    const double log_ratio = __builtin_log(sums.student / sums.teacher);
+    row.divergence = log_ratio - row.mean;
+    if (far_kl_is_too_small(row.divergence, row.mean)) {
+      row.centre = row.mean + (row.student_shift - row.teacher_shift) * inv_t;
+      return false;
+    }
+    if (jeffreys) {
+      row.student_mean = sums.student_linear / sums.student * inv_t;
+      row.divergence = row.student_mean - row.mean;
+    }
+    row.student_lse = __builtin_log(sums.student);
+    return true;
+  }
+
+  // row.centre: a guess at E_p[(s - t) / T], or NaN.
+  void summarise_general(RowSummary& row) {
+    double student_max = -kInfinity, teacher_max = -kInfinity;
+    bool broken = false;
+    for_tiles([&](const T* s, const T* t, int64_t, int64_t n) {
+      classify(s, n, student_max, broken);
+      classify(t, n, teacher_max, broken);
+    });
+    row.kind = RowKind::kNan, row.divergence = kNotANumber;
+    if (broken || student_max == -kInfinity || teacher_max == -kInfinity) return;
+    const double difference = student_max - teacher_max;
+    row.student_shift = student_max, row.teacher_shift = teacher_max;
+    row.gap = coarse_gap(static_cast<T>(difference));
+    const double guess = __builtin_isnan(row.centre) ? difference * inv_t : row.centre;
+    row.centre = static_cast<T>(guess - row.gap * inv_t);
+    const RowConstants<T> c = constants(row);
+    RowSums sums;
+    for_tiles([&](const T* s, const T* t, int64_t, int64_t n) { sum_general(s, t, n, c, sums); });
+    row.kind = RowKind::kGeneral;
+    row.student_sum = sums.student, row.teacher_sum = sums.teacher;
+    row.mean = sums.linear / sums.teacher;
+    row.student_mean = sums.student_linear / sums.student;
+    row.student_lse = __builtin_log(sums.student);
+    const double log_ratio =
+        __builtin_log(sums.student / sums.teacher) + (difference - row.gap) * inv_t - row.centre;
+    const double plain = log_ratio - row.mean, a = row.mean + sums.excess / sums.teacher;
+    const bool is_small = plain < 1 && __builtin_fabs(log_ratio) < 1;
+    row.divergence = is_small ? __builtin_log1p(a) - row.mean : plain;
+    if (jeffreys)
+      row.divergence = is_small ? near_jeffreys(a, row.mean, sums.curvature / sums.teacher)
+                                : row.student_mean - row.mean;
+    if (jeffreys ? sums.one_sided : sums.student_missing) {
+      row.kind = RowKind::kInfinite;
+      row.divergence = kInfinity;
+    }
+  }
+
+  // The cross-entropy.
+  // ---------------------------------------------------------------------------------------------
+
+  // -log q of the label, smoothed, at temperature 1; also sets hard.log_sum_exp.
+  double cross_entropy(const RowSummary& row, HardLabel& hard) const {
+    const double smoothing = params.cross_entropy.label_smoothing;
+    const bool known = params.temperature == 1 && row.kind < RowKind::kInfinite;
+    double shift = -kInfinity, sum = 0, logits = 0;
+    if (known) {
+      shift = row.student_shift;
+    } else {
+      bool broken = false;
+      for_student_tiles([&](const T* s, int64_t n) { classify(s, n, shift, broken); });
+      if (broken || shift == -kInfinity) return kNotANumber;
+      for_student_tiles([&](const T* s, int64_t n) {
+        Accumulator<T> exponentials;
+        const Vec<T> top(static_cast<T>(shift));
+        sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
+          exponentials.add(u, plain_exp(access.load(s + j, no_class<T>()) - top));
+        });
+        sum += exponentials.sum();
+      });
+    }
+    const double log_sum = known ? row.student_lse : __builtin_log(sum);
+    hard.log_sum_exp = shift + log_sum;
+    T buffer;
+    const double label_logit = *student.at_class(hard.label).read(0, 1, &buffer);
+    double value = smoothing == 1 ? 0 : (1 - smoothing) * (log_sum - (label_logit - shift));
+    if (smoothing != 0) {
+      for_student_tiles([&](const T* s, int64_t n) {
+        Accumulator<T> sums;
+        const Vec<T> top(static_cast<T>(shift));
+        sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
+          sums.add(u, access.or_zero(access.load(s + j, top) - top));
+        });
+        logits += sums.sum();
+      });
+      value += smoothing * (log_sum - logits / static_cast<double>(params.classes));
+    }
+    return value;
+  }
+
+  template <class F>
+  void for_student_tiles(const F& f) const {
+    for (int64_t j = 0; j < params.classes; j += kTile) {
+      const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+      f(student.read(j, n, student_tile), n);
+    }
+  }
+
+  // Gradients.
+  // -----------------------------------------------------------------------------------------------------
+
+  GradientFactors<T> factors(const RowSummary& row, double scale, double ce_scale) const {
+    const double by_t = scale * inv_t, p = by_t / row.teacher_sum, r = row.mean,
+                 r_q = row.student_mean;
+    const double x_unit = row.kind == RowKind::kFar ? inv_t : 1;
+    double student_f, student_e, student_fx = 0, teacher_e = p * r, teacher_f = 0;
+    const double teacher_x = -p * x_unit;
+    if (row.kind == RowKind::kNear) {
+      const double q = p / (1 + row.a), ce = ce_scale / row.teacher_sum / (1 + row.a);
+      student_f = q, student_e = -q * row.a;
+      if (jeffreys) {
+        student_f -= q * r_q, student_e -= q * r_q, student_fx = q;
+        teacher_e += q * row.a, teacher_f = -q;
+      }
+      student_f += ce, student_e += ce;
+    } else {
+      const double q = by_t / row.student_sum;
+      student_f = q, student_e = -p;
+      if (jeffreys) {
+        student_f -= q * r_q, student_fx = q * x_unit;
+        teacher_e += p, teacher_f = -q;
+      }
+      student_f += ce_scale / row.student_sum;
+    }
+    return {static_cast<T>(student_f),  static_cast<T>(student_e), smoothing_constant(ce_scale),
+            static_cast<T>(student_fx), static_cast<T>(teacher_x), static_cast<T>(teacher_e),
+            static_cast<T>(teacher_f)};
+  }
+
+  template <RowKind kKind, bool kCached, bool kJeffreys>
+  AFM_MEMBER void gradient_tile(const T* s, const T* t, int64_t j, int64_t n,
+                                const RowConstants<T>& c, const GradientFactors<T>& by,
+                                T* to_student, T* to_teacher, bool stream) const {
+    const T *f = student_cache + j, *e = teacher_cache + j;
+    if (to_student != nullptr && to_teacher != nullptr)
+      gradient<kKind, kCached, true, true, kJeffreys>(s, t, n, c, by, f, e, to_student, to_teacher,
+                                                      stream);
+    else if (to_student != nullptr)
+      gradient<kKind, kCached, true, false, kJeffreys>(s, t, n, c, by, f, e, to_student, to_teacher,
+                                                       stream);
+    else
+      gradient<kKind, kCached, false, true, kJeffreys>(s, t, n, c, by, f, e, to_student, to_teacher,
+                                                       stream);
+  }
+
+  template <RowKind kKind, bool kCached>
+  void write_gradients(const RowSummary& row, double scale, const HardLabel& hard) const {
+    // At temperature 1 the cross-entropy's softmax is the divergence's, and only changes its
+    // factors.
+    const bool separate = hard.scale != 0 && params.temperature != 1;
+    const RowConstants<T> c = constants(row);
+    const GradientFactors<T> by = factors(row, scale, separate ? 0 : hard.scale);
+    const bool stream = params.stream && can_stream() && !separate;
+    // Backwards: the end of a long row is what the caches still hold.
+    for (int64_t j = (params.classes - 1) / kTile * kTile; j >= 0; j -= kTile) {
+      const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+      const T* s = student.read(j, n, student_tile);
+      const T* t = teacher.read(j, n, teacher_tile);
+      T* to_student = grad_student.data ? grad_student.writable(j, grad_student_tile) : nullptr;
+      T* to_teacher = grad_teacher.data ? grad_teacher.writable(j, grad_teacher_tile) : nullptr;
+      if (jeffreys)
+        gradient_tile<kKind, kCached, true>(s, t, j, n, c, by, to_student, to_teacher, stream);
+      else
+        gradient_tile<kKind, kCached, false>(s, t, j, n, c, by, to_student, to_teacher, stream);
+      if (to_student) {
+        if (separate) add_softmax(s, n, hard, to_student);
+        subtract_label(hard, j, n, to_student);
+        grad_student.write(j, n, to_student);
+      }
+      if (to_teacher) grad_teacher.write(j, n, to_teacher);
+    }
+  }
+
+  // Both gradients in place, and on the same phase of a cache line: one loop aligns both.
+  bool can_stream() const {
+    const bool has_s = grad_student.data != nullptr, has_t = grad_teacher.data != nullptr;
+    if ((has_s && !grad_student.is_native<T>()) || (has_t && !grad_teacher.is_native<T>()))
+      return false;
+    return !has_s || !has_t || (grad_student.data - grad_teacher.data) % 64 == 0;
+  }
+
+  // The cross-entropy's gradient is scale * (softmax(s) - smoothing / C - (1 - smoothing) * [the
+  // label's class]).
+  void add_softmax(const T* s, int64_t n, const HardLabel& hard, T* to_student) const {
+    const T shift = static_cast<T>(
+        hard.log_sum_exp);  // the exponentials are probabilities up to a factor near 1
+    const double rounding = __builtin_exp(static_cast<double>(shift) - hard.log_sum_exp);
+    const Vec<T> top(shift), factor(static_cast<T>(hard.scale * rounding));
+    const Vec<T> constant(smoothing_constant(hard.scale));
+    sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
+      const Vec<T> probability = plain_exp(access.load(s + j, no_class<T>()) - top);
+      const Vec<T> grad = access.load(static_cast<const T*>(to_student) + j, constant);
+      access.store(to_student + j, fma(probability, factor, grad + constant));
+    });
+  }
+
+  void subtract_label(const HardLabel& hard, int64_t j, int64_t n, T* to_student) const {
+    if (hard.scale == 0 || hard.label < j || hard.label >= j + n) return;
+    to_student[hard.label - j] -=
+        static_cast<T>(hard.scale * (1 - params.cross_entropy.label_smoothing));
+  }
+
+  T smoothing_constant(double ce_scale) const {
+    return static_cast<T>(-ce_scale * params.cross_entropy.label_smoothing /
+                          static_cast<double>(params.classes));
+  }
+
+  // Where the divergence has no part in the loss.
+  void write_cross_entropy_gradient(const HardLabel& hard) const {
+    fill(grad_teacher, grad_teacher_tile, T(0));
+    if (hard.scale == 0 || grad_student.data == nullptr)
+      return fill(grad_student, grad_student_tile, T(0));
+    for (int64_t j = 0; j < params.classes; j += kTile) {
+      const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+      T* to_student = grad_student.writable(j, grad_student_tile);
+      for (int64_t i = 0; i < n; ++i) to_student[i] = 0;
+      add_softmax(student.read(j, n, student_tile), n, hard, to_student);
+      subtract_label(hard, j, n, to_student);
+      grad_student.write(j, n, to_student);
+    }
+  }
+
+  void fill(const RowPointer& grad, T* tile, T value) const {
+    if (grad.data == nullptr) return;
+    for (int64_t j = 0; j < params.classes; j += kTile) {
+      const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+      T* out = grad.writable(j, tile);
+      for (int64_t i = 0; i < n; ++i) out[i] = value;
+      grad.write(j, n, out);
+    }
+  }
+
+  // A row.
+  // ---------------------------------------------------------------------------------------------------------
+
+  void save(const RowSummary& row, int64_t i, const HardLabel& hard) const {
+    if (params.row_stats == nullptr || params.stats_are_given) return;
+    T* stats = static_cast<T*>(params.row_stats) + i * kRowStats;
+    stats[kStatKind] = static_cast<T>(static_cast<int>(row.kind));
+    stats[kStatStudentShift] = static_cast<T>(row.student_shift);
+    stats[kStatTeacherShift] = static_cast<T>(row.teacher_shift);
+    stats[kStatStudent] = static_cast<T>(row.kind == RowKind::kNear ? row.a : row.student_sum);
+    stats[kStatTeacherSum] = static_cast<T>(row.teacher_sum);
+    stats[kStatCentre] = static_cast<T>(row.centre);
+    stats[kStatMean] = static_cast<T>(row.mean);
+    stats[kStatLast] =
+        static_cast<T>(jeffreys ? row.student_mean : hard.log_sum_exp - row.student_shift);
+  }
+
+  RowSummary restore(int64_t i, HardLabel& hard) const {
+    const T* stats = static_cast<const T*>(params.row_stats) + i * kRowStats;
+    RowSummary row;
+    row.kind = static_cast<RowKind>(static_cast<int>(stats[kStatKind]));
+    row.student_shift = stats[kStatStudentShift], row.teacher_shift = stats[kStatTeacherShift];
+    row.gap = coarse_gap(static_cast<T>(row.student_shift - row.teacher_shift));
+    (row.kind == RowKind::kNear ? row.a : row.student_sum) = stats[kStatStudent];
+    row.teacher_sum = stats[kStatTeacherSum];
+    row.centre = stats[kStatCentre], row.mean = stats[kStatMean],
+    row.student_mean = stats[kStatLast];
+    hard.log_sum_exp = row.student_shift + stats[kStatLast];
+    return row;
+  }
+
+  // The row's summary and value, where a loss is wanted or a backward cannot do with what was
+  // saved.
+  RowSummary measure(int64_t i, HardLabel& hard, bool cache) {
+    RowSummary row;
+    double value = 0;
+    if (params.divergence_weight != 0) {
+      row = cache ? summarise<true>() : summarise<false>();
+      row.divergence = row.divergence < 0 ? 0 : row.divergence;
+      value = params.divergence_weight * row.divergence;
+    } else {
+      row.kind = RowKind::kUnlooked;
+    }
+    if (hard.is_present) value += params.cross_entropy.weight * cross_entropy(row, hard);
+    if (!__builtin_isfinite(value))
+      row.kind = __builtin_isnan(value) ? RowKind::kNan : RowKind::kInfinite;
+    if (params.row_values != nullptr) params.row_values[i] = value * weight_of(i) * params.scale;
+    save(row, i, hard);
+    return row;
+  }
+
+  double weight_of(int64_t i) const {
+    return params.row_weight == nullptr ? 1 : static_cast<const T*>(params.row_weight)[i];
+  }
+
+  void run(int64_t i) {
+    const bool wants_gradients = grad_student.data != nullptr || grad_teacher.data != nullptr;
+    const double weight = weight_of(i);
+    HardLabel hard;
+    if (weight == 0) {
+      RowSummary masked;
+      masked.kind = RowKind::kMasked;
+      if (params.row_values != nullptr) params.row_values[i] = 0;
+      save(masked, i, hard);
+      fill(grad_student, grad_student_tile, T(0));
+      return fill(grad_teacher, grad_teacher_tile, T(0));
+    }
+    const CrossEntropyParams& ce = params.cross_entropy;
+    if (ce.labels != nullptr && ce.weight != 0 && ce.labels[i] != ce.ignore_index)
+      hard.is_present = true, hard.label = ce.labels[i];
+
+    RowSummary row;
+    bool cached = false;
+    if (params.stats_are_given) row = restore(i, hard);
+    if (!params.stats_are_given || row.kind == RowKind::kGeneral) {
+      cached = wants_gradients;
+      row = measure(i, hard, cached);
+    }
+    if (!wants_gradients) return;
+
+    const bool has_divergence = params.divergence_weight != 0;
+    if (row.kind == RowKind::kNan || row.kind == RowKind::kInfinite) {
+      const T nan = static_cast<T>(kNotANumber);
+      fill(grad_student, grad_student_tile, nan);
+      return fill(grad_teacher, grad_teacher_tile, has_divergence ? nan : T(0));
+    }
+    double scale = weight * params.scale;
+    if (params.grad_loss != nullptr)
+      scale *= static_cast<const T*>(params.grad_loss)[params.grad_loss_stride * i];
+    hard.scale = hard.is_present ? scale * ce.weight : 0;
+    scale *= params.divergence_weight;
+    if (!has_divergence)
+      write_cross_entropy_gradient(hard);
+    else if (row.kind == RowKind::kNear)
+      cached ? write_gradients<RowKind::kNear, true>(row, scale, hard)
+             : write_gradients<RowKind::kNear, false>(row, scale, hard);
+    else if (row.kind == RowKind::kFar)
+      cached ? write_gradients<RowKind::kFar, true>(row, scale, hard)
+             : write_gradients<RowKind::kFar, false>(row, scale, hard);
+    else
+      write_gradients<RowKind::kGeneral, false>(row, scale, hard);
+  }
+};
+
+template <class T>
+AFM_INLINE void run_rows(const SoftmaxKlParams& params, int64_t begin, int64_t end, void* scratch) {
+  Worker<T> worker(params, scratch);
+  RowCursor cursor(params.shape, begin);
+  for (int64_t i = begin; i < end; ++i, cursor.next()) {
+    worker.student = cursor.row_of(params.student), worker.teacher = cursor.row_of(params.teacher);
+    worker.grad_student = cursor.row_of(params.grad_student);
+    worker.grad_teacher = cursor.row_of(params.grad_teacher);
+    worker.run(i);
+  }
+  end_of_streams();
+}
+
+}  // namespace
+
+void softmax_kl_rows_float(const SoftmaxKlParams& params, int64_t begin, int64_t end,
+                           void* scratch) {
+  run_rows<float>(params, begin, end, scratch);
+}
+
+void softmax_kl_rows_double(const SoftmaxKlParams& params, int64_t begin, int64_t end,
+                            void* scratch) {
+  run_rows<double>(params, begin, end, scratch);
+}
+
+}  // namespace afm::cpu::AFM_CAPABILITY

@@ -1,0 +1,107 @@
+// exp and its relatives on SIMD vectors, for kernel units.
+
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace afm::cpu::AFM_CAPABILITY {
+namespace {
+
+template <class T>
+struct Float;
+
+template <>
+struct Float<float> {
+  static constexpr int mantissa_bits = 23, bias = 127;
+  static constexpr float lowest = -3.402823466e38f, infinity = __builtin_inff();
+  // 2^f = 1 + f * P(f) on |f| <= 1/2: relative error 9.4e-8 (Remez, fitted with the first
+  // coefficient free).
+  static constexpr float exp2_tail[] = {1.3264182991e-3f, 9.6719386908e-3f, 5.5507389122e-2f,
+                                        2.4022235558e-1f, 6.9314697270e-1f};
+  // exp(x) - 1 - x = x^2 * P(x) on |x| <= 1: relative error 9.2e-8 (Remez).
+  static constexpr float excess[] = {2.4963990794e-5f, 2.0335250656e-4f, 1.3891435278e-3f,
+                                     8.3308330986e-3f, 4.1666506288e-2f, 1.6666697994e-1f,
+                                     5.0000001073e-1f};
+};
+
+template <>
+struct Float<double> {
+  static constexpr int mantissa_bits = 52, bias = 1023;
+  static constexpr double lowest = -1.7976931348623157e308, infinity = __builtin_inf();
+  // The Taylor series of (2^f - 1) / f: the term left out is below 4e-18.
+  static constexpr double exp2_tail[] = {
+      1.3691488853904128881e-12, 2.5678435993488205142e-11, 4.4455382718708114976e-10,
+      7.0549116208011233299e-9,  1.0178086009239699728e-7,  1.3215486790144309489e-6,
+      1.5252733804059840280e-5,  1.5403530393381609954e-4,  1.3333558146428443423e-3,
+      9.6181291076284771620e-3,  5.5504108664821579953e-2,  2.4022650695910071233e-1,
+      6.9314718055994530942e-1};
+  // Relative error 4e-19 (Remez).
+  static constexpr double excess[] = {
+      4.799260978734459461e-14,  7.7549941105734359724e-13, 1.1471260336579726608e-11,
+      1.6057398119544899656e-10, 2.0876744087226957007e-9,  2.5052121150931170078e-8,
+      2.7557319333215759494e-7,  2.7557319171042131692e-6,  2.4801587301156552641e-5,
+      1.9841269841382360275e-4,  1.3888888888889665416e-3,  8.3333333333332281332e-3,
+      4.166666666666666153e-2,   1.6666666666666666950e-1,  5.0000000000000000005e-1};
+};
+
+template <class T, int n>
+AFM_INLINE Vec<T> polynomial(const T (&coefficients)[n], Vec<T> x) {
+  Vec<T> value(coefficients[0]);
+#pragma GCC unroll 16
+  for (int i = 1; i < n; ++i) value = fma(value, x, Vec<T>(coefficients[i]));
+  return value;
+}
+
+// exp(v / temperature), the factor log2(e) / temperature folded into the reduction of the argument.
+template <class T>
+struct ScaledExp {
+  using V = Vec<T>;
+  T to_log2;  // log2(e) / temperature
+  T floor;    // below it the result is 0
+#if !AFM_CAPABILITY_AVX2 && !AFM_CAPABILITY_AVX512
+  T step_high,
+      step_low;  // temperature * ln(2) in two parts: integer multiples of the first are exact
+#endif
+
+  explicit ScaledExp(double temperature) {
+    constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
+    to_log2 = static_cast<T>(kLog2E / temperature);
+    floor = static_cast<T>(-static_cast<double>(Float<T>::bias) / to_log2);
+#if !AFM_CAPABILITY_AVX2 && !AFM_CAPABILITY_AVX512
+    constexpr double kSplit = sizeof(T) == 4 ? 1 << 10 : 1LL << 36;
+    const double step = temperature * kLn2, exponent = __builtin_logb(step);
+    const double unit = __builtin_ldexp(1.0, static_cast<int>(exponent)) / kSplit;
+    step_high = static_cast<T>(__builtin_floor(step / unit) * unit);
+    step_low = static_cast<T>(step - static_cast<double>(step_high));
+#else
+    (void)kLn2;
+#endif
+  }
+
+  // For v up to about 88 * temperature. -inf and NaN give 0, and so does what would be subnormal.
+  AFM_MEMBER V operator()(V v) const {
+    // The integer nearest to v * to_log2 lands in the low bits of a number this large, plus the
+    // exponent's bias.
+    constexpr T kMagic = static_cast<T>(3LL << (Float<T>::mantissa_bits - 1)) + Float<T>::bias;
+    v = max(v, V(floor));
+    const V shifted = fma(v, V(to_log2), V(kMagic));
+#if AFM_CAPABILITY_AVX2 || AFM_CAPABILITY_AVX512
+    const V fraction = fma(v, V(to_log2), V(kMagic) - shifted);
+#else
+    // Without a fused multiply-add v * to_log2 would be rounded before the integer is taken off.
+    const V minus_n = V(kMagic) - shifted;
+    const V fraction = fma(minus_n, V(step_low), fma(minus_n, V(step_high), v)) * V(to_log2);
+#endif
+    return fma(polynomial(Float<T>::exp2_tail, fraction), fraction, V(T(1))) *
+           shifted.exponent_from_magic();
+  }
+};
+
+// exp(x) - 1 - x for |x| <= 1, without cancellation.
+template <class T>
+AFM_INLINE Vec<T> excess_of_exp(Vec<T> x) {
+  return x * x * polynomial(Float<T>::excess, x);
+}
+
+}  // namespace
+}  // namespace afm::cpu::AFM_CAPABILITY
