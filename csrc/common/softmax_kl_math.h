@@ -88,6 +88,29 @@ AFM_INLINE T coarse_gap(T gap) {
   return T(static_cast<int>(gap));
 }
 
+// log(1 + a) - a, without cancellation.
+template <class T>
+AFM_INLINE T log1p_minus(T a) {
+  if (a > T(0.03125) || a < T(-0.03125))
+    return static_cast<T>(__builtin_log1p(static_cast<double>(a))) - a;
+  T series = T(0);  // a^12 / 13 is below 1e-19
+  for (int n = 12; n >= 2; --n) series = T(1) / T(n) - a * series;
+  return -a * a * series;
+}
+
+// KL(p || q) from r and b.
+template <class T>
+AFM_INLINE T near_kl(T r, T excess) {
+  return log1p_minus(r + excess) + excess;
+}
+
+// Whether rounding in b, which contains r^2 / 2, shows in a KL this small: better to sum again
+// around c + r.
+template <class T>
+AFM_INLINE bool near_centre_is_off(T kl, T r) {
+  return r * r > T(30) * kl;
+}
+
 // E_q[x] - E_p[x], from A, r and E_p[x * (exp(x) - 1)]: the Jeffreys divergence of a near row.
 template <class T>
 AFM_INLINE T near_jeffreys(T a, T r, T curvature) {

@@ -98,16 +98,23 @@ struct Worker {
     row.student_shift = probe.student_max, row.teacher_shift = probe.teacher_max;
     row.gap = coarse_gap(static_cast<T>(probe.student_max - probe.teacher_max));
     const double width = (static_cast<double>(probe.gap_max) - probe.gap_min) * inv_t;
-    if (width <= kNearLimit && summarise_near<kCache>(row, 0.5 * (probe.gap_max + probe.gap_min)))
-      return row;
+    if (width <= kNearLimit) {
+      // At the maxima the two sides mostly agree on the class, and where p is concentrated this is
+      // the mean.
+      const double guess = (row.student_shift - row.teacher_shift - row.gap) * inv_t;
+      bool is_near = summarise_near<kCache>(row, guess);
+      if (is_near && near_centre_is_off(row.divergence, row.mean))
+        is_near = summarise_near<kCache>(row, row.centre + row.mean);
+      if (is_near) return row;
+    }
     if (summarise_far<kCache>(row)) return row;
     summarise_general(row);
     return row;
   }
 
   template <bool kCache>
-  bool summarise_near(RowSummary& row, double middle) {
-    row.centre = static_cast<T>((middle - row.gap) * inv_t);
+  bool summarise_near(RowSummary& row, double centre) {
+    row.centre = static_cast<T>(centre);
     const RowConstants<T> c = constants(row);
     RowSums sums;
     for_tiles([&](const T* s, const T* t, int64_t j, int64_t n) {
@@ -124,14 +131,14 @@ struct Worker {
     row.kind = RowKind::kNear;
     row.teacher_sum = sums.teacher;
     row.mean = sums.linear / sums.teacher;
-    row.a = row.mean + sums.excess / sums.teacher;
-    const double log_ratio = __builtin_log1p(row.a);
-    row.divergence = log_ratio - row.mean;
+    const double excess = sums.excess / sums.teacher;
+    row.a = row.mean + excess;
+    row.divergence = near_kl(row.mean, excess);
     if (jeffreys) {
       row.divergence = near_jeffreys(row.a, row.mean, sums.curvature / sums.teacher);
       row.student_mean = row.mean + row.divergence;
     }
-    row.student_lse = __builtin_log(sums.teacher) + log_ratio + row.centre +
+    row.student_lse = __builtin_log(sums.teacher) + __builtin_log1p(row.a) + row.centre +
                       (row.gap - (row.student_shift - row.teacher_shift)) * inv_t;
     return true;
   }
@@ -194,9 +201,10 @@ struct Worker {
     row.student_lse = __builtin_log(sums.student);
     const double log_ratio =
         __builtin_log(sums.student / sums.teacher) + (difference - row.gap) * inv_t - row.centre;
-    const double plain = log_ratio - row.mean, a = row.mean + sums.excess / sums.teacher;
+    const double plain = log_ratio - row.mean, excess = sums.excess / sums.teacher,
+                 a = row.mean + excess;
     const bool is_small = plain < 1 && __builtin_fabs(log_ratio) < 1;
-    row.divergence = is_small ? __builtin_log1p(a) - row.mean : plain;
+    row.divergence = is_small ? near_kl(row.mean, excess) : plain;
     if (jeffreys)
       row.divergence = is_small ? near_jeffreys(a, row.mean, sums.curvature / sums.teacher)
                                 : row.student_mean - row.mean;
