@@ -58,9 +58,9 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, dim: int) -> Lo
     ):
         refuse_forward_mode()
     last = len(shape) - 1
+    if not isinstance(dim, int):
+        raise TypeError(f"dim is {_described(dim)}; an int is expected")
     if dim != -1 and dim != last:
-        if not isinstance(dim, int):
-            raise TypeError(f"dim is {_described(dim)}; an int is expected")
         if not -last - 1 <= dim <= last:
             raise ValueError(
                 f"dim is {dim}; allowed: {-last - 1} to {last} for logits of shape {tuple(shape)}"
@@ -116,6 +116,14 @@ def check_positive(name: str, value: float) -> float:
         raise TypeError(f"{name} is {_described(value)}; a positive number is expected")
     if not 0 < value < _INFINITY:
         raise ValueError(f"{name} is {value}; a positive, finite number is expected")
+    return value * 1.0
+
+
+def check_not_negative(name: str, value: float) -> float:
+    if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} is {_described(value)}; a number is expected")
+    if not 0 <= value < _INFINITY:
+        raise ValueError(f"{name} is {value}; a finite number of at least 0 is expected")
     return value * 1.0
 
 

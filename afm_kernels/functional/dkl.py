@@ -24,8 +24,8 @@ from afm_kernels import ops
 from afm_kernels.autograd.dkl import DKLFunction
 from afm_kernels.autograd.fused import Call, prefers_recompute, transformed_loss
 from afm_kernels.functional.checks import (
-    check_between,
     check_logits,
+    check_not_negative,
     check_positive,
     check_recompute,
     check_row_weight,
@@ -95,8 +95,8 @@ def dkl_loss(
     logits = check_logits(student_logits, teacher_logits, dim)
     temperature = check_positive("temperature", temperature)
     weight_temperature = check_positive("weight_temperature", weight_temperature)
-    alpha = check_between("alpha", alpha, 0, float("inf"))
-    beta = check_between("beta", beta, 0, float("inf"))
+    alpha = check_not_negative("alpha", alpha)
+    beta = check_not_negative("beta", beta)
     student, teacher, rows, _ = logits
     if class_weight is not None:
         if dim != -1 and isinstance(class_weight, Tensor) and class_weight.dim() == student_logits.dim():

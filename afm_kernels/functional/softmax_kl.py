@@ -222,6 +222,8 @@ def _checked_out(
                 f"out for {side!r} is {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}; expected "
                 f"{tuple(like.shape)}, {like.dtype} on {like.device}"
             )
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(f"out for {side!r} has strides {tensor.stride()}, so that it overlaps itself")
         if tensor.requires_grad:
             raise ValueError(f"out for {side!r} requires a gradient; pass a tensor that does not")
     by_side = dict(zip(wrt, out, strict=True))

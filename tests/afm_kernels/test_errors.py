@@ -1,0 +1,337 @@
+"""Bad input: each gives one sentence that names the argument, what it was, and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from afm_kernels import distillation_loss, dkl_loss, softmax_kl_div, softmax_kl_div_grad
+
+GOOD = torch.zeros(4, 5)
+LABELS = torch.zeros(4, dtype=torch.long)
+
+
+def distillation(student: object, teacher: object, **others: object) -> object:
+    return distillation_loss(
+        student, teacher, **{"labels": LABELS, "alpha": 0.5, "temperature": 2.0, **others}
+    )  # type: ignore[arg-type]
+
+
+LOSSES: dict[str, Callable[..., object]] = {
+    "softmax_kl_div": softmax_kl_div,
+    "softmax_kl_div_grad": softmax_kl_div_grad,
+    "distillation_loss": distillation,
+    "dkl_loss": dkl_loss,
+}
+
+COMMON = [
+    ([[1.0]], GOOD, {}, TypeError, r"student_logits is a list .*; a floating-point tensor is expected"),
+    (
+        GOOD,
+        None,
+        {},
+        TypeError,
+        r"teacher_logits is a NoneType \(None\); a floating-point tensor is expected",
+    ),
+    (
+        GOOD,
+        torch.zeros(4, 6),
+        {},
+        ValueError,
+        r"teacher_logits has shape \(4, 6\) and student_logits \(4, 5\)",
+    ),
+    (
+        GOOD,
+        torch.zeros(1, 5),
+        {},
+        ValueError,
+        r"teacher_logits has shape \(1, 5\) and student_logits \(4, 5\)",
+    ),
+    (
+        GOOD.int(),
+        GOOD,
+        {},
+        TypeError,
+        r"student_logits has dtype torch.int32; allowed: float16, bfloat16, float32",
+    ),
+    (GOOD, GOOD.to(torch.complex64), {}, TypeError, r"teacher_logits has dtype torch.complex64; allowed"),
+    (GOOD, GOOD.bool(), {}, TypeError, r"teacher_logits has dtype torch.bool; allowed"),
+    (GOOD, GOOD.to("meta"), {}, ValueError, r"teacher_logits is on meta and student_logits on cpu"),
+    (torch.zeros(4, 0), torch.zeros(4, 0), {}, ValueError, r"class dimension of student_logits is empty"),
+    (
+        torch.zeros(()),
+        torch.zeros(()),
+        {},
+        ValueError,
+        r"student_logits has shape \(\), which has no class dimension",
+    ),
+    (GOOD, GOOD, {"dim": 2}, ValueError, r"dim is 2; allowed: -2 to 1 for logits of shape \(4, 5\)"),
+    (GOOD, GOOD, {"dim": -3}, ValueError, r"dim is -3; allowed: -2 to 1"),
+    (GOOD, GOOD, {"dim": 1.0}, TypeError, r"dim is a float \(1.0\); an int is expected"),
+    (GOOD, GOOD, {"temperature": 0}, ValueError, r"temperature is 0; a positive, finite number is expected"),
+    (GOOD, GOOD, {"temperature": -1.0}, ValueError, r"temperature is -1.0; a positive, finite number"),
+    (GOOD, GOOD, {"temperature": float("inf")}, ValueError, r"temperature is inf; a positive, finite number"),
+    (GOOD, GOOD, {"temperature": float("nan")}, ValueError, r"temperature is nan; a positive, finite number"),
+    (
+        GOOD,
+        GOOD,
+        {"temperature": "2"},
+        TypeError,
+        r"temperature is a str \('2'\); a positive number is expected",
+    ),
+    (GOOD, GOOD, {"row_weight": [1.0] * 4}, TypeError, r"row_weight is a list .*; a tensor is expected"),
+    (
+        GOOD,
+        GOOD,
+        {"row_weight": torch.ones(5)},
+        ValueError,
+        r"row_weight has shape \(5,\), which does not broadcast to \(4,\)",
+    ),
+    (
+        GOOD,
+        GOOD,
+        {"row_weight": torch.ones(4, 1)},
+        ValueError,
+        r"row_weight has shape \(4, 1\), which does not broadcast",
+    ),
+    (
+        GOOD,
+        GOOD,
+        {"row_weight": torch.ones(4, device="meta")},
+        ValueError,
+        r"row_weight is on meta and the logits on cpu",
+    ),
+    (
+        GOOD,
+        GOOD,
+        {"row_weight": torch.ones(4).to(torch.complex64)},
+        TypeError,
+        r"row_weight has dtype torch.complex64",
+    ),
+    (
+        GOOD,
+        GOOD,
+        {"row_weight": torch.ones(4, requires_grad=True)},
+        ValueError,
+        r"row_weight requires a gradient",
+    ),
+]
+REDUCED = [
+    (
+        GOOD,
+        GOOD,
+        {"reduction": "max"},
+        ValueError,
+        r"reduction is 'max'; allowed: 'none', 'sum', 'mean', 'batchmean'",
+    ),
+    (GOOD, GOOD, {"reduction": None}, ValueError, r"reduction is None; allowed"),
+    (
+        GOOD[:0],
+        GOOD[:0],
+        {"reduction": "max", "labels": LABELS[:0]},
+        ValueError,
+        r"reduction is 'max'; allowed",
+    ),
+    (
+        GOOD,
+        GOOD,
+        {"recompute": "yes"},
+        TypeError,
+        r"recompute is a str \('yes'\); allowed: True, False, None",
+    ),
+]
+OWN = {
+    "softmax_kl_div": [
+        (
+            GOOD,
+            GOOD,
+            {"divergence": "tv"},
+            ValueError,
+            r"divergence is 'tv'; allowed: 'kl', 'reverse_kl', 'jeffreys', 'js'",
+        ),
+        (
+            GOOD,
+            GOOD,
+            {"divergence": "js", "beta": 0.0},
+            ValueError,
+            r"beta is 0.0; allowed: between 0 and 1, both excluded",
+        ),
+        (GOOD, GOOD, {"divergence": "js", "beta": 1}, ValueError, r"beta is 1; allowed: between 0 and 1"),
+        (
+            GOOD,
+            GOOD,
+            {"divergence": "js", "beta": "half"},
+            TypeError,
+            r"beta is a str \('half'\); a number is expected",
+        ),
+    ],
+    "softmax_kl_div_grad": [
+        (GOOD, GOOD, {"divergence": "tv"}, ValueError, r"divergence is 'tv'; allowed"),
+        (GOOD, GOOD, {"wrt": ()}, ValueError, r"wrt is \(\); allowed: \('student', 'teacher'\)"),
+        (GOOD, GOOD, {"wrt": "student"}, ValueError, r"wrt is 'student'; allowed"),
+        (
+            GOOD,
+            GOOD,
+            {"wrt": ("student", "student")},
+            ValueError,
+            r"wrt is \('student', 'student'\); allowed",
+        ),
+        (GOOD, GOOD, {"wrt": ("input",)}, ValueError, r"wrt is \('input',\); allowed"),
+        (GOOD, GOOD, {"out": GOOD}, ValueError, r"out must hold one tensor for each side of wrt="),
+        (GOOD, GOOD, {"out": (GOOD,)}, ValueError, r"out must hold one tensor for each side of wrt="),
+        (
+            GOOD,
+            GOOD,
+            {"out": (GOOD.clone(), None)},
+            TypeError,
+            r"out for 'teacher' is a NoneType; a tensor is expected",
+        ),
+        (
+            GOOD,
+            GOOD,
+            {"out": (GOOD.double(), GOOD)},
+            ValueError,
+            r"out for 'student' is \(4, 5\), torch.float64 on cpu; expected",
+        ),
+        (
+            GOOD,
+            GOOD,
+            {"out": (GOOD.clone(), GOOD[:3])},
+            ValueError,
+            r"out for 'teacher' is \(3, 5\), torch.float32 on cpu",
+        ),
+        (
+            GOOD,
+            GOOD,
+            {"out": (GOOD.clone().requires_grad_(), GOOD.clone())},
+            ValueError,
+            r"out for 'student' requires a gradient",
+        ),
+        (
+            GOOD,
+            GOOD,
+            {"out": (GOOD[:1].clone().expand(4, 5), GOOD.clone())},
+            ValueError,
+            r"out for 'student' .* overlaps itself",
+        ),
+    ],
+    "distillation_loss": [
+        (GOOD, GOOD, {"alpha": 1.5}, ValueError, r"alpha is 1.5; allowed: from 0 to 1"),
+        (GOOD, GOOD, {"alpha": None}, TypeError, r"alpha is a NoneType \(None\); a number is expected"),
+        (GOOD, GOOD, {"label_smoothing": -0.1}, ValueError, r"label_smoothing is -0.1; allowed: from 0 to 1"),
+        (
+            GOOD,
+            GOOD,
+            {"label_smoothing": float("nan")},
+            ValueError,
+            r"label_smoothing is nan; allowed: from 0 to 1",
+        ),
+        (GOOD, GOOD, {"ignore_index": 1.5}, TypeError, r"ignore_index is a float; an int is expected"),
+        (GOOD, GOOD, {"labels": [0] * 4}, TypeError, r"labels is a list; an integer tensor is expected"),
+        (
+            GOOD,
+            GOOD,
+            {"labels": LABELS.float()},
+            TypeError,
+            r"labels has dtype torch.float32; an integer tensor",
+        ),
+        (GOOD, GOOD, {"labels": LABELS.bool()}, TypeError, r"labels has dtype torch.bool; an integer tensor"),
+        (
+            GOOD,
+            GOOD,
+            {"labels": LABELS[:3]},
+            ValueError,
+            r"labels has shape \(3,\); expected that of the rows, \(4,\)",
+        ),
+        (GOOD, GOOD, {"labels": LABELS.to("meta")}, ValueError, r"labels is on meta and the logits on cpu"),
+        (
+            GOOD,
+            GOOD,
+            {"labels": LABELS - 1},
+            ValueError,
+            r"labels holds -1; allowed: 0 to 4, and ignore_index=-100",
+        ),
+        (GOOD, GOOD, {"labels": LABELS + 5}, ValueError, r"labels holds 5; allowed: 0 to 4"),
+    ],
+    "dkl_loss": [
+        (
+            GOOD,
+            GOOD,
+            {"alpha": -1.0},
+            ValueError,
+            r"alpha is -1.0; a finite number of at least 0 is expected",
+        ),
+        (
+            GOOD,
+            GOOD,
+            {"beta": float("inf")},
+            ValueError,
+            r"beta is inf; a finite number of at least 0 is expected",
+        ),
+        (
+            GOOD,
+            GOOD,
+            {"weight_temperature": 0.0},
+            ValueError,
+            r"weight_temperature is 0.0; a positive, finite number",
+        ),
+        (
+            GOOD,
+            GOOD,
+            {"class_weight": torch.ones(4)},
+            ValueError,
+            r"class_weight has shape \(4,\), which does not broadcast",
+        ),
+        (
+            GOOD,
+            GOOD,
+            {"class_weight": [1.0] * 5},
+            TypeError,
+            r"class_weight is a list .*; a tensor is expected",
+        ),
+        (
+            GOOD,
+            GOOD,
+            {"class_weight": torch.ones(5, requires_grad=True)},
+            ValueError,
+            r"class_weight requires a gradient",
+        ),
+    ],
+}
+
+CASES = [
+    (name, *case)
+    for name in LOSSES
+    for case in (*COMMON, *(REDUCED if name != "softmax_kl_div_grad" else ()), *OWN[name])
+]
+
+
+@pytest.mark.parametrize(("name", "student", "teacher", "arguments", "error", "sentence"), CASES)
+def test_bad_argument(
+    name: str,
+    student: object,
+    teacher: object,
+    arguments: dict[str, object],
+    error: type[Exception],
+    sentence: str,
+) -> None:
+    arguments = dict(arguments)
+    labels = arguments.pop("labels", None)
+    if labels is not None and name == "distillation_loss":
+        arguments["labels"] = labels
+    with pytest.raises(error, match=sentence) as caught:
+        LOSSES[name](student, teacher, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_name_of_an_argument_is_refused() -> None:
+    for loss in LOSSES.values():
+        with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+            loss(GOOD, GOOD, temprature=2.0)
+
+
+def test_two_sides_of_different_dtypes_are_fine() -> None:
+    assert softmax_kl_div(GOOD.bfloat16(), GOOD.double()).dtype == torch.float64
+    assert softmax_kl_div(GOOD.bfloat16(), GOOD.half()).dtype == torch.float32
