@@ -5,7 +5,8 @@ measured beside the limits it carries. A record is one way of doing one thing:
 
     name       "softmax_kl/both/512x1000/float32/ours": op, mode, shape, dtype and variant, unique in the file
     variant    the last part of the name; peers are what the project is compared with
-    time       seconds a call: median, minimum, quartiles, number of samples and calls a sample
+    time       seconds a call: median, minimum, quartiles, number of samples and calls a sample; null where
+               only errors were measured
     speedup    over each peer: the ratios within rounds, summarised like the time
     error      against float64: relative L2 error of the loss and of each gradient; null where it is not finite
     limits     seconds that one bound alone would take: "copy" (the minimal bytes, copied), "exp", "matmul", "call"
@@ -46,7 +47,7 @@ class Record:
     """One way of doing one thing, measured; see the head of this file."""
 
     name: str
-    time: Json
+    time: Json | None
     peer: bool = False
     speedup: dict[str, Json] = field(default_factory=dict)
     error: dict[str, float | None] = field(default_factory=dict)
@@ -223,14 +224,16 @@ def validate(content: Json) -> None:
 
 
 def _validate_record(record: Json, where: str) -> None:
-    _fields(record, where, {"name": str, "time": dict, "peer": bool, "speedup": dict, "error": dict})
+    _fields(record, where, {"name": str, "peer": bool, "speedup": dict, "error": dict})
     _fields(record, where, {"limits": dict, "details": dict})
     unknown = set(record) - set(Record.__dataclass_fields__)
     if unknown:
         raise ValueError(f"{where} has unknown fields: {', '.join(sorted(unknown))}")
     if record["name"].count("/") < 1:
         raise ValueError(f"{where}.name is {record['name']!r}, not what/variant")
-    summaries = {"time": record["time"], **{f"speedup[{k!r}]": v for k, v in record["speedup"].items()}}
+    summaries = {f"speedup[{peer!r}]": summary for peer, summary in record["speedup"].items()}
+    if record.get("time") is not None:
+        summaries["time"] = record["time"]
     for name, summary in summaries.items():
         _fields(summary, f"{where}.{name}", _SUMMARY)
         if not 0 < summary["minimum"] <= summary["low"] <= summary["median"] <= summary["high"]:
