@@ -9,6 +9,7 @@ The fewest bytes: both logits read once, each gradient written once. The fewest 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
@@ -91,9 +92,8 @@ def gradient_formula(student: Tensor, teacher: Tensor, dim: int) -> tuple[Tensor
 
 def liger_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Liger-Kernel's KL on log-probabilities, which it does not make itself."""
-    from liger_kernel.transformers import LigerKLDIVLoss
-
-    loss = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+    liger = importlib.import_module("liger_kernel.transformers")
+    loss = liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)
     return loss(F.log_softmax(student, -1), F.log_softmax(teacher, -1).detach())
 
 

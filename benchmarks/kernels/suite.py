@@ -7,20 +7,19 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from benchmarks.kernels import losses
+from benchmarks.kernels import images, losses
 from benchmarks.kernels.case import Case, measure
 from benchmarks.options import Options
 from benchmarks.results import Record
 
-SMOKE = re.compile(
-    r"/(128x10|8x19x128x256-cl|96x21841|128x100|32x3x32x32|16x64x32x32-cl)/(float32|bfloat16)$"
-)
+SMOKE = re.compile(r"/(128x10|8x19x128x256-cl|512x1000|128x3x32x32|16x64x32x32-cl)/(float32|bfloat16)$")
 """Shapes small enough for two minutes that still take every code path: short rows, long rows, channels-last."""
 
 
 def kernel_cases() -> Iterator[Case]:
     """Every case of every op."""
     yield from losses.cases()
+    yield from images.cases()
 
 
 def sweep_cases() -> Iterator[Case]:
