@@ -28,6 +28,7 @@ from .errors import InputError, TrainingDiverged
 from .evaluate import check_attacks
 from .evaluate import evaluate as evaluate_model
 from .files import make_folder, write_json
+from .methods import methods_text
 from .report import demo_table
 from .trainer import choose_device
 from .trainer import train as train_model
@@ -138,6 +139,12 @@ def evaluate(
             print(f"{name:<20} {result[name]:6.2f} %")
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+@app.command()
+def methods() -> None:
+    """Print the methods: what each attack maximises, its loss, and its defaults with their sources."""
+    print(methods_text())
 
 
 @app.command()

@@ -18,6 +18,10 @@ BN_MODES = ("eval", "batch", "train")
 
 # What a setting is when neither the user nor the method says.
 FALLBACKS: dict[str, Any] = {
+    "alpha": 1.0,
+    "beta": 1.0,
+    "begin_epoch": 0,
+    "detach_target": False,
     "temperature": 1.0,
     "reduction": "batchmean",
     "scale_by_t2": False,
@@ -68,11 +72,19 @@ class TrainConfig:
         "batch norm during the attack: " + ", ".join(BN_MODES) + " [default: the method's]"
     )
 
+    alpha: float = _field("weight of the first of two matched terms [default: the method's]")
+    beta: float = _field("weight or exponent in trades, mart and iad [default: the method's]")
+    begin_epoch: int = _field("epoch from which iad trusts itself [default: the method's]")
+    detach_target: bool = _field("no gradient through the clean target of trades [default: the method's]")
     temperature: float = _field("divides the logits that are matched [default: the method's]")
     reduction: str = _field("of the KL terms: " + ", ".join(REDUCTIONS) + " [default: the method's]")
     scale_by_t2: bool = _field("multiply matched terms by temperature² [default: the method's]")
     teacher_input: str = _field("the teacher sees adversarial or clean images [default: the method's]")
     teacher_gradient: bool = _field("attack through the teacher too [default: the method's]")
+
+    awp: bool = _field("perturb the weights against each step too (Wu et al. 2020)", False)
+    awp_gamma: float = _field("size of that, relative to each weight's norm", 5e-3)
+    awp_warmup: int = _field("epochs before it starts", 10)
 
     eval_every: int = _field("monitor clean and PGD-10 accuracy every so many epochs; 0 never", 1)
     monitor_images: int = _field("test images used for that", 500)
@@ -99,9 +111,9 @@ class TrainConfig:
         for name in ("limit", "eval_limit"):
             if getattr(config, name) is not None:
                 _at_least(name, getattr(config, name), 1)
-        for name in ("seed", "eval_every"):
+        for name in ("seed", "eval_every", "begin_epoch", "awp_warmup"):
             _at_least(name, getattr(config, name), 0)
-        for name in ("lr", "eps", "step_size", "temperature"):
+        for name in ("lr", "eps", "step_size", "temperature", "awp_gamma"):
             _positive(name, getattr(config, name))
         if config.norm == "linf" and config.eps > 1:
             raise InputError(
@@ -111,6 +123,10 @@ class TrainConfig:
             value = getattr(config, name)
             if not (math.isfinite(value) and 0 <= value < 1):
                 raise InputError(f"{name} is {value:g}, but must be at least 0 and below 1")
+        if not 0 <= config.alpha <= 1:
+            raise InputError(f"alpha is {config.alpha:g}, but must be between 0 and 1")
+        if not (math.isfinite(config.beta) and config.beta >= 0):
+            raise InputError(f"beta is {config.beta:g}, but must be at least 0 and finite")
         for name, allowed in (
             ("schedule", SCHEDULES),
             ("norm", NORMS),

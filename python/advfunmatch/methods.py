@@ -18,10 +18,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from afm_kernels import softmax_kl_div
+from afm_kernels import distillation_loss, softmax_kl_div
 
 from .attack import PGDAttack
 from .errors import one_of
@@ -37,10 +36,18 @@ class Logits:
     """What both networks say about one batch; each runs on each input once, when a loss first asks for it."""
 
     def __init__(
-        self, student: Network, teacher: Network | None, x: Tensor, x_adv: Tensor, labels: Tensor, epoch: int
+        self, student: Network, teacher: Network | None, x: Tensor, labels: Tensor, epoch: int
     ) -> None:
         self.student, self.teacher = student, teacher
-        self.x, self.x_adv, self.labels, self.epoch = x, x_adv, labels, epoch
+        self.x, self.x_adv, self.labels, self.epoch = x, x, labels, epoch
+
+    def for_student(self, student: Network) -> Logits:
+        """The same batch for another student; what the teacher said is kept."""
+        other = Logits(student, self.teacher, self.x, self.labels, self.epoch)
+        other.x_adv = self.x_adv
+        kept = ("teacher_clean", "teacher_adv")
+        other.__dict__.update({name: value for name, value in self.__dict__.items() if name in kept})
+        return other
 
     @cached_property
     def student_clean(self) -> Tensor:
@@ -109,12 +116,32 @@ def _match(student: Tensor, target: Tensor, config: TrainConfig) -> Tensor:
     )
 
 
+def _teacher_target(logits: Logits, config: TrainConfig) -> Tensor:
+    """What the student is matched to on x': the teacher there, or on the clean images."""
+    return logits.teacher_adv if config.teacher_input == "adversarial" else logits.teacher_clean
+
+
 def _cross_entropy(logits: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
-    return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+    # With alpha = 0 the fused loss is the cross-entropy alone, and looks at no teacher.
+    return distillation_loss(
+        logits, logits.detach(), labels, alpha=0.0, temperature=1.0, label_smoothing=config.label_smoothing
+    )
 
 
 def ce(logits: Logits, config: TrainConfig) -> Tensor:
     return _cross_entropy(logits.student_clean, logits.labels, config)
+
+
+def kd(logits: Logits, config: TrainConfig) -> Tensor:
+    return distillation_loss(
+        logits.student_clean,
+        logits.teacher_clean,
+        logits.labels,
+        alpha=config.alpha,
+        temperature=config.temperature,
+        label_smoothing=config.label_smoothing,
+        reduction=config.reduction,
+    )
 
 
 def funmatch(logits: Logits, config: TrainConfig) -> Tensor:
@@ -125,12 +152,63 @@ def pgd_at(logits: Logits, config: TrainConfig) -> Tensor:
     return _cross_entropy(logits.student_adv, logits.labels, config)
 
 
+def trades(logits: Logits, config: TrainConfig) -> Tensor:
+    clean = logits.student_clean
+    target = clean.detach() if config.detach_target else clean
+    robust = _match(logits.student_adv, target, config)
+    return _cross_entropy(clean, logits.labels, config) + config.beta * robust
+
+
+def mart(logits: Logits, config: TrainConfig) -> Tensor:
+    labels = logits.labels[:, None]
+    adversarial = logits.student_adv.softmax(1)
+    # The largest probability of a wrong class; the constants inside the logarithms are the official code's.
+    wrong = adversarial.scatter(1, labels, -1.0).amax(1)
+    boosted = (
+        _cross_entropy(logits.student_adv, logits.labels, config) - (1.0001 - wrong + 1e-12).log().mean()
+    )
+    unsure = 1.0000001 - logits.student_clean.softmax(1).gather(1, labels).squeeze(1)
+    rows = softmax_kl_div(logits.student_adv, logits.student_clean, reduction="none")
+    return boosted + config.beta * (rows * unsure).mean()
+
+
+def ard(logits: Logits, config: TrainConfig) -> Tensor:
+    loss = config.alpha * _match(logits.student_adv, _teacher_target(logits, config), config)
+    if config.alpha == 1:
+        return loss
+    return loss + (1 - config.alpha) * _cross_entropy(logits.student_clean, logits.labels, config)
+
+
+def adversarial_and_clean(logits: Logits, config: TrainConfig) -> Tensor:
+    """α of the match on x' and 1 − α of the match on x; RSLAD and AdaAD differ in what the teacher sees."""
+    loss = config.alpha * _match(logits.student_adv, _teacher_target(logits, config), config)
+    if config.alpha == 1:
+        return loss
+    return loss + (1 - config.alpha) * _match(logits.student_clean, logits.teacher_clean, config)
+
+
+def iad(logits: Logits, config: TrainConfig) -> Tensor:
+    loss = _match(logits.student_adv, _teacher_target(logits, config), config)
+    if logits.epoch < config.begin_epoch:
+        return loss
+    # How far the teacher is to be trusted on x': its probability of the label there, to the power β.
+    trust = logits.teacher_adv.softmax(1).gather(1, logits.labels[:, None]).squeeze(1) ** config.beta
+    own = softmax_kl_div(logits.student_adv, logits.student_clean, reduction="none")
+    return loss + (own * (1 - trust)).mean()
+
+
 def advfunmatch(logits: Logits, config: TrainConfig) -> Tensor:
-    target = logits.teacher_adv if config.teacher_input == "adversarial" else logits.teacher_clean
-    return _match(logits.student_adv, target, config)
+    return _match(logits.student_adv, _teacher_target(logits, config), config)
 
 
 ABSTRACT_ONLY = "arXiv 2305.14700; not in its abstract, so this project's choice"
+ARD_CODE = "goldblum/AdversariallyRobustDistillation main.py"
+RSLAD_CODE = "zibojia/RSLAD rslad_loss.py"
+ADAAD_CODE = "boyellow/AdaAD AT_helper.py"
+IAD_CODE = "ZFancy/IAD IAD-I.py"
+TRADES_CODE = "yaodongyu/TRADES trades.py"
+MART_CODE = "YisenWang/MART mart.py"
+REPDISTILLER = "HobbitLong/RepDistiller (Tian et al. 2020)"
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -145,16 +223,31 @@ METHODS: dict[str, Method] = {
             source="ordinary training",
         ),
         Method(
+            "kd",
+            "(1-α)·CE(S(x), y) + α·T²·KL(T(x)‖S(x))",
+            None,
+            kd,
+            needs_teacher=True,
+            needs_labels=True,
+            source="Hinton et al. 2015",
+            defaults={
+                "alpha": Default(0.9, REPDISTILLER),
+                "temperature": Default(4.0, REPDISTILLER),
+                "reduction": Default("batchmean", "Hinton et al. 2015"),
+                "scale_by_t2": Default(True, "Hinton et al. 2015; always on for kd"),
+            },
+        ),
+        Method(
             "funmatch",
             "T²·KL(T(x)‖S(x))",
             None,
             funmatch,
             needs_teacher=True,
             needs_labels=False,
-            source="Beyer et al. 2022; google-research/big_vision",
+            source="Beyer et al. 2022",
             defaults={
-                "temperature": Default(1.0, "big_vision configs/proj/distill/bit_i1k.py"),
-                "reduction": Default("batchmean", "big_vision: mean over the batch"),
+                "temperature": Default(1.0, "google-research/big_vision configs/proj/distill/bit_i1k.py"),
+                "reduction": Default("batchmean", "google-research/big_vision"),
                 "scale_by_t2": Default(True, "Hinton et al. 2015; no effect at T = 1"),
             },
         ),
@@ -169,6 +262,108 @@ METHODS: dict[str, Method] = {
             defaults={
                 "attack_init": Default("uniform", "Madry et al. 2018"),
                 "attack_bn": Default("eval", "as TRADES and AdaAD attack; Fast-AT's code uses train"),
+            },
+        ),
+        Method(
+            "trades",
+            "CE(S(x), y) + β·KL(S(x)‖S(x'))",
+            "fixed_teacher",
+            trades,
+            needs_teacher=False,
+            needs_labels=True,
+            source="Zhang et al. 2019",
+            defaults={
+                "beta": Default(6.0, TRADES_CODE),
+                "reduction": Default("batchmean", TRADES_CODE),
+                "detach_target": Default(False, TRADES_CODE),
+                "attack_init": Default("gaussian", TRADES_CODE),
+                "attack_bn": Default("eval", TRADES_CODE),
+            },
+        ),
+        Method(
+            "mart",
+            "BCE(S(x'), y) + β·(1-p_S(y|x))·KL(S(x)‖S(x'))",
+            "cross_entropy",
+            mart,
+            needs_teacher=False,
+            needs_labels=True,
+            source="Wang et al. 2020",
+            defaults={
+                "beta": Default(6.0, MART_CODE + " (its function's default; its script passes 5)"),
+                "attack_init": Default("gaussian", MART_CODE),
+                "attack_bn": Default("eval", MART_CODE),
+            },
+        ),
+        Method(
+            "ard",
+            "α·T²·KL(T(x)‖S(x')) + (1-α)·CE(S(x), y)",
+            "cross_entropy",
+            ard,
+            needs_teacher=True,
+            needs_labels=True,
+            source="Goldblum et al. 2020",
+            defaults={
+                "alpha": Default(1.0, ARD_CODE),
+                "temperature": Default(30.0, ARD_CODE),
+                "scale_by_t2": Default(True, ARD_CODE),
+                "reduction": Default("mean", ARD_CODE + ": nn.KLDivLoss() divides by classes too"),
+                "teacher_input": Default("clean", ARD_CODE),
+                "attack_init": Default("uniform", ARD_CODE),
+                "attack_bn": Default("train", ARD_CODE + ": the network stays in train mode"),
+            },
+        ),
+        Method(
+            "rslad",
+            "α·KL(T(x)‖S(x')) + (1-α)·KL(T(x)‖S(x))",
+            "fixed_teacher",
+            adversarial_and_clean,
+            needs_teacher=True,
+            needs_labels=False,
+            source="Zi et al. 2021",
+            defaults={
+                "alpha": Default(5 / 6, RSLAD_CODE),
+                "temperature": Default(1.0, RSLAD_CODE),
+                "reduction": Default("mean", RSLAD_CODE + ": torch.mean over classes too"),
+                "teacher_input": Default("clean", RSLAD_CODE),
+                "attack_init": Default("gaussian", RSLAD_CODE),
+                "attack_bn": Default("eval", RSLAD_CODE),
+            },
+        ),
+        Method(
+            "iad",
+            "T²·KL(T(x)‖S(x')) + [epoch ≥ begin]·(1-p_T(y|x')^β)·KL(S(x)‖S(x'))",
+            "cross_entropy",
+            iad,
+            needs_teacher=True,
+            needs_labels=True,
+            source="Zhu et al. 2022",
+            defaults={
+                "beta": Default(0.1, IAD_CODE),
+                "begin_epoch": Default(60, IAD_CODE),
+                "temperature": Default(1.0, IAD_CODE),
+                "scale_by_t2": Default(True, IAD_CODE),
+                "reduction": Default("batchmean", IAD_CODE),
+                "teacher_input": Default("clean", IAD_CODE),
+                "attack_init": Default("uniform", IAD_CODE),
+                "attack_bn": Default("train", IAD_CODE + ": the network stays in train mode"),
+            },
+        ),
+        Method(
+            "adaad",
+            "α·KL(T(x')‖S(x')) + (1-α)·KL(T(x)‖S(x))",
+            "mismatch",
+            adversarial_and_clean,
+            needs_teacher=True,
+            needs_labels=False,
+            source="Huang et al. 2023",
+            defaults={
+                "alpha": Default(1.0, ADAAD_CODE),
+                "temperature": Default(1.0, ADAAD_CODE),
+                "reduction": Default("mean", ADAAD_CODE + " on CIFAR-10; batchmean on CIFAR-100"),
+                "teacher_input": Default("adversarial", ADAAD_CODE),
+                "teacher_gradient": Default(True, ADAAD_CODE),
+                "attack_init": Default("gaussian", ADAAD_CODE),
+                "attack_bn": Default("eval", ADAAD_CODE),
             },
         ),
         Method(
@@ -221,3 +416,32 @@ def make_attack(config: TrainConfig) -> PGDAttack | None:
         bn=config.attack_bn,
         clip=(0.0, 1.0),
     )
+
+
+def methods_text() -> str:
+    """The table as text, for `advfunmatch methods`."""
+    attacks = {
+        None: "none: clean images",
+        "cross_entropy": "max CE(S(x'), y)",
+        "mismatch": "max KL(T(x')‖S(x')), through both networks",
+    }
+    lines = ["S student, T teacher, x images, x' adversarial images, y labels; every method takes --awp", ""]
+    for method in METHODS.values():
+        fixed = "T" if method.needs_teacher else "S"
+        attack = attacks.get(method.objective, f"max KL({fixed}(x)‖S(x')), {fixed}(x) fixed")
+        needs = [
+            name
+            for name, needed in (("teacher", method.needs_teacher), ("labels", method.needs_labels))
+            if needed
+        ]
+        lines += [
+            f"{method.name}  ({method.source})",
+            f"  loss    {method.formula}",
+            f"  attack  {attack}",
+            f"  needs   {' and '.join(needs)}",
+        ]
+        for name, default in method.defaults.items():
+            value = f"{default.value:.4g}" if isinstance(default.value, float) else default.value
+            lines.append(f"  --{name.replace('_', '-')} {value}".ljust(34) + default.source)
+        lines.append("")
+    return "\n".join(lines).rstrip()

@@ -13,19 +13,22 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .attack import PGDAttack
+from .awp import perturbed_weights
 from .checkpoint import model_of, read_checkpoint, require_fit, save_checkpoint
 from .config import TrainConfig
-from .data import ImageDataset, as_float, load_dataset
+from .data import ImageDataset, as_float, choose, load_dataset
 from .errors import InputError, TrainingDiverged
 from .evaluate import evaluate
 from .files import make_folder, write_json, write_json_lines
-from .methods import Logits, get_method, make_attack
+from .methods import Logits, Method, get_method, make_attack
 from .models import create_model
 from .progress import TrainingProgress
 from .schedule import learning_rate
@@ -77,7 +80,7 @@ def train(config: TrainConfig, *, label: str | None = None) -> dict[str, Any]:
     )
     steps_per_epoch = math.ceil(len(train_set) / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
-    monitor_set = test_set.subset(torch.arange(min(config.monitor_images, len(test_set))))
+    monitor_set = test_set.subset(choose(len(test_set), config.monitor_images))
     metrics: list[dict[str, Any]] = []
     seconds = 0.0
 
@@ -92,11 +95,14 @@ def train(config: TrainConfig, *, label: str | None = None) -> dict[str, Any]:
                 torch.manual_seed(derive_seed(config.seed, "step", step))
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, total_steps, config)
-                x_adv = x if attack is None else attack(student, teacher, x, labels)
-                loss = method.loss(Logits(student, teacher, x, x_adv, labels, epoch), config)
+                logits = Logits(student, teacher, x, labels, epoch)
+                if attack is not None:
+                    logits.x_adv = run_attack(attack, method, logits)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
+                with worst_weights(student, method, logits, config):
+                    loss = method.loss(logits, config)
+                    loss.backward()
+                    optimizer.step()
                 losses.append(loss.detach())
                 progress.advance(len(x))
                 if (index + 1) % CHECK_EVERY == 0 or index + 1 == steps_per_epoch:
@@ -148,6 +154,28 @@ def train(config: TrainConfig, *, label: str | None = None) -> dict[str, Any]:
     }
     write_json(out / "result.json", result)
     return result
+
+
+def run_attack(attack: PGDAttack, method: Method, logits: Logits) -> Tensor:
+    """Adversarial examples of one batch; a teacher that the method does not match is only there to be compared with."""
+    assert isinstance(logits.student, nn.Module)
+    if not method.needs_teacher:
+        return attack(logits.student, None, logits.x, logits.labels)
+    assert isinstance(logits.teacher, nn.Module)
+    # The loss needs the teacher's clean logits too where the attack does; they are computed once.
+    known = logits.teacher_clean if method.objective == "fixed_teacher" else None
+    return attack(logits.student, logits.teacher, logits.x, logits.labels, teacher_logits=known)
+
+
+def worst_weights(
+    student: nn.Module, method: Method, logits: Logits, config: TrainConfig
+) -> AbstractContextManager[None]:
+    """Where --awp is on and warmed up: the weights moved against this batch; otherwise nothing."""
+    if not config.awp or logits.epoch < config.awp_warmup:
+        return nullcontext()
+    return perturbed_weights(
+        student, lambda proxy: method.loss(logits.for_student(proxy), config), config.awp_gamma
+    )
 
 
 def batches(data: ImageDataset, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

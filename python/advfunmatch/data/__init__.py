@@ -10,7 +10,7 @@ from .digits import load_digits
 from .folder import load_folder
 from .npz import load_npz
 
-__all__ = ["SPLITS", "ImageDataset", "as_float", "load_dataset"]
+__all__ = ["SPLITS", "ImageDataset", "as_float", "choose", "load_dataset"]
 
 SPLITS = ("train", "test")
 BUNDLED: dict[str, Callable[[str], ImageDataset]] = {"digits": load_digits}
