@@ -81,7 +81,7 @@ check-wheel:
 	cd build/wheel-check && bin/python $(CURDIR)/tests/check_wheel.py
 
 compat: wheel
-	@for torch in $(TORCHES); do bash tests/compat.sh "$(CURDIR)/$(BIN)/python" "$$torch" || exit 1; done
+	PYTHON=$(BIN)/python bash tests/compat.sh $(TORCHES)
 
 clean:
 	rm -rf build dist *.egg-info python/*.egg-info afm_kernels/_c*.so $(VENV)/.built

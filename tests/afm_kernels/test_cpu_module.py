@@ -1,0 +1,122 @@
+"""The compiled CPU module as a whole: instruction sets, threads, fork. Its operators are tested with their stems."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from afm_kernels import backend_info, ops, pgd_step, scale_shift_relu, use_backend
+
+CAPABILITIES = ("portable", "avx2", "avx512")
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(ops.STATUS["cpp"] != "loaded", reason=f"cpp backend: {ops.STATUS['cpp']}")
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def best_capability() -> str:
+    """What the processor offers, whatever this run was told to use."""
+    command = "import torch, afm_kernels; print(torch.ops.afm_kernels.cpu_capability())"
+    return python("-c", command, AFM_CPU_CAPABILITY="").stdout.strip()
+
+
+def test_capability_is_reported() -> None:
+    assert backend_info()["cpu_capability"] in CAPABILITIES
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_instruction_set_is_right(capability: str) -> None:
+    """The values that the tests of the stems check, once more on each instruction set that this machine has."""
+    best = best_capability()
+    if CAPABILITIES.index(capability) > CAPABILITIES.index(best):
+        pytest.skip(f"this machine runs no more than {best}")
+    tests = [f"tests/afm_kernels/test_{stem}.py" for stem in ("pgd_step", "scale_shift_relu")]
+    run = python("-m", "pytest", "-q", "-k", "cpp and truth", *tests, AFM_CPU_CAPABILITY=capability)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [("neon", "AFM_CPU_CAPABILITY is 'neon'; allowed: portable, avx2, avx512")],
+)
+def test_bad_capability_is_one_sentence(value: str, sentence: str) -> None:
+    command = "import torch, afm_kernels as a; x = torch.rand(2, 2); a.pgd_step(x, x, x, step_size=1, eps=1)"
+    run = python("-c", command, AFM_CPU_CAPABILITY=value)
+    assert run.returncode != 0
+    assert sentence in run.stderr
+
+
+def work(batch: int = 64) -> list[torch.Tensor]:
+    """Enough elements for both threads, and an l2 sample large enough to be shared between them."""
+    generator = torch.Generator().manual_seed(7)
+    x, grad = (torch.rand(batch, 3, 32, 32, generator=generator) for _ in range(2))
+    big, big_grad = (torch.rand(1, 3, 224, 224, generator=generator) for _ in range(2))
+    vector = torch.rand(3, generator=generator)
+    with use_backend("cpp"):
+        return [
+            pgd_step(x, grad, x, step_size=0.1, eps=0.05),
+            pgd_step(x, grad, x, step_size=3.0, eps=2.0, norm="l2"),
+            pgd_step(big, big_grad, big, step_size=30.0, eps=20.0, norm="l2"),
+            scale_shift_relu(x, vector, -vector, grad),
+            scale_shift_relu(x.to(memory_format=torch.channels_last), vector, -vector),
+        ]
+
+
+def same(results: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_bitwise_equal_for_any_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    expected = work()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            assert same(work(), expected), f"{n} threads"
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_concurrent_calls_from_python_threads() -> None:
+    expected = work()
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(lambda _: work(), range(12)):
+            assert same(results, expected)
+
+
+FORK = """
+import os, sys, torch
+sys.path.insert(0, "tests/afm_kernels")
+from test_cpu_module import same, work
+torch.set_num_threads(2)
+expected = work()  # starts the pool, whose threads the child will not have
+child = os.fork()
+if child == 0:
+    os._exit(0 if same(work(), expected) else 1)
+_, status = os.waitpid(child, 0)
+assert same(work(), expected)  # the parent goes on with its pool
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_forked_child_neither_hangs_nor_differs() -> None:
+    run = python("-c", FORK)
+    assert run.returncode == 0, run.stderr[-2000:]
