@@ -157,17 +157,17 @@ AFM_INLINE void write(const float* source, int64_t stride, int n, Half* target) 
 // An operand: base + offset is the first element of a run of this stride, both in elements.
 struct Source {
   const void* base;
-  Dtype dtype;
+  DType dtype;
 };
 
 struct Target {
   void* base;
-  Dtype dtype;
+  DType dtype;
 };
 
 template <class C>
-AFM_INLINE constexpr Dtype compute_dtype() {
-  return sizeof(C) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+AFM_INLINE constexpr DType compute_dtype() {
+  return sizeof(C) == 8 ? DType::kFloat64 : DType::kFloat32;
 }
 
 // n elements (n <= kBlock) as compute type: where they lie, or in scratch.
@@ -176,16 +176,16 @@ AFM_INLINE const C* load_block(Source source, int64_t offset, int64_t stride, in
   if (source.dtype == compute_dtype<C>() && stride == 1)
     return static_cast<const C*>(source.base) + offset;
   switch (source.dtype) {
-    case Dtype::kFloat64:
+    case DType::kFloat64:
       read(static_cast<const double*>(source.base) + offset, stride, n, scratch);
       break;
-    case Dtype::kFloat32:
+    case DType::kFloat32:
       read(static_cast<const float*>(source.base) + offset, stride, n, scratch);
       break;
-    case Dtype::kFloat16:
+    case DType::kFloat16:
       read(static_cast<const Half*>(source.base) + offset, stride, n, scratch);
       break;
-    case Dtype::kBFloat16:
+    case DType::kBFloat16:
       read(static_cast<const BFloat16*>(source.base) + offset, stride, n, scratch);
       break;
   }
@@ -205,16 +205,16 @@ AFM_INLINE void store_block(Target target, int64_t offset, int64_t stride, int n
                             const C* scratch) {
   if (block != scratch) return;
   switch (target.dtype) {
-    case Dtype::kFloat64:
+    case DType::kFloat64:
       write(scratch, stride, n, static_cast<double*>(target.base) + offset);
       break;
-    case Dtype::kFloat32:
+    case DType::kFloat32:
       write(scratch, stride, n, static_cast<float*>(target.base) + offset);
       break;
-    case Dtype::kFloat16:
+    case DType::kFloat16:
       write(scratch, stride, n, static_cast<Half*>(target.base) + offset);
       break;
-    case Dtype::kBFloat16:
+    case DType::kBFloat16:
       write(scratch, stride, n, static_cast<BFloat16*>(target.base) + offset);
       break;
   }

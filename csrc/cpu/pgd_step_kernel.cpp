@@ -90,7 +90,7 @@ AFM_INLINE double total(const Lanes& lanes) {
 }  // namespace
 
 void pgd_linf(const PgdParams& p, int64_t begin, int64_t end) {
-  if (p.dtype == Dtype::kFloat64 || p.grad_dtype == Dtype::kFloat64) {
+  if (p.dtype == DType::kFloat64 || p.grad_dtype == DType::kFloat64) {
     linf<double>(p, begin, end);
   } else {
     linf<float>(p, begin, end);

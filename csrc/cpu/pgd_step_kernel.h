@@ -17,8 +17,8 @@ struct PgdParams {
   const void* x_adv;  // null at the start of an attack: x itself
   const void* grad;   // or the noise of the start
   const void* x;
-  Dtype dtype;  // of out, x_adv and x
-  Dtype grad_dtype;
+  DType dtype;  // of out, x_adv and x
+  DType grad_dtype;
   StridedLoop<kOperands> loop;  // linf: the whole tensor; l2: one sample
   double step_size;             // or noise_scale
   double eps;

@@ -5,9 +5,9 @@
 
 #include <stdint.h>
 
-namespace afm::cpu {
+#include "cpu/dtype.h"
 
-enum class DType : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
+namespace afm::cpu {
 
 // Classes of a row that are worked on at a time: two tiles of logits, two of exponentials and two
 // of gradients are 48 KiB in float32, about a first-level cache.

@@ -74,7 +74,7 @@ std::vector<int64_t> channel_strides(int64_t ndim) {
 
 bool any_double(std::initializer_list<const Tensor*> tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const Tensor* tensor) {
-    return tensor != nullptr && dtype_of(*tensor) == Dtype::kFloat64;
+    return tensor != nullptr && dtype_of(*tensor) == DType::kFloat64;
   });
 }
 
@@ -96,7 +96,7 @@ Tensor scale_shift_relu_forward_op(Tensor x, Tensor scale, Tensor shift,
       .x = x.const_data_ptr(),
       .residual = added == nullptr ? nullptr : added->const_data_ptr(),
       .dtype = dtype_of(x),
-      .residual_dtype = added == nullptr ? Dtype::kFloat32 : dtype_of(*added),
+      .residual_dtype = added == nullptr ? DType::kFloat32 : dtype_of(*added),
       .scale = nullptr,
       .shift = nullptr,
       .period = 0,

@@ -126,7 +126,7 @@ void scale_shift_relu_backward(const ScaleShiftReluBackwardParams& p, int64_t be
   p.compute_double ? backward<double>(p, begin, end) : backward<float>(p, begin, end);
 }
 
-void read_vector(const void* source, Dtype dtype, int64_t stride, int64_t n, double* target) {
+void read_vector(const void* source, DType dtype, int64_t stride, int64_t n, double* target) {
   for (int64_t i = 0; i < n; i += kBlock) {
     const int m = static_cast<int>(n - i < kBlock ? n - i : kBlock);
     const double* block = load_block(Source{source, dtype}, i * stride, stride, m, target + i);

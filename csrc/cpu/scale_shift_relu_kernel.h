@@ -22,8 +22,8 @@ struct ScaleShiftReluParams {
   void* out;
   const void* x;
   const void* residual;  // or null
-  Dtype dtype;           // of out and x
-  Dtype residual_dtype;
+  DType dtype;           // of out and x
+  DType residual_dtype;
   const void* scale;  // `period` elements of double if compute_double, else of float; shift too
   const void* shift;
   int64_t period;
@@ -45,8 +45,8 @@ struct ScaleShiftReluBackwardParams {
   const void* grad_output;
   void* grad_x;         // or null
   void* grad_residual;  // or null
-  Dtype dtype;          // of output and both gradients
-  Dtype grad_output_dtype;
+  DType dtype;          // of output and both gradients
+  DType grad_output_dtype;
   const void* scale;
   int64_t period;
   bool compute_double;
@@ -61,6 +61,6 @@ AFM_DECLARE_KERNEL(void, scale_shift_relu_backward,
 
 // n elements as double.
 AFM_DECLARE_KERNEL(void, read_vector,
-                   (const void* source, Dtype dtype, int64_t stride, int64_t n, double* target))
+                   (const void* source, DType dtype, int64_t stride, int64_t n, double* target))
 
 }  // namespace afm::cpu

@@ -7,12 +7,11 @@
 #include <stdint.h>
 
 #include "common/inline.h"
+#include "cpu/dtype.h"
 
 namespace afm::cpu {
 
 constexpr int kMaxDims = 64;  // torch's own limit
-
-enum class Dtype : int { kFloat64, kFloat32, kFloat16, kBFloat16 };
 
 // N operands; operand 0 is the output. Dimension 0 is the innermost, the one where the output's
 // stride is smallest; adjacent dimensions that every operand walks in one stride are merged into

@@ -8,28 +8,9 @@
 #include <cstdint>
 
 #include "cpu/strided_loop.h"
+#include "cpu/tensors.h"
 
 namespace afm::cpu {
-
-inline Dtype dtype_of(const torch::stable::Tensor& tensor) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "dtype is not one of float64, float32, float16 and bfloat16");
-  }
-}
-
-inline int64_t element_size(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
 
 // The dimensions [first_dim, ndim) of operands with these sizes and strides, ordered and merged.
 template <int N>

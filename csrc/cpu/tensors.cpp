@@ -68,7 +68,7 @@ DType dtype_of(const Tensor& tensor) {
     case ScalarType::BFloat16:
       return DType::kBFloat16;
     default:
-      STD_TORCH_CHECK(false, "logits must be float16, bfloat16, float32 or float64");
+      STD_TORCH_CHECK(false, "a tensor must be float16, bfloat16, float32 or float64");
   }
 }
 
