@@ -28,7 +28,9 @@ def perturbed_weights(
         loss_of: the loss of the batch as a function of a student.
         gamma: length of each weight's move, relative to its norm.
     """
-    weights: list[Tensor] = [p for name, p in student.named_parameters() if p.dim() > 1 and name.endswith("weight")]
+    weights: list[Tensor] = [
+        p for name, p in student.named_parameters() if p.dim() > 1 and name.endswith("weight")
+    ]
     buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
 
     def proxy(x: Tensor) -> Tensor:

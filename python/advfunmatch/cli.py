@@ -22,18 +22,18 @@ from rich.console import Console
 
 from . import demo as demo_module
 from .checkpoint import model_of, read_checkpoint, require_fit
-from .config import TrainConfig, parse_number
+from .config import FRACTIONS, TrainConfig, config_from, parse_number, read_settings
 from .data import load_dataset
 from .errors import InputError, TrainingDiverged
 from .evaluate import check_attacks
 from .evaluate import evaluate as evaluate_model
 from .files import make_folder, write_json
 from .methods import methods_text
+from .presets import PRESETS
+from .presets import preset as make_preset
 from .report import demo_table
 from .trainer import choose_device
 from .trainer import train as train_model
-
-FRACTIONS = ("eps", "step_size")  # settings that may be written as 8/255
 
 app = typer.Typer(
     name="advfunmatch",
@@ -46,26 +46,30 @@ app = typer.Typer(
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each field of `TrainConfig`, so that flags and configuration cannot differ."""
+    """Give a command one option for each field of `TrainConfig`, so that flags and configuration cannot differ.
+
+    Every option is None unless it is given, so that --preset and --config can be told from flags.
+    """
     types = typing.get_type_hints(TrainConfig)
-    parameters = []
+    options: dict[str, tuple[Any, str]] = {
+        "preset": (str, "start from a published recipe: " + ", ".join(PRESETS)),
+        "config": (str, "YAML file of settings; flags override it"),
+    }
     for setting in dataclasses.fields(TrainConfig):
-        kind: Any = types[setting.name]
-        option = typer.Option(help=setting.metadata["help"])
-        if setting.name in FRACTIONS:
-            kind, option = str, typer.Option(help=setting.metadata["help"], metavar="NUMBER")
-        required = setting.default is dataclasses.MISSING
-        default = inspect.Parameter.empty if required else setting.default
-        if setting.name == "eps":
-            default = "8/255"
-        parameters.append(
-            inspect.Parameter(
-                setting.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=default,
-                annotation=Annotated[kind, option],
-            )
+        text = setting.metadata["help"]
+        if setting.default not in (None, False, "", dataclasses.MISSING):
+            default = "8/255" if setting.name == "eps" else setting.default
+            text += f" [default: {default}]"
+        options[setting.name] = (str if setting.name in FRACTIONS else types[setting.name], text)
+    parameters = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[kind | None, typer.Option(help=text, show_default=False)],
         )
+        for name, (kind, text) in options.items()
+    ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
@@ -73,16 +77,17 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 @app.command()
 @_with_settings
-def train(**settings: Any) -> None:
+def train(preset: str | None, config: str | None, **flags: Any) -> None:
     """Train a network; writes checkpoint.pt, metrics.jsonl and result.json into --out."""
-    for name in FRACTIONS:
-        if settings[name] is not None:
-            settings[name] = parse_number(settings[name])
-    result = train_model(TrainConfig(**settings))
+    settings = make_preset(preset) if preset else {}
+    settings |= read_settings(config) if config else {}
+    settings |= {name: value for name, value in flags.items() if value is not None}
+    resolved = config_from(settings)
+    result = train_model(resolved)
     line = f"clean {result['clean']:.2f} %   PGD-20 {result['pgd20']:.2f} %"
     if "agreement" in result:
         line += f"   agreement {result['agreement']:.2f} %"
-    print(f"{line}   {result['seconds']:.1f} s   {settings['out']}")
+    print(f"{line}   {result['seconds']:.1f} s   {resolved.out}")
 
 
 @app.command()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, get_args, get_type_hints
 
+from .data.augment import MIXING, ON_STORED, parse_augmentation
 from .errors import InputError, one_of
-from .methods import get_method
-from .schedule import SCHEDULES
+from .methods import METHODS, get_method
+from .schedule import SCHEDULES, parse_milestones
 
 REDUCTIONS = ("batchmean", "mean", "sum")
 
+FRACTIONS = ("eps", "step_size")  # settings that are usually written as 8/255
+PRECISIONS = ("fp32", "bf16", "fp16")
 NORMS = ("linf", "l2")
 INITS = ("gaussian", "uniform", "zero")
 BN_MODES = ("eval", "batch", "train")
@@ -44,7 +48,7 @@ class TrainConfig:
     those of a resolved configuration, which is what everything but the command line works with.
     """
 
-    data: str = field(metadata={"help": "digits, folder:PATH or npz:PATH"})
+    data: str = field(metadata={"help": "digits, folder:PATH, npz:PATH, cifar10:PATH or cifar100:PATH"})
     model: str = field(
         metadata={"help": "network to train, e.g. small_cnn, small_cnn-8, resnet18, wrn-34-10"}
     )
@@ -55,17 +59,34 @@ class TrainConfig:
     batch_size: int = _field("images a step", 128)
     limit: int | None = _field("train on this many images, drawn at random with a fixed seed")
     eval_limit: int | None = _field("final evaluation on this many test images instead of all")
+    augment: str = _field("augmentations with commas: " + ", ".join([*ON_STORED, *MIXING]), "")
+    extra_data: str | None = _field(
+        "second source of training images, named like --data; its train split is used"
+    )
+    extra_ratio: float = _field("share of each batch that comes from it", 0.5)
     seed: int = _field("fixes weights, order and attacks", 0)
 
     lr: float = _field("peak learning rate", 0.1)
-    momentum: float = _field("SGD momentum (Nesterov)", 0.9)
+    momentum: float = _field("SGD momentum", 0.9)
+    nesterov: bool = _field("Nesterov's form of it", True)
     weight_decay: float = _field("weight decay of SGD", 5e-4)
     schedule: str = _field("learning-rate schedule: " + ", ".join(SCHEDULES), "cosine")
+    milestones: str = _field("epochs at which the piecewise schedule divides by ten, e.g. 100,150", "")
+    peak: float = _field("share of the run after which one_cycle turns", 0.25)
+    warmup_epochs: int = _field("epochs of linear warm-up", 0)
+    accumulate: int = _field("batches whose gradients make one step", 1)
+    clip_grad: float | None = _field("largest norm of the gradient")
+    ema: float = _field("decay of an exponential average of the weights, e.g. 0.995; 0 none", 0.0)
+    swa_start: int | None = _field("epoch from which weights are averaged equally")
+    precision: str = _field("fp32, bf16 or fp16", "fp32")
+    channels_last: bool = _field("store images and weights channels-last", False)
     label_smoothing: float = _field("smoothing of the labels in cross-entropy terms", 0.0)
 
     eps: float = _field("radius of the attack ball, e.g. 8/255 or 0.15", 8 / 255)
     step_size: float = _field("step of the attack [default: eps/4]")
     steps: int = _field("steps of the attack", 10)
+    early_steps: int | None = _field("steps of the attack in the first half of the run [default: all]")
+    lean: bool = _field("attack copies with batch norm folded away, where attack_bn is eval", True)
     norm: str = _field("norm of the ball: " + ", ".join(NORMS), "linf")
     attack_init: str = _field("start of the attack: " + ", ".join(INITS) + " [default: the method's]")
     attack_bn: str = _field(
@@ -89,6 +110,9 @@ class TrainConfig:
     eval_every: int = _field("monitor clean and PGD-10 accuracy every so many epochs; 0 never", 1)
     monitor_images: int = _field("test images used for that", 500)
     device: str = _field("cpu, cuda, or auto", "auto")
+    save_every: int = _field("also save a checkpoint every so many steps; 0 only after epochs", 0)
+    tensorboard: bool = _field("log to DIR/tensorboard as well", False)
+    resume: bool = _field("continue the run in DIR, if it has a checkpoint", False)
     overwrite: bool = _field("replace a run that DIR already holds", False)
 
     def resolve(self) -> TrainConfig:
@@ -106,12 +130,12 @@ class TrainConfig:
             filled["step_size"] = self.eps / 4
         config = replace(self, **filled)
 
-        for name in ("epochs", "batch_size", "steps", "monitor_images"):
+        for name in ("epochs", "batch_size", "steps", "monitor_images", "accumulate"):
             _at_least(name, getattr(config, name), 1)
-        for name in ("limit", "eval_limit"):
+        for name in ("limit", "eval_limit", "early_steps"):
             if getattr(config, name) is not None:
                 _at_least(name, getattr(config, name), 1)
-        for name in ("seed", "eval_every", "begin_epoch", "awp_warmup"):
+        for name in ("seed", "eval_every", "begin_epoch", "awp_warmup", "warmup_epochs", "save_every"):
             _at_least(name, getattr(config, name), 0)
         for name in ("lr", "eps", "step_size", "temperature", "awp_gamma"):
             _positive(name, getattr(config, name))
@@ -119,7 +143,7 @@ class TrainConfig:
             raise InputError(
                 f"eps is {config.eps:g}, but images lie in [0, 1], so it must be at most 1 (try 8/255)"
             )
-        for name in ("momentum", "weight_decay", "label_smoothing"):
+        for name in ("momentum", "weight_decay", "label_smoothing", "ema"):
             value = getattr(config, name)
             if not (math.isfinite(value) and 0 <= value < 1):
                 raise InputError(f"{name} is {value:g}, but must be at least 0 and below 1")
@@ -129,6 +153,7 @@ class TrainConfig:
             raise InputError(f"beta is {config.beta:g}, but must be at least 0 and finite")
         for name, allowed in (
             ("schedule", SCHEDULES),
+            ("precision", PRECISIONS),
             ("norm", NORMS),
             ("attack_init", INITS),
             ("attack_bn", BN_MODES),
@@ -137,6 +162,40 @@ class TrainConfig:
         ):
             if getattr(config, name) not in allowed:
                 raise one_of(name, getattr(config, name), allowed)
+        for name in ("peak", "extra_ratio"):
+            if not 0 < getattr(config, name) < 1:
+                raise InputError(f"{name} is {getattr(config, name):g}, but must be between 0 and 1")
+        if config.clip_grad is not None:
+            _positive("clip_grad", config.clip_grad)
+        if config.swa_start is not None and not 0 <= config.swa_start < config.epochs:
+            raise InputError(
+                f"swa_start is {config.swa_start}, but must be from 0 to epochs - 1 = {config.epochs - 1}"
+            )
+        if config.swa_start is not None and config.ema:
+            raise InputError(
+                "ema and swa_start are both given, but only one average of the weights can be kept"
+            )
+        if config.awp and config.accumulate > 1:
+            raise InputError(f"awp goes with accumulate = 1 only, but accumulate is {config.accumulate}")
+        if config.resume and config.overwrite:
+            raise InputError(
+                "resume and overwrite are both given, but a run can only be continued or replaced"
+            )
+        try:
+            milestones = parse_milestones(config.milestones)
+        except ValueError:
+            raise InputError(
+                f"milestones is {config.milestones!r}, but must be epochs such as 100,150"
+            ) from None
+        if config.schedule == "piecewise" and not milestones:
+            raise InputError("milestones is empty, but the piecewise schedule needs epochs such as 100,150")
+        for name in parse_augmentation(config.augment):
+            if name in MIXING and method.needs_labels:
+                raise InputError(
+                    f"augment {name!r} mixes images, which leaves no label that method {config.method!r} could use; "
+                    "it goes with "
+                    + ", ".join(other.name for other in METHODS.values() if not other.needs_labels)
+                )
         if method.needs_teacher and config.teacher is None:
             raise InputError(f"method {config.method!r} matches a teacher, so teacher must name a checkpoint")
         return config
@@ -149,6 +208,48 @@ class TrainConfig:
 def setting_names() -> tuple[str, ...]:
     """The names of all fields of a configuration."""
     return tuple(field.name for field in fields(TrainConfig))
+
+
+def config_from(settings: Mapping[str, Any]) -> TrainConfig:
+    """A configuration from names and values as a user writes them; InputError for a name or type that does not fit."""
+    types = get_type_hints(TrainConfig)
+    for name in settings:
+        if name not in types:
+            raise one_of("setting", name, types)
+    for setting in fields(TrainConfig):
+        if setting.default is MISSING and setting.name not in settings:
+            raise InputError(f"{setting.name} is missing: {setting.metadata['help']} (--{setting.name})")
+    return TrainConfig(**{name: _typed(name, value, types[name]) for name, value in settings.items()})
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    allowed = get_args(kind) or (kind,)
+    if float in allowed and isinstance(value, str | int) and not isinstance(value, bool):
+        return parse_number(value)
+    if name == "milestones" and isinstance(value, list):
+        return ",".join(str(milestone) for milestone in value)
+    if name == "augment" and isinstance(value, list):
+        return ",".join(str(part) for part in value)
+    # None stands for the method's default too, and True is no number.
+    if value is None or (isinstance(value, allowed) and isinstance(value, bool) == (bool in allowed)):
+        return value
+    wanted = " or ".join(getattr(each, "__name__", str(each)) for each in allowed if each is not type(None))
+    raise InputError(f"{name} is {value!r}, but must be of type {wanted}")
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """The settings in a YAML file of names and values; InputError if it is not one."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"config {path!r} cannot be read as YAML: {reason}") from error
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise InputError(f"config {path!r} must hold lines such as 'epochs: 30'")
+    return settings
 
 
 def parse_number(text: str | float) -> float:

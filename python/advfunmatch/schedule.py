@@ -10,19 +10,46 @@ if TYPE_CHECKING:
     from .config import TrainConfig
 
 
-def cosine(progress: float, config: TrainConfig) -> float:
+def cosine(epoch: float, config: TrainConfig) -> float:
     """From 1 to 0 along half a cosine."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
 
 
-def constant(progress: float, config: TrainConfig) -> float:
+def constant(epoch: float, config: TrainConfig) -> float:
     """1 throughout."""
     return 1.0
 
 
-SCHEDULES: dict[str, Callable[[float, TrainConfig], float]] = {"cosine": cosine, "constant": constant}
+def one_cycle(epoch: float, config: TrainConfig) -> float:
+    """Linearly from 0 to 1 over the first `peak` of the run, and back to 0 over the rest (Smith and Topin, 2018)."""
+    progress = epoch / config.epochs
+    return progress / config.peak if progress < config.peak else (1 - progress) / (1 - config.peak)
 
 
-def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
-    """The learning rate of step `step` (from 0) of `total_steps`."""
-    return config.lr * SCHEDULES[config.schedule](step / total_steps, config)
+def piecewise(epoch: float, config: TrainConfig) -> float:
+    """A tenth of what it was at each of `milestones`."""
+    return 0.1 ** sum(epoch >= milestone for milestone in parse_milestones(config.milestones))
+
+
+SCHEDULES: dict[str, Callable[[float, TrainConfig], float]] = {
+    "cosine": cosine,
+    "one_cycle": one_cycle,
+    "piecewise": piecewise,
+    "constant": constant,
+}
+
+
+def parse_milestones(text: str) -> list[float]:
+    """Epochs from text such as "100,150"; ValueError for anything else.
+
+    >>> parse_milestones("100,150")
+    [100.0, 150.0]
+    """
+    return [float(part) for part in text.split(",") if part.strip()]
+
+
+def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
+    """The learning rate of step `step`, counted from 0."""
+    epoch = step / steps_per_epoch
+    warm = min(1.0, (epoch + 1 / steps_per_epoch) / config.warmup_epochs) if config.warmup_epochs else 1.0
+    return config.lr * warm * SCHEDULES[config.schedule](epoch, config)

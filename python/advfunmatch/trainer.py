@@ -21,19 +21,25 @@ import torch
 from torch import Tensor, nn
 
 from .attack import PGDAttack
+from .averaging import WeightAverage, refresh_batch_norm
 from .awp import perturbed_weights
 from .checkpoint import model_of, read_checkpoint, require_fit, save_checkpoint
 from .config import TrainConfig
 from .data import ImageDataset, as_float, choose, load_dataset
+from .data.augment import augmented, parse_augmentation
+from .environment import environment
 from .errors import InputError, TrainingDiverged
 from .evaluate import evaluate
 from .files import make_folder, write_json, write_json_lines
+from .lean import PreparedModel, prepare_for_attack
 from .methods import Logits, Method, get_method, make_attack
 from .models import create_model
 from .progress import TrainingProgress
 from .schedule import learning_rate
+from .state import TrainingState, checkpoint_to_resume
 
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for the device
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(config: TrainConfig, *, label: str | None = None) -> dict[str, Any]:
@@ -57,90 +63,142 @@ def train(config: TrainConfig, *, label: str | None = None) -> dict[str, Any]:
     method = get_method(config.method)
     train_set = load_dataset(config.data, split="train", limit=config.limit).to(device)
     test_set = load_dataset(config.data, split="test", limit=config.eval_limit).to(device)
-    _require_same_kind(train_set, test_set)
+    extra_set = load_dataset(config.extra_data, split="train").to(device) if config.extra_data else None
+    for other in (test_set, extra_set):
+        _require_same_kind(train_set, other)
     teacher = _load_teacher(config, train_set, device) if config.teacher else None
     torch.manual_seed(config.seed)
     student = create_model(config.model, num_classes=train_set.num_classes, in_channels=train_set.in_channels)
     student.to(device)
     _require_forward(student, train_set, config)
+    if config.channels_last:
+        student.to(memory_format=torch.channels_last)
+    state = _new_state(config, student, device)
+
     out = Path(config.out)
-    if (out / "checkpoint.pt").exists() and not config.overwrite:
+    checkpoint_path = out / "checkpoint.pt"
+    if config.resume:
+        if stored := checkpoint_to_resume(checkpoint_path, config):
+            state.restore(stored)
+    elif checkpoint_path.exists() and not config.overwrite:
         raise InputError(
-            f"out {config.out!r} already holds a run; give another folder, or --overwrite to replace it"
+            f"out {config.out!r} already holds a run; --resume continues it, and --overwrite replaces it"
         )
     make_folder(out, "out")
+    made_with = environment(device)
+    write_json(out / "run.json", {"config": config.to_dict(), "environment": made_with})
 
     attack = make_attack(config)
-    optimizer = torch.optim.SGD(
-        student.parameters(),
-        config.lr,
-        config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,
-    )
-    steps_per_epoch = math.ceil(len(train_set) / config.batch_size)
-    total_steps = config.epochs * steps_per_epoch
+    lean_student, lean_teacher = _prepare(config, method, student, teacher)
+    batch_size = config.batch_size - (round(config.extra_ratio * config.batch_size) if extra_set else 0)
+    steps_per_epoch = math.ceil(len(train_set) / max(batch_size, 1))
     monitor_set = test_set.subset(choose(len(test_set), config.monitor_images))
-    metrics: list[dict[str, Any]] = []
-    seconds = 0.0
+    autocast_dtype = DTYPES[config.precision]
+
+    def autocast() -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, autocast_dtype) if autocast_dtype else nullcontext()
+
+    def save() -> None:
+        write_json_lines(out / "metrics.jsonl", state.metrics)
+        fixed = {
+            "model": config.model,
+            "num_classes": train_set.num_classes,
+            "in_channels": train_set.in_channels,
+            "image_size": list(train_set.image_size),
+            "class_names": list(train_set.class_names),
+            "config": config.to_dict(),
+            "environment": made_with,
+            "epoch": state.step // steps_per_epoch,
+        }
+        save_checkpoint(checkpoint_path, {**fixed, **state.to_checkpoint()})
 
     label = label or f"{config.method} {config.model}"
-    with TrainingProgress(label, config.epochs * len(train_set)) as progress:
-        for epoch in range(config.epochs):
+    images_in_run, images_done = (
+        config.epochs * len(train_set),
+        state.step * len(train_set) // steps_per_epoch,
+    )
+    with _board(config, out) as board, TrainingProgress(label, images_in_run, images_done) as progress:
+        for epoch in range(state.step // steps_per_epoch, config.epochs):
             started = time.perf_counter()
             student.train()
-            losses: list[Tensor] = []
-            for index, (x, labels) in enumerate(batches(train_set, config.batch_size, config.seed, epoch)):
-                step = epoch * steps_per_epoch + index
-                torch.manual_seed(derive_seed(config.seed, "step", step))
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, total_steps, config)
+            if attack is not None:
+                early = config.early_steps is not None and epoch < config.epochs // 2
+                attack.steps = config.early_steps if early and config.early_steps else config.steps
+            recent: list[Tensor] = []
+            first = state.step % steps_per_epoch
+            for index, indices in enumerate(batches(len(train_set), batch_size, config.seed, epoch)):
+                if index < first:
+                    continue
+                torch.manual_seed(derive_seed(config.seed, "step", state.step))
+                x, labels = _batch(train_set, indices.to(device), extra_set, config)
+                for group in state.optimizer.param_groups:
+                    group["lr"] = learning_rate(state.step, steps_per_epoch, config)
                 logits = Logits(student, teacher, x, labels, epoch)
                 if attack is not None:
-                    logits.x_adv = run_attack(attack, method, logits)
-                optimizer.zero_grad(set_to_none=True)
+                    with autocast():
+                        logits.x_adv = run_attack(attack, method, logits, lean_student, lean_teacher).to(
+                            x.dtype
+                        )
+
+                # Batches index - index % accumulate ... of this epoch share one optimizer step.
+                opens = index % config.accumulate == 0
+                closes = (index + 1) % config.accumulate == 0 or index + 1 == steps_per_epoch
+                shared_by = min(config.accumulate, steps_per_epoch - (index - index % config.accumulate))
+                if opens:
+                    state.optimizer.zero_grad(set_to_none=True)
                 with worst_weights(student, method, logits, config):
-                    loss = method.loss(logits, config)
-                    loss.backward()
-                    optimizer.step()
-                losses.append(loss.detach())
-                progress.advance(len(x))
-                if (index + 1) % CHECK_EVERY == 0 or index + 1 == steps_per_epoch:
-                    _require_finite(losses[-CHECK_EVERY:], step, config, out / "checkpoint.pt", optimizer)
-            seconds += time.perf_counter() - started
+                    with autocast():
+                        loss = method.loss(logits, config)
+                    state.scaler.scale(loss / shared_by).backward()
+                    if closes:
+                        _optimizer_step(state, config)
+                if closes:
+                    if lean_student is not None:
+                        lean_student.refresh_()
+                    if state.average and config.ema:
+                        state.average.update(student)
+                state.loss_sum += loss.detach()
+                recent.append(loss.detach())
+                state.step += 1
+                progress.advance(len(indices))
+                last = index + 1 == steps_per_epoch
+                saves = closes and not last and config.save_every and state.step % config.save_every == 0
+                if last or saves or state.step % CHECK_EVERY == 0:
+                    _require_finite(recent, state, config, checkpoint_path)
+                    recent = []
+                if saves:
+                    state.seconds += time.perf_counter() - started
+                    save()
+                    started = time.perf_counter()
+            if config.swa_start is not None and epoch >= config.swa_start and state.average:
+                state.average.update(student)
+                _refresh_average(state.average, train_set, config)
+            state.seconds += time.perf_counter() - started
 
             row = {
                 "epoch": epoch + 1,
-                "step": (epoch + 1) * steps_per_epoch,
-                "loss": float(torch.stack(losses).mean()),
-                "lr": optimizer.param_groups[0]["lr"],
-                "seconds": round(seconds, 3),
-                "images_per_second": round((epoch + 1) * len(train_set) / seconds, 1),
+                "step": state.step,
+                "loss": float(state.loss_sum) / steps_per_epoch,
+                "lr": state.optimizer.param_groups[0]["lr"],
+                "seconds": round(state.seconds, 3),
+                "images_per_second": round((epoch + 1) * len(train_set) / state.seconds, 1),
             }
             if config.eval_every and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs):
-                row |= evaluate(
-                    student, monitor_set, ["clean", "pgd10"], eps=config.eps, norm=config.norm
-                ).accuracies
+                measured = evaluate(
+                    state.evaluated, monitor_set, ["clean", "pgd10"], eps=config.eps, norm=config.norm
+                )
+                row |= measured.accuracies
                 progress.say(f"clean {row['clean']:.1f} % · PGD-10 {row['pgd10']:.1f} %")
-            metrics.append(row)
-            write_json_lines(out / "metrics.jsonl", metrics)
-            save_checkpoint(
-                out / "checkpoint.pt",
-                {
-                    "model": config.model,
-                    "num_classes": train_set.num_classes,
-                    "in_channels": train_set.in_channels,
-                    "image_size": list(train_set.image_size),
-                    "class_names": list(train_set.class_names),
-                    "state_dict": student.state_dict(),
-                    "config": config.to_dict(),
-                    "epoch": epoch + 1,
-                    "step": (epoch + 1) * steps_per_epoch,
-                    "training": {"optimizer": optimizer.state_dict()},
-                },
-            )
+            for name, value in row.items():
+                if board is not None and name not in ("epoch", "step"):
+                    board.add_scalar(name, value, epoch + 1)
+            state.metrics.append(row)
+            state.loss_sum.zero_()
+            save()
 
-    final = evaluate(student, test_set, ["clean", "pgd20"], eps=config.eps, norm=config.norm, teacher=teacher)
+    final = evaluate(
+        state.evaluated, test_set, ["clean", "pgd20"], eps=config.eps, norm=config.norm, teacher=teacher
+    )
     result = {
         **final.to_dict(),
         "method": config.method,
@@ -148,23 +206,32 @@ def train(config: TrainConfig, *, label: str | None = None) -> dict[str, Any]:
         "data": config.data,
         "epochs": config.epochs,
         "train_images": len(train_set),
-        "seconds": round(seconds, 2),
-        "images_per_second": round(config.epochs * len(train_set) / seconds, 1),
+        "seconds": round(state.seconds, 2),
+        "images_per_second": round(config.epochs * len(train_set) / state.seconds, 1),
         "config": config.to_dict(),
+        "environment": made_with,
     }
     write_json(out / "result.json", result)
     return result
 
 
-def run_attack(attack: PGDAttack, method: Method, logits: Logits) -> Tensor:
-    """Adversarial examples of one batch; a teacher that the method does not match is only there to be compared with."""
-    assert isinstance(logits.student, nn.Module)
-    if not method.needs_teacher:
-        return attack(logits.student, None, logits.x, logits.labels)
-    assert isinstance(logits.teacher, nn.Module)
+def run_attack(
+    attack: PGDAttack,
+    method: Method,
+    logits: Logits,
+    lean_student: PreparedModel | None = None,
+    lean_teacher: PreparedModel | None = None,
+) -> Tensor:
+    """Adversarial examples of one batch, found on the prepared copies of the networks where there are any."""
+    student = lean_student or logits.student
+    assert isinstance(student, nn.Module)
+    if not method.needs_teacher:  # a teacher that the method does not match is only there to be compared with
+        return attack(student, None, logits.x, logits.labels)
+    teacher = lean_teacher or logits.teacher
+    assert isinstance(teacher, nn.Module)
     # The loss needs the teacher's clean logits too where the attack does; they are computed once.
     known = logits.teacher_clean if method.objective == "fixed_teacher" else None
-    return attack(logits.student, logits.teacher, logits.x, logits.labels, teacher_logits=known)
+    return attack(student, teacher, logits.x, logits.labels, teacher_logits=known)
 
 
 def worst_weights(
@@ -178,12 +245,10 @@ def worst_weights(
     )
 
 
-def batches(data: ImageDataset, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of one epoch: every image once, in an order that (seed, epoch) decides; the last may be short."""
+def batches(images: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
+    """Indices of one epoch's batches: every image once, in an order that (seed, epoch) decides."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
-    order = torch.randperm(len(data), generator=generator).to(data.images.device)
-    for indices in order.split(batch_size):
-        yield as_float(data.images[indices]), data.labels[indices]
+    yield from torch.randperm(images, generator=generator).split(batch_size)
 
 
 def derive_seed(seed: int, what: str, number: int) -> int:
@@ -203,19 +268,86 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def _new_state(config: TrainConfig, student: nn.Module, device: torch.device) -> TrainingState:
+    optimizer = torch.optim.SGD(
+        student.parameters(),
+        config.lr,
+        config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov and config.momentum > 0,
+    )
+    averages = config.ema or config.swa_start is not None
+    average = WeightAverage(student, config.ema or None) if averages else None
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    return TrainingState(
+        student, optimizer, scaler, average, torch.zeros((), dtype=torch.float64, device=device)
+    )
+
+
+def _prepare(
+    config: TrainConfig, method: Method, student: nn.Module, teacher: nn.Module | None
+) -> tuple[PreparedModel | None, PreparedModel | None]:
+    """Copies of both networks that only the attack uses; none where it needs live batch statistics."""
+    if method.objective is None or not config.lean or config.attack_bn != "eval":
+        return None, None
+    dtype = DTYPES[config.precision]
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    lean_teacher = prepare_for_attack(teacher, dtype, layout) if teacher is not None else None
+    return prepare_for_attack(student, dtype, layout), lean_teacher
+
+
+def _batch(
+    train_set: ImageDataset, indices: Tensor, extra_set: ImageDataset | None, config: TrainConfig
+) -> tuple[Tensor, Tensor]:
+    """Augmented images and labels of one batch, extra images included."""
+    images, labels = train_set.images[indices], train_set.labels[indices]
+    if extra_set:
+        count = round(config.extra_ratio * config.batch_size)
+        drawn = torch.randint(len(extra_set), (count,), device=images.device)
+        images = torch.cat([images, extra_set.images[drawn]])
+        labels = torch.cat([labels, extra_set.labels[drawn]])
+    x = augmented(images, parse_augmentation(config.augment))
+    return (x.contiguous(memory_format=torch.channels_last) if config.channels_last else x), labels
+
+
+def _optimizer_step(state: TrainingState, config: TrainConfig) -> None:
+    if config.clip_grad is not None:
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.student.parameters(), config.clip_grad)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+
+
+def _refresh_average(average: WeightAverage, data: ImageDataset, config: TrainConfig) -> None:
+    refresh_batch_norm(average.model, [as_float(images) for images in data.images.split(config.batch_size)])
+
+
+def _board(config: TrainConfig, out: Path) -> AbstractContextManager[Any]:
+    if not config.tensorboard:
+        return nullcontext()
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(out / "tensorboard"))
+
+
 def _load_teacher(config: TrainConfig, data: ImageDataset, device: torch.device) -> nn.Module:
     assert config.teacher is not None
     checkpoint = read_checkpoint(config.teacher, "teacher")
     require_fit(checkpoint, config.teacher, data, "teacher")
-    return model_of(checkpoint, config.teacher, "teacher").to(device)
+    teacher = model_of(checkpoint, config.teacher, "teacher").to(device)
+    return teacher.to(memory_format=torch.channels_last) if config.channels_last else teacher
 
 
-def _require_same_kind(train_set: ImageDataset, test_set: ImageDataset) -> None:
-    if train_set.images.shape[1:] != test_set.images.shape[1:]:
-        ours, theirs = tuple(train_set.images.shape[1:]), tuple(test_set.images.shape[1:])
-        raise InputError(
-            f"data {train_set.name!r} has training images of shape {ours} and test images of shape {theirs}"
-        )
+def _require_same_kind(train_set: ImageDataset, other: ImageDataset | None) -> None:
+    if other is None:
+        return
+    for what, ours, theirs in (
+        ("images of shape", tuple(train_set.images.shape[1:]), tuple(other.images.shape[1:])),
+        ("values of type", train_set.images.dtype, other.images.dtype),
+        ("number of classes", train_set.num_classes, other.num_classes),
+    ):
+        if ours != theirs:
+            raise InputError(f"data {train_set.name!r} has {what} {ours}, but {other.name!r} has {theirs}")
 
 
 def _require_forward(model: nn.Module, data: ImageDataset, config: TrainConfig) -> None:
@@ -228,18 +360,14 @@ def _require_forward(model: nn.Module, data: ImageDataset, config: TrainConfig) 
 
 
 def _require_finite(
-    recent: list[Tensor],
-    last_step: int,
-    config: TrainConfig,
-    checkpoint: Path,
-    optimizer: torch.optim.Optimizer,
+    recent: list[Tensor], state: TrainingState, config: TrainConfig, checkpoint: Path
 ) -> None:
     losses = torch.stack(recent)
     bad = (~losses.isfinite()).nonzero()
     if not len(bad):
         return
     index = int(bad[0])
-    step = last_step - len(recent) + 1 + index
+    step = state.step - len(recent) + index + 1
     kept = (
         f"the last good checkpoint is {str(checkpoint)!r}"
         if checkpoint.is_file()
@@ -249,6 +377,6 @@ def _require_finite(
         f"after {float(losses[index - 1]):g} one step before" if index else "without a finite loss before it"
     )
     raise TrainingDiverged(
-        f"the loss became {float(losses[index])} at step {step + 1} ({before}) at learning rate "
-        f"{optimizer.param_groups[0]['lr']:g}; {kept}; a smaller lr usually helps"
+        f"the loss became {float(losses[index])} at step {step} ({before}) at learning rate "
+        f"{state.optimizer.param_groups[0]['lr']:g}; {kept}; a smaller lr usually helps"
     )

@@ -117,7 +117,7 @@ def test_train_refuses(
 
 
 def test_missing_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--out" in refused(TRAIN, capsys)
+    assert "out is missing" in refused(TRAIN, capsys)
 
 
 def test_out_that_cannot_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

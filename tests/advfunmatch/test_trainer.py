@@ -30,7 +30,12 @@ def test_every_method_trains_and_writes_its_run(make_config: MakeConfig, teacher
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
     assert rows[1]["loss"] < rows[0]["loss"]
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "metrics.jsonl", "result.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoint.pt",
+        "metrics.jsonl",
+        "result.json",
+        "run.json",
+    ]
 
 
 def test_checkpoint_says_what_it_is_and_gives_the_measured_network(make_config: MakeConfig) -> None:
@@ -63,14 +68,7 @@ def test_the_seed_decides_every_bit(make_config: MakeConfig, teacher: str, tmp_p
 
 
 def test_every_image_once_an_epoch_in_changing_order() -> None:
-    data = load_dataset("digits", split="test")
-    marked = data.subset(torch.arange(50))
-    marked = type(marked)(
-        "marked", "train", torch.arange(50.0).view(50, 1, 1, 1), torch.arange(50), marked.class_names
-    )
-    epochs = [
-        torch.cat([y for _, y in advfunmatch.trainer.batches(marked, 16, 0, epoch)]) for epoch in range(2)
-    ]
+    epochs = [torch.cat(list(advfunmatch.trainer.batches(50, 16, seed=0, epoch=epoch))) for epoch in range(2)]
     assert all(order.sort().values.tolist() == list(range(50)) for order in epochs)
     assert epochs[0].tolist() != epochs[1].tolist()
 
@@ -133,12 +131,12 @@ def test_full_disk_keeps_the_last_checkpoint(
         train(config)
     out = Path(config.out)
     assert torch.load(out / "checkpoint.pt", weights_only=True)["epoch"] == 1
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "metrics.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "metrics.jsonl", "run.json"]
 
 
 def test_an_existing_run_is_not_replaced_unasked(make_config: MakeConfig) -> None:
     train(make_config(epochs=1))
-    with pytest.raises(InputError, match=r"already holds a run.*--overwrite"):
+    with pytest.raises(InputError, match=r"already holds a run; --resume .*--overwrite"):
         train(make_config(epochs=1))
     train(make_config(epochs=1, overwrite=True))
 
@@ -162,6 +160,18 @@ def test_an_existing_run_is_not_replaced_unasked(make_config: MakeConfig) -> Non
         ({"norm": "l1"}, "norm is 'l1', but must be one of: linf, l2"),
         ({"reduction": "none"}, "reduction is 'none'"),
         ({"attack_init": "normal"}, "attack_init is 'normal'"),
+        ({"schedule": "piecewise"}, "milestones is empty"),
+        ({"milestones": "a,b"}, "milestones is 'a,b'"),
+        ({"precision": "int8"}, "precision is 'int8', but must be one of: fp32, bf16, fp16"),
+        ({"ema": 0.9, "swa_start": 1}, "ema and swa_start"),
+        ({"swa_start": 2}, "swa_start is 2"),
+        ({"augment": "crop,blur"}, "augment is 'blur', but must be one of: crop, flip"),
+        ({"augment": "mixup"}, "leaves no label that method 'ce' could use"),
+        ({"clip_grad": 0.0}, "clip_grad is 0"),
+        ({"awp": True, "accumulate": 2}, "accumulate is 2"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite"),
+        ({"extra_data": "digit"}, "data is 'digit'"),
+        ({"extra_ratio": 1.0}, "extra_ratio is 1"),
         ({"schedule": "step"}, "schedule is 'step'"),
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"method": "advfunmatch"}, "matches a teacher"),

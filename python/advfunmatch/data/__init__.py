@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from ..errors import InputError, one_of
+from .cifar import load_cifar
 from .dataset import ImageDataset, as_float, choose
 from .digits import load_digits
 from .folder import load_folder
@@ -14,14 +16,19 @@ __all__ = ["SPLITS", "ImageDataset", "as_float", "choose", "load_dataset"]
 
 SPLITS = ("train", "test")
 BUNDLED: dict[str, Callable[[str], ImageDataset]] = {"digits": load_digits}
-AT_PATH: dict[str, Callable[[str, str, int | None], ImageDataset]] = {"folder": load_folder, "npz": load_npz}
+AT_PATH: dict[str, Callable[[str, str, int | None], ImageDataset]] = {
+    "folder": load_folder,
+    "npz": load_npz,
+    "cifar10": partial(load_cifar, "cifar10"),
+    "cifar100": partial(load_cifar, "cifar100"),
+}
 
 
 def load_dataset(name: str, *, split: str, limit: int | None = None) -> ImageDataset:
     """Read one split of a data set into memory.
 
     Args:
-        name: ``digits``, ``folder:PATH`` or ``npz:PATH``.
+        name: ``digits``, ``folder:PATH``, ``npz:PATH``, ``cifar10:PATH`` or ``cifar100:PATH``.
         split: ``"train"`` or ``"test"``.
         limit: keep this many images, drawn at random with a fixed seed; None keeps all.
 

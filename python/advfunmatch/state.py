@@ -1,0 +1,88 @@
+"""What changes while a network is trained, and how it gets into a checkpoint and back."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .averaging import WeightAverage
+from .checkpoint import read_checkpoint
+from .config import TrainConfig
+from .errors import InputError
+
+# Settings that may differ between a run and its continuation: they do not decide what is computed.
+FREE_ON_RESUME = ("resume", "overwrite", "device", "save_every", "tensorboard", "out", "teacher")
+
+
+@dataclass
+class TrainingState:
+    """Everything that a continued run needs, besides its configuration and data. See Note [Randomness] for what not.
+
+    Attributes:
+        student: the network that is trained.
+        optimizer: its SGD.
+        scaler: of fp16 gradients; disabled otherwise.
+        average: EMA or SWA weights, or None.
+        step: how many batches have been done.
+        loss_sum: of the batches of the present epoch.
+        metrics: the rows of metrics.jsonl.
+        seconds: time spent in steps.
+    """
+
+    student: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: WeightAverage | None
+    loss_sum: Tensor
+    step: int = 0
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network whose accuracies are reported: the averaged one, once there is an average."""
+        return self.average.model if self.average and self.average.count else self.student
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """The changing part of Note [Checkpoint]."""
+        training: dict[str, Any] = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loss_sum": self.loss_sum,
+            "metrics": copy.deepcopy(self.metrics),
+            "seconds": self.seconds,
+        }
+        if self.average:
+            training |= {"average": self.average.state_dict(), "student": self.student.state_dict()}
+        return {"state_dict": self.evaluated.state_dict(), "step": self.step, "training": training}
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Continue from what `to_checkpoint` gave."""
+        training = checkpoint["training"]
+        self.student.load_state_dict(training.get("student", checkpoint["state_dict"]))
+        if self.average:
+            self.average.load_state_dict(training["average"], checkpoint["state_dict"])
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.scaler.load_state_dict(training["scaler"])
+        self.loss_sum.copy_(training["loss_sum"])
+        self.step = checkpoint["step"]
+        self.metrics, self.seconds = training["metrics"], training["seconds"]
+
+
+def checkpoint_to_resume(path: Any, config: TrainConfig) -> dict[str, Any] | None:
+    """The checkpoint to continue from, or None where there is none yet; InputError if it is of another run."""
+    if not path.exists():
+        return None
+    checkpoint = read_checkpoint(path, "checkpoint to resume")
+    stored, wanted = checkpoint["config"], config.to_dict()
+    for name, value in wanted.items():
+        if name not in FREE_ON_RESUME and stored.get(name) != value:
+            raise InputError(
+                f"{name} is {value!r}, but the run in {str(path.parent)!r} was started with {stored.get(name)!r}; "
+                "a run can only be continued as it was started"
+            )
+    return checkpoint

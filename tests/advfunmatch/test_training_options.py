@@ -1,0 +1,301 @@
+"""Schedules, averages, accumulation, precision, augmentation, extra data: each does what its name says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import advfunmatch.trainer
+import numpy as np
+import pytest
+import torch
+from advfunmatch import InputError, TrainConfig, load_dataset, train
+from advfunmatch.averaging import WeightAverage, refresh_batch_norm
+from advfunmatch.cli import run
+from advfunmatch.config import config_from, read_settings
+from advfunmatch.data.augment import MIXING, ON_STORED, augmented, parse_augmentation
+from advfunmatch.presets import PRESETS
+from advfunmatch.schedule import learning_rate
+from torch import nn
+
+MakeConfig = Callable[..., TrainConfig]
+
+
+def rates(steps_per_epoch: int = 10, **settings: object) -> list[float]:
+    config = TrainConfig(data="", model="", method="ce", out="", epochs=10, lr=1.0, **settings)  # type: ignore[arg-type]
+    return [learning_rate(step, steps_per_epoch, config) for step in range(10 * steps_per_epoch)]
+
+
+def test_cosine() -> None:
+    assert rates()[0] == 1
+    assert rates()[50] == pytest.approx(0.5)
+    assert rates()[-1] < 1e-3
+
+
+def test_one_cycle_rises_then_falls() -> None:
+    values = rates(schedule="one_cycle", peak=0.3)
+    assert values[0] == 0
+    assert values[30] == max(values) == 1
+    assert values[15] == pytest.approx(0.5)
+    assert values[65] == pytest.approx(0.5)
+
+
+def test_piecewise_divides_by_ten() -> None:
+    values = rates(schedule="piecewise", milestones="4,8")
+    assert (values[39], values[40], values[80]) == pytest.approx((1, 0.1, 0.01))
+
+
+def test_warm_up_is_linear() -> None:
+    values = rates(schedule="constant", warmup_epochs=2)
+    assert values[:20] == pytest.approx([(step + 1) / 20 for step in range(20)])
+    assert values[20] == 1
+
+
+def test_exponential_average_by_hand() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    average, expected = WeightAverage(model, decay=0.9), None
+    for _ in range(4):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(2, 3))
+        average.update(model)
+        expected = (
+            model.weight.detach().clone()
+            if expected is None
+            else 0.9 * expected + 0.1 * model.weight.detach()
+        )
+    torch.testing.assert_close(average.model.weight, expected)
+
+
+def test_equal_average_by_hand_and_batch_norm_statistics() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2))
+    average, seen = WeightAverage(model, decay=None), []
+    for _ in range(3):
+        with torch.no_grad():
+            model[0].weight.add_(torch.randn(2, 1, 1, 1))
+        average.update(model)
+        seen.append(model[0].weight.detach().clone())
+    mean = torch.stack(seen).mean(0)
+    torch.testing.assert_close(average.model[0].weight, mean)
+    batches = [torch.rand(8, 1, 4, 4) for _ in range(3)]
+    refresh_batch_norm(average.model, batches)
+    expected = (torch.cat(batches) * mean.view(1, 2, 1, 1)).mean((0, 2, 3))
+    torch.testing.assert_close(average.model[1].running_mean, expected)
+    assert not average.model.training
+
+
+@pytest.mark.parametrize("settings", [{"ema": 0.5}, {"swa_start": 0}])
+def test_the_average_is_what_is_saved(make_config: MakeConfig, settings: dict[str, object]) -> None:
+    config = make_config(**settings)
+    train(config)
+    stored = torch.load(Path(config.out) / "checkpoint.pt", weights_only=True)
+    assert not torch.equal(stored["state_dict"]["fc.weight"], stored["training"]["student"]["fc.weight"])
+
+
+class WithoutBatchNorm(nn.Module):
+    """Whose gradient of a batch is the mean over its images, so that batches can be split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.flatten(1))
+
+
+def test_accumulated_batches_equal_one_large_batch(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(advfunmatch.trainer, "create_model", lambda *_, **__: WithoutBatchNorm())
+    settings = {"schedule": "constant", "epochs": 3, "clip_grad": 0.5}
+    train(make_config(out=tmp_path / "large", batch_size=100, **settings))
+    train(make_config(out=tmp_path / "small", batch_size=50, accumulate=2, **settings))
+    large, small = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["state_dict"]["fc.weight"]
+        for name in ("large", "small")
+    )
+    torch.testing.assert_close(small, large, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "bf16"},
+        {"precision": "bf16", "channels_last": True},
+        {"precision": "fp16"},
+        {"channels_last": True},
+        {"lean": False},
+        {"attack_bn": "train"},
+        {"attack_bn": "batch"},
+        {"norm": "l2", "eps": 0.5},
+        {"awp": True, "awp_warmup": 0},
+        {"early_steps": 1},
+        {"augment": "mixup,flip"},
+    ],
+)
+def test_learns_with(make_config: MakeConfig, teacher: str, settings: dict[str, object]) -> None:
+    result = train(
+        make_config(method="advfunmatch", teacher=teacher, epochs=4, model="small_cnn-8", **settings)
+    )
+    assert result["clean"] > 40
+
+
+def test_prepared_networks_change_the_attack_by_rounding_only(
+    make_config: MakeConfig, teacher: str, tmp_path: Path
+) -> None:
+    settings = {"method": "advfunmatch", "teacher": teacher, "epochs": 1, "limit": 128}
+    weights = []
+    for lean in (True, False):
+        train(make_config(out=tmp_path / str(lean), lean=lean, **settings))
+        stored = torch.load(tmp_path / str(lean) / "checkpoint.pt", weights_only=True)
+        weights.append(stored["state_dict"]["fc.weight"])
+    # One step from the same start: a flipped sign moves a pixel, so this is far from bitwise.
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", [*ON_STORED, *MIXING])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_augmentation_changes_images_and_keeps_their_form(name: str, channels: int) -> None:
+    torch.manual_seed(0)
+    images = torch.randint(256, (8, channels, 32, 32), dtype=torch.uint8)
+    torch.manual_seed(1)
+    first = augmented(images, [name])
+    assert first.shape == images.shape
+    assert first.dtype == torch.float32
+    assert 0 <= first.min() <= first.max() <= 1
+    assert not torch.equal(first, images / 255)
+    torch.manual_seed(1)
+    assert torch.equal(first, augmented(images, [name]))
+
+
+def test_each_image_is_cropped_and_flipped_for_itself() -> None:
+    torch.manual_seed(0)
+    image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8)
+    for name in ("crop", "flip", "cutout"):
+        views = augmented(image.repeat(64, 1, 1, 1), [name])
+        assert len({view.numpy().tobytes() for view in views}) > 1, name
+    flipped = augmented(image.repeat(64, 1, 1, 1), ["flip"]) * 255
+    assert all(
+        torch.equal(v.round(), image[0]) or torch.equal(v.round(), image[0].flip(2))
+        for v in flipped.to(torch.uint8)
+    )
+
+
+def test_names_of_augmentations() -> None:
+    assert parse_augmentation(" crop , flip,") == ["crop", "flip"]
+    with pytest.raises(InputError, match="augment is 'rotate', but must be one of: crop"):
+        parse_augmentation("crop,rotate")
+
+
+def test_extra_images_are_mixed_in_at_the_ratio(
+    make_config: MakeConfig, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    white = np.full((40, 8, 8), 255, np.uint8)
+    labels = np.arange(40) % 10
+    np.savez(tmp_path / "white.npz", x_train=white, y_train=labels, x_test=white, y_test=labels)
+    shares, real = [], advfunmatch.trainer.augmented
+
+    def counts(images, names):  # type: ignore[no-untyped-def]
+        shares.append(float((images.flatten(1).float().mean(1) == 255).float().mean()))
+        return real(images, names)
+
+    monkeypatch.setattr(advfunmatch.trainer, "augmented", counts)
+    extra = f"npz:{tmp_path / 'white.npz'}"
+    train(
+        make_config(
+            method="funmatch", teacher=teacher, extra_data=extra, extra_ratio=0.25, batch_size=40, epochs=1
+        )
+    )
+    assert len(shares) == 7  # 200 images at 30 a batch
+    assert shares[:6] == [0.25] * 6
+
+
+def test_config_file_and_flags_over_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "data: digits\nmodel: small_cnn-4\nepochs: 5\neps: 8/255\nlimit: 60\neval_limit: 20\nmilestones: [2, 4]\n"
+    )
+    arguments = [
+        "train",
+        "--preset",
+        "pgd_at-cifar10",
+        "--config",
+        str(file),
+        "--epochs",
+        "1",
+        "--steps",
+        "2",
+    ]
+    assert run([*arguments, "--no-nesterov", "--out", str(tmp_path / "run")]) == 0
+    stored = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    config = stored["config"]
+    assert (config["method"], config["weight_decay"]) == ("pgd_at", 5e-4)  # from the preset
+    assert (config["model"], config["eps"], config["milestones"]) == (
+        "small_cnn-4",
+        8 / 255,
+        "2,4",
+    )  # from the file
+    assert (config["epochs"], config["steps"]) == (1, 2)  # from flags
+    assert set(stored["environment"]) >= {"torch", "python", "advfunmatch", "git_commit"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_complete(name: str) -> None:
+    settings = {**PRESETS[name], "data": "digits", "out": "unused", "teacher": "unused"}
+    config_from(settings).resolve()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: [", "cannot be read as YAML"),
+        ("- epochs", "must hold lines such as"),
+        ("epoch: 3", "setting is 'epoch', but must be one of: data, model"),
+        ("epochs: many", "epochs is 'many', but must be of type int"),
+        ("epochs: true", "epochs is True, but must be of type int"),
+        ("lr: fast", "'fast' is not a number"),
+        ("awp: 1", "awp is 1, but must be of type bool"),
+    ],
+)
+def test_bad_config_files(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        config_from(
+            {"data": "", "model": "", "method": "", "out": "", **read_settings(str(tmp_path / "bad.yaml"))}
+        )
+
+
+def test_missing_config_file() -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        read_settings("nowhere.yaml")
+
+
+def test_tensorboard(make_config: MakeConfig) -> None:
+    config = make_config(epochs=1, tensorboard=True)
+    train(config)
+    assert list((Path(config.out) / "tensorboard").glob("events.*"))
+
+
+def test_cifar_as_torchvision_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle
+
+    import torchvision
+
+    with pytest.raises(InputError, match="does not hold cifar-10-batches-py"):
+        load_dataset(f"cifar10:{tmp_path}", split="train")
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    values = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
+    for name in ("test_batch", *(f"data_batch_{index}" for index in range(1, 6))):
+        (folder / name).write_bytes(pickle.dumps({"data": values, "labels": [3, 1, 0, 9]}))
+    (folder / "batches.meta").write_bytes(
+        pickle.dumps({"label_names": [f"class {index}" for index in range(10)]})
+    )
+    # torchvision knows the checksums of the real files only.
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    test = load_dataset(f"cifar10:{tmp_path}", split="test")
+    assert test.images.shape == (4, 3, 32, 32)
+    assert np.array_equal(test.images.numpy().reshape(4, -1), values)
+    assert test.labels.tolist() == [3, 1, 0, 9]
+    assert len(load_dataset(f"cifar10:{tmp_path}", split="train", limit=7)) == 7
