@@ -14,7 +14,7 @@ class DistillationFunction(torch.autograd.Function):
     """(1 - α) CE(student, labels) + α T² KL(teacher ‖ student). Arguments as ``distillation_forward`` has them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         student: Tensor,
         teacher: Tensor,
@@ -44,5 +44,5 @@ class DistillationFunction(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         return *fused_backward(ctx, grad_loss), *(None,) * 10

@@ -14,7 +14,7 @@ class DKLFunction(torch.autograd.Function):
     """The decoupled KL loss. Arguments as ``dkl_forward_grad`` has them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         student: Tensor,
         teacher: Tensor,
@@ -45,5 +45,5 @@ class DKLFunction(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         return *fused_backward(ctx, grad_loss), *(None,) * 11

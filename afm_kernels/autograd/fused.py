@@ -56,7 +56,7 @@ def prefers_recompute(student: Tensor, teacher: Tensor, backend: str) -> bool:
     return from_classes is not None and student.shape[-1] >= from_classes
 
 
-def refuse_forward_mode(*_: Any) -> NoReturn:
+def refuse_forward_mode() -> NoReturn:
     """Raises the one sentence about forward mode. Without it an operator would drop the tangents."""
     raise RuntimeError(
         "forward-mode derivatives (jvp, jacfwd, hessian) of afm_kernels losses are not supported; use reverse mode "
@@ -147,7 +147,7 @@ class TransformedLoss(torch.autograd.Function):
     """Any fused loss under a torch.func transform. See Note [Two kinds of Function]."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         student: Tensor, teacher: Tensor, extra: Tensor | None, row_weight: Tensor | None, call: Call
     ) -> Tensor:
         tensors = _op_tensors(call, extra, row_weight)
@@ -162,7 +162,7 @@ class TransformedLoss(torch.autograd.Function):
         ctx.call = inputs[4]
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, extra, row_weight = ctx.saved_tensors
         call: Call = ctx.call
         wrt = ctx.needs_input_grad[:2]
@@ -180,7 +180,7 @@ class TransformedLoss(torch.autograd.Function):
         return *(grad if needed else None for grad, needed in zip(grads, wrt, strict=True)), None, None, None
 
     @staticmethod
-    def vmap(  # type: ignore[override]
+    def vmap(
         info: Any,
         in_dims: tuple[int | None, ...],
         student: Tensor,
@@ -205,7 +205,9 @@ class TransformedLoss(torch.autograd.Function):
         values = TransformedLoss.apply(*arguments, call._replace(reduction=0))
         return (values if call.reduction == 0 else values.flatten(1).sum(1)), 0
 
-    jvp = staticmethod(refuse_forward_mode)
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        refuse_forward_mode()
 
 
 def _op_tensors(call: Call, extra: Tensor | None, row_weight: Tensor | None) -> tuple[Tensor | None, ...]:

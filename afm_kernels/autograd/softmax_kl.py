@@ -37,7 +37,7 @@ class SoftmaxKLDivFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         student: Tensor,
         teacher: Tensor,
@@ -65,5 +65,5 @@ class SoftmaxKLDivFunction(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         return *fused_backward(ctx, grad_loss), None, None, None, None, None, None, None, None
