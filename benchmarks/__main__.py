@@ -25,10 +25,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="every case, not only what fits ten minutes")
     parser.add_argument("--smoke", action="store_true", help="seconds: check the answers, at small sizes")
     parser.add_argument("--only", metavar="REGEX", help="only cases whose name matches")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of PART.json")
     parser.add_argument(
-        "--append", action="store_true", help="keep older records of other names in PART.json"
+        "--out", type=Path, default=Path("runs/benchmarks"), help="folder of PART-DEVICE.json"
     )
+    parser.add_argument("--append", action="store_true", help="keep older records of other names in the file")
     parser.add_argument(
         "--seconds", type=float, help="of each interleaved measurement (default 2; smoke 0.05)"
     )
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         run = results.new_run(
             measured, records, smoke=args.smoke, seconds=seconds, device=args.device, other_load=load.fraction
         )
-        path = args.out / f"{name}.json"
+        path = args.out / f"{name}-{torch.device(args.device).type}.json"
         results.save(path, name, run, append=args.append)
         wrong += part.wrong(records)
         print(f"\n{path}: {len(records)} records in {time.perf_counter() - start:.0f} s")

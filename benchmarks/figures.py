@@ -1,0 +1,367 @@
+"""The figures of the docs, drawn from committed results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.results import Record, load, records
+from benchmarks.tables import _order, by_name, pretty_shape, provenance, shape_of
+
+COLOURS = {
+    "ours": "#1765c1",
+    "ours recompute": "#7fb2ea",
+    "eager": "#8d949e",
+    "eager float32": "#b9bec5",
+    "compile": "#e07b28",
+    "formula": "#5b9a5b",
+    "compiled formula": "#2f6d3a",
+    "eager probabilities": "#b0463c",
+    "limit": "#22262b",
+}
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#5f6670",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e8eb",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "svg.hashsalt": "advfunmatch",  # the same results give the same file
+    "svg.fonttype": "path",
+}
+
+
+def _save(figure: Any, path: Path, note: str = "") -> Path:
+    if note:
+        figure.text(0.995, 0.005, note, ha="right", va="bottom", fontsize=6.5, color="#7a818b")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    figure.savefig(path, dpi=150, metadata=metadata, facecolor="white")
+    plt.close(figure)
+    return path
+
+
+def kernels(results: Path, path: Path) -> Path:
+    """How many times faster than the peers, by shape: loss and both gradients; the gradients alone."""
+    found = by_name(results, "kernels")
+    panels = (
+        ("both", "Loss and both gradients", ("eager", "compile")),
+        ("grad", "Both gradients alone", ("eager", "compile", "formula", "compiled formula")),
+    )
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharey=False)
+    for axis, (mode, title, peers) in zip(axes, panels, strict=True):
+        chosen = [
+            r
+            for r in found.values()
+            if r.variant == "ours"
+            and r.name.startswith(f"softmax_kl/{mode}/")
+            and shape_of(r)[3] in ("float32", "bfloat16")
+        ]
+        chosen.sort(key=_order, reverse=True)
+        height = 0.8 / len(peers)
+        for k, peer in enumerate(peers):
+            have = [(i, r.speedup[peer]) for i, r in enumerate(chosen) if peer in r.speedup]
+            where = [i + 0.4 - height * (k + 0.5) for i, _ in have]
+            middle = np.array([s["median"] for _, s in have])
+            reach = np.array([[s["median"] - s["low"], s["high"] - s["median"]] for _, s in have]).T
+            axis.barh(where, middle, height * 0.9, color=COLOURS[peer], label=f"over {_PEER_WORDS[peer]}")
+            axis.errorbar(middle, where, xerr=reach, fmt="none", ecolor="#30343a", elinewidth=0.8)
+            for y, x, r in zip(where, middle, reach[1], strict=True):
+                axis.text(x + r, y, f" {x:.1f}", va="center", fontsize=7, color="#30343a")
+        labels = [
+            pretty_shape(shape_of(r)[2]) + ("\nbfloat16" if "bfloat16" in r.group else "") for r in chosen
+        ]
+        axis.set_yticks(range(len(chosen)), labels, fontsize=8)
+        axis.axvline(1, color=COLOURS["limit"], linewidth=0.9)
+        axis.set_xlabel("times faster")
+        axis.set_title(title)
+        axis.grid(axis="y", visible=False)
+        axis.legend(loc="best", fontsize=8)
+    return _save(figure, path, provenance(load(results / "kernels-cpu.json")))
+
+
+_PEER_WORDS = {
+    "eager": "PyTorch eager",
+    "compile": "torch.compile",
+    "formula": "hand-written gradients, eager",
+    "compiled formula": "hand-written gradients, compiled",
+}
+
+
+def limits(results: Path, path: Path) -> Path:
+    """Where each shape stands: times as multiples of the limit that binds."""
+    found = by_name(results, "kernels")
+    ours = [
+        r
+        for r in found.values()
+        if r.variant == "ours" and r.name.startswith(("softmax_kl/both/", "softmax_kl/grad/"))
+    ]
+    ours = [r for r in ours if shape_of(r)[3] in ("float32", "bfloat16")]
+    ours.sort(key=lambda r: (shape_of(r)[1] == "both", _order(r)), reverse=True)
+    figure, axis = plt.subplots(figsize=(9, 0.34 * len(ours) + 1.4), layout="constrained")
+    markers = {"ours": "o", "ours recompute": "o", "compile": "s", "eager": "D"}
+    for y, record in enumerate(ours):
+        bound = max(record.limits.values())
+        points = {}
+        for variant in markers:
+            other = found.get(f"{record.group}/{variant}")
+            if other is not None and other.time is not None:
+                points[variant] = other.time["median"] / bound
+        axis.plot([1, max(points.values())], [y, y], color="#d5d9de", linewidth=1.2, zorder=1)
+        for variant, x in points.items():
+            axis.scatter(x, y, s=34, marker=markers[variant], color=COLOURS[variant], zorder=3, linewidth=0)
+    handles = [
+        plt.Line2D([], [], marker=marker, color=COLOURS[v], linestyle="none", label=v)
+        for v, marker in markers.items()
+    ]
+    axis.axvline(1, color=COLOURS["limit"], linewidth=1.3)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(plt.FuncFormatter(lambda v, _: f"{v:g}"))
+    labels = []
+    for record in ours:
+        _, mode, shape, dtype = shape_of(record)
+        bound_name = max(record.limits, key=lambda name: record.limits[name])
+        labels.append(
+            f"{'gradients' if mode == 'grad' else 'loss + gradients'}  {pretty_shape(shape)}"
+            f"{' bfloat16' if dtype == 'bfloat16' else ''}  [{bound_name}]"
+        )
+    axis.set_yticks(range(len(ours)), labels, fontsize=8)
+    axis.set_ylim(-0.7, len(ours) - 0.3)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel("time as a multiple of the tightest limit (in brackets: copy, exp, or call overhead)")
+    axis.set_title("How far from what the machine can do")
+    axis.legend(handles=handles, loc="upper right", fontsize=8)
+    return _save(figure, path, provenance(load(results / "kernels-cpu.json")))
+
+
+def sweep(results: Path, path: Path) -> Path:
+    """Cost over four decades of rows and of classes, with the limits and the region each binds."""
+    content = load(results / "sweep-cpu.json")
+    found = list(records(content))
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.8), layout="constrained", sharey=True)
+    for axis, family in zip(axes, ("rows", "classes"), strict=True):
+        place = 0 if family == "rows" else 1
+
+        def size(record: Record, place: int = place) -> int:
+            return int(shape_of(record)[2].split("x")[place])
+
+        here = [r for r in found if r.details["family"] == family and r.time is not None]
+        ours = sorted((r for r in here if r.variant == "ours"), key=size)
+        x = np.array([size(r) for r in ours], dtype=float)
+        _shade(axis, x, {name: np.array([r.limits[name] for r in ours]) for name in ("call", "exp", "copy")})
+        for name, style in (("call", ":"), ("exp", "-."), ("copy", "--")):
+            limit = [r.limits[name] * 1e6 for r in ours]
+            axis.plot(x, limit, style, color=COLOURS["limit"], linewidth=1.2, label=_LIMITS[name])
+        for variant in ("eager", "compile", "ours"):
+            line = sorted((r for r in here if r.variant == variant), key=size)
+            y = np.array([[r.time[k] * 1e6 for k in ("low", "median", "high")] for r in line if r.time])
+            sizes = [size(r) for r in line]
+            axis.fill_between(sizes, y[:, 0], y[:, 2], color=COLOURS[variant], alpha=0.2, linewidth=0)
+            axis.plot(
+                sizes, y[:, 1], "o-", color=COLOURS[variant], markersize=4, linewidth=1.8, label=variant
+            )
+        other = "1000 classes" if family == "rows" else "64 rows"
+        axis.set(xscale="log", yscale="log", xlabel=f"{family} ({other})", xlim=(x[0] * 0.8, x[-1] * 1.25))
+        axis.set_title(f"Loss and both gradients over {family}, float32")
+    axes[0].set_ylabel("microseconds a call")
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    return _save(figure, path, provenance(content))
+
+
+_LIMITS = {
+    "call": "limit: autograd's own calls",
+    "exp": "limit: exponentials",
+    "copy": "limit: copy of the bytes",
+}
+_REGIONS = {
+    "call": ("#eef1f5", "launch-bound"),
+    "exp": ("#fdf3e3", "compute-bound"),
+    "copy": ("#e7f3ea", "bandwidth-bound"),
+}
+
+
+def _shade(axis: Any, x: np.ndarray, bounds: dict[str, np.ndarray]) -> None:
+    """Colour the background by the limit that is highest there."""
+    fine = np.geomspace(x[0] * 0.8, x[-1] * 1.25, 600)
+    curves = {n: np.exp(np.interp(np.log(fine), np.log(x), np.log(y))) for n, y in bounds.items()}
+    names = list(curves)
+    highest = np.argmax([curves[n] for n in names], axis=0)
+    starts = [0, *(np.flatnonzero(np.diff(highest)) + 1), len(fine)]
+    for a, b in pairwise(starts):
+        colour, label = _REGIONS[names[highest[a]]]
+        axis.axvspan(fine[a], fine[min(b, len(fine) - 1)], color=colour, linewidth=0, zorder=0)
+        if b - a > 60:
+            middle = np.sqrt(fine[a] * fine[min(b, len(fine) - 1)])
+            axis.text(
+                middle,
+                0.985,
+                label,
+                transform=axis.get_xaxis_transform(),
+                ha="center",
+                va="top",
+                fontsize=8,
+                color="#5f6670",
+            )
+
+
+def accuracy(results: Path, path: Path) -> Path:
+    """The error of a row's KL as the student comes near its teacher."""
+    content = load(results / "accuracy-cpu.json")
+    found = list(records(content))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    words = {"ours": "ours", "eager": "F.kl_div, log-space", "eager probabilities": "F.kl_div, probabilities"}
+    for axis, offset in zip(axes, (0.0, 1000.0), strict=True):
+        for variant, label in words.items():
+            chosen = [r for r in found if r.variant == variant and r.details["offset"] == offset]
+            for number, classes in enumerate(sorted({r.details["classes"] for r in chosen})):
+                line = sorted(
+                    (r for r in chosen if r.details["classes"] == classes), key=lambda r: r.details["kl"]
+                )
+                points = [(r.details["kl"], r.error["row_median"]) for r in line]
+                points = [(kl, error) for kl, error in points if error]
+                axis.plot(
+                    *zip(*points, strict=True),
+                    "o-",
+                    color=COLOURS[variant],
+                    markersize=4,
+                    linewidth=1.3,
+                    alpha=0.75,
+                    label=label if number == 0 else None,
+                )
+        axis.axhline(1, color="#b0463c", linewidth=0.9, linestyle=":")
+        axis.set(xscale="log", yscale="log", xlabel="KL(teacher ‖ student) of a row, median")
+        axis.set_title("logits around 0" if offset == 0 else "logits offset by 1000")
+        axis.text(
+            0.99,
+            1,
+            "no digit right ",
+            transform=axis.get_yaxis_transform(),
+            ha="right",
+            va="bottom",
+            fontsize=7.5,
+        )
+    axes[0].set_ylabel("median relative error of a row's KL, float32")
+    axes[0].legend(loc="lower left", fontsize=8)
+    return _save(figure, path, "one line for each number of classes, 2 to 128256; truth in float64")
+
+
+def attack(results: Path, path: Path) -> Path:
+    """The attack engine's speed over the loops that people run."""
+    content = load(results / "attack-cpu.json")
+    engines = [r for r in records(content) if r.variant == "engine"]
+    colours = {"": COLOURS["eager"], "+autocast": "#c9a227", "+compile": COLOURS["compile"]}
+    words = {"": "official loop", "+autocast": "+ autocast, channels-last", "+compile": "+ torch.compile"}
+    figure, axis = plt.subplots(figsize=(9, 0.75 * len(engines) + 1.3), layout="constrained")
+    engines = engines[::-1]
+    for k, (suffix, colour) in enumerate(colours.items()):
+        have = [(i, r.speedup.get(r.group.split("/")[0] + suffix)) for i, r in enumerate(engines)]
+        kept = [(i, s) for i, s in have if s is not None]
+        where = [i + 0.27 - 0.27 * k for i, _ in kept]
+        values = [s["median"] for _, s in kept]
+        reach = np.array([[s["median"] - s["low"], s["high"] - s["median"]] for _, s in kept]).T
+        axis.barh(where, values, 0.24, color=colour, label=f"over {words[suffix]}")
+        axis.errorbar(values, where, xerr=reach, fmt="none", ecolor="#30343a", elinewidth=0.8)
+        for y, v, r in zip(where, values, reach[1], strict=True):
+            axis.text(v + r, y, f" {v:.2f}", va="center", fontsize=7.5)
+    labels = []
+    for record in engines:
+        loop, networks, shape, steps = record.group.split("/")
+        labels.append(
+            f"{loop}: {networks.replace('<-', ' ← ')}\n{pretty_shape(shape)}, {steps.removesuffix('steps')} steps"
+        )
+    axis.set_yticks(range(len(engines)), labels, fontsize=8)
+    axis.axvline(1, color=COLOURS["limit"], linewidth=0.9)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel("times faster, whole attack, float32")
+    axis.set_title("The attack engine against the loops of AdaAD, RSLAD and TRADES")
+    axis.legend(loc="best", fontsize=8)
+    return _save(figure, path, provenance(content))
+
+
+_SHARES = {
+    "teacher": "#1765c1",
+    "student": "#7fb2ea",
+    "loss": "#e07b28",
+    "step": "#2f6d3a",
+    "data": "#8d949e",
+}
+
+
+def training(results: Path, path: Path) -> Path:
+    """Where a training step's time goes, ours beside the official loop's."""
+    content = load(results / "training-cpu.json")
+    found = list(records(content))
+    groups = list(dict.fromkeys(r.group for r in found))
+    variants = ("ours", "official compile", "official autocast", "official")
+    figure, axis = plt.subplots(figsize=(9.5, 1.25 * len(groups) + 1.2), layout="constrained")
+    labels, where = [], []
+    for i, group in enumerate(reversed(groups)):
+        base = next(r for r in found if r.name == f"{group}/official")
+        for k, variant in enumerate(variants):
+            record = next((r for r in found if r.name == f"{group}/{variant}"), None)
+            if record is None or record.time is None or base.time is None:
+                continue
+            y = i + 0.2 * k - 0.3
+            total = record.time["median"] / base.time["median"]
+            left = 0.0
+            shares = record.details.get("share")
+            if shares:
+                for name, colour in _SHARES.items():
+                    axis.barh(y, total * shares[name], 0.17, left=left, color=colour)
+                    left += total * shares[name]
+            else:
+                axis.barh(y, total, 0.17, color="#cfd4da")
+            axis.text(total, y, f" {total:.2f}", va="center", fontsize=7.5)
+            labels.append(variant)
+            where.append(y)
+        method, networks, shape, _ = group.split("/")
+        axis.text(
+            0,
+            i + 0.46,
+            f"{method}: {networks.replace('<-', ' ← ')}, {pretty_shape(shape)}",
+            fontsize=8.5,
+            va="bottom",
+            weight="bold",
+        )
+    axis.set_yticks(where, labels, fontsize=8)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in _SHARES.values()]
+    axis.legend(handles, list(_SHARES), loc="upper right", ncols=5, fontsize=8, bbox_to_anchor=(1, 1.08))
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel("time of a training step, the official loop's = 1")
+    return _save(figure, path, provenance(content))
+
+
+FIGURES: dict[str, tuple[str, Callable[[Path, Path], Path]]] = {
+    "kernels": ("kernels", kernels),
+    "limits": ("kernels", limits),
+    "sweep": ("sweep", sweep),
+    "accuracy": ("accuracy", accuracy),
+    "attack": ("attack", attack),
+    "training": ("training", training),
+}
+"""name -> (the part whose results it draws, the function)."""
+
+
+def draw(results: Path, folder: Path, *, suffix: str = ".svg") -> list[Path]:
+    """Draw every figure whose results are there."""
+    with plt.rc_context(_STYLE):
+        return [
+            function(results, folder / f"{name}{suffix}")
+            for name, (part, function) in FIGURES.items()
+            if (results / f"{part}-cpu.json").exists()
+        ]

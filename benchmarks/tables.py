@@ -1,0 +1,365 @@
+"""The tables of the README and the docs, as Markdown, made of committed results and of nothing else.
+
+A document marks where a table goes:
+
+    <!-- table:kernels -->
+    <!-- /table -->
+
+``python -m benchmarks.report`` writes what is between the markers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import FOLDER, Json, Record, load, records
+
+_MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def fill(text: str, folder: Path = FOLDER) -> str:
+    """The document with every marked table made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in TABLES:
+            raise ValueError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[name](folder)}\n{match[4]}"
+
+    return _MARKED.sub(made, text)
+
+
+def names_in(text: str) -> list[str]:
+    """The tables a document asks for."""
+    return [match[2] for match in _MARKED.finditer(text)]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is left-aligned, the others right-aligned."""
+    if not rows:
+        raise ValueError(f"no results for the table with columns {', '.join(head)}")
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def by_name(folder: Path, part: str) -> dict[str, Record]:
+    """The records of one part's CPU results."""
+    return {record.name: record for record in records(load(folder / f"{part}-cpu.json"))}
+
+
+def provenance(content: Json) -> str:
+    """Where the numbers come from, in one line under a table."""
+    runs = content["runs"]
+    machine, versions = runs[-1]["machine"], runs[-1]["versions"]
+    commits = sorted({run["commit"][:8] for run in runs})
+    return (
+        f"{machine['cpu']}, {machine['instruction_set']}, {machine['threads']} threads; torch {versions['torch']}; "
+        f"commit {', '.join(commits)}. Ratios of interleaved calls, medians."
+    )
+
+
+def _with_provenance(table: str, folder: Path, part: str) -> str:
+    return f"{table}\n\n<sub>{provenance(load(folder / f'{part}-cpu.json'))}</sub>"
+
+
+def times_(record: Record | None, peer: str) -> str:
+    """A speedup as "6.3", or a dash where there is none."""
+    if record is None or peer not in record.speedup:
+        return "–"
+    return digits(record.speedup[peer]["median"])
+
+
+def digits(value: float) -> str:
+    """Two significant digits, three from 10 on."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def error_(value: float | None) -> str:
+    return "NaN" if value is None else "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")
+
+
+def bound_by(record: Record) -> tuple[str, float]:
+    """The limit that binds, and the share of it that was reached."""
+    assert record.time is not None
+    name = max(record.limits, key=lambda limit: record.limits[limit])
+    return name, record.limits[name] / record.time["median"]
+
+
+def shape_of(record: Record) -> tuple[str, str, str, str]:
+    """(op, mode, shape, dtype) of a kernel record."""
+    op, mode, shape, dtype = record.group.split("/")
+    return op, mode, shape, dtype
+
+
+def pretty_shape(shape: str) -> str:
+    return shape.replace("-cl", " channels-last").replace("x", " × ")
+
+
+def _order(record: Record) -> tuple[Any, ...]:
+    _, mode, shape, dtype = shape_of(record)
+    sizes = [int(n) for n in re.findall(r"\d+", shape)]
+    return (
+        _DTYPES.index(dtype) if dtype in _DTYPES else 9,
+        len(sizes),
+        sizes[-1] if len(sizes) == 2 else 0,
+        sizes,
+        mode,
+    )
+
+
+def kernels(folder: Path) -> str:
+    """The README's table: forward and both gradients, and the gradients alone."""
+    found = by_name(folder, "kernels")
+    rows = []
+    both = [r for r in found.values() if r.variant == "ours" and r.name.startswith("softmax_kl/both/")]
+    for record in sorted(both, key=_order):
+        _, _, shape, dtype = shape_of(record)
+        if dtype not in ("float32", "bfloat16"):
+            continue
+        grad = found.get(f"softmax_kl/grad/{shape}/{dtype}/ours")
+        name, share = bound_by(record)
+        rows.append(
+            (
+                f"{pretty_shape(shape)}{'' if dtype == 'float32' else ' ' + dtype}",
+                times_(record, "eager"),
+                times_(record, "compile"),
+                times_(found.get(f"softmax_kl/both/{shape}/{dtype}/ours recompute"), "eager"),
+                times_(grad, "eager"),
+                times_(grad, "compile"),
+                f"{share:.0%} of {_LIMIT_WORDS[name]}",
+            )
+        )
+    head = (
+        "rows × classes",
+        "× eager",
+        "× compile",
+        "O(rows) memory × eager",
+        "gradients only × eager",
+        "× compile",
+        "reaches",
+    )
+    return _with_provenance(markdown(head, rows), folder, "kernels")
+
+
+_LIMIT_WORDS = {"copy": "the copy", "exp": "exp", "call": "autograd's own time", "matmul": "the matrix rate"}
+
+
+def kernels_full(folder: Path) -> str:
+    """Every kernel case: ratios, limit, memory and errors."""
+    found = by_name(folder, "kernels")
+    rows = []
+    ours = [r for r in found.values() if r.variant == "ours"]
+    for record in sorted(ours, key=lambda r: (shape_of(r)[0], _order(r))):
+        op, mode, shape, dtype = shape_of(record)
+        name, share = bound_by(record)
+        eager = found[f"{record.group}/eager"]
+        others = {p: s["median"] for p, s in record.speedup.items() if p not in ("eager", "compile")}
+        memory = "–"
+        if record.peak_bytes is not None and eager.peak_bytes:
+            memory = f"{record.peak_bytes / eager.peak_bytes:.2f}"
+        rows.append(
+            (
+                f"{op} {mode}",
+                pretty_shape(shape),
+                dtype,
+                times_(record, "eager"),
+                times_(record, "compile"),
+                ", ".join(f"{digits(value)} {peer}" for peer, value in others.items()) or "–",
+                f"{share:.0%} {name}",
+                memory,
+                f"{_worst(record)} ({_worst(eager)})",
+            )
+        )
+    head = (
+        "op, mode",
+        "shape",
+        "dtype",
+        "× eager",
+        "× compile",
+        "× others",
+        "of the limit",
+        "memory / eager's",
+        "error (eager's)",
+    )
+    return _with_provenance(markdown(head, rows), folder, "kernels")
+
+
+def _worst(record: Record) -> str:
+    if any(error is None for error in record.error.values()):
+        return "NaN"
+    return error_(max(error for error in record.error.values() if error is not None))
+
+
+def accuracy(folder: Path) -> str:
+    """The worst median, over the numbers of classes, of the relative error of a row's KL."""
+    found = list(by_name(folder, "accuracy").values())
+    rows = []
+    for delta in (1.0, 1e-2, 1e-3):
+        for offset in (0.0, 1000.0):
+            these = [r for r in found if (r.details["delta"], r.details["offset"]) == (delta, offset)]
+            kls = [r.details["kl"] for r in these if r.details["classes"] >= 10]
+            row = [f"{_about(kls)}{', logits + 1000' if offset else ''}"]
+            for variant in ("ours", "eager", "eager probabilities"):
+                errors = [r.error["row_median"] for r in these if r.variant == variant]
+                worst = "NaN" if None in errors else f"{max(e for e in errors if e is not None):.0e}"
+                negative = max(r.error["negative"] or 0 for r in these if r.variant == variant)
+                row.append(
+                    worst.replace("e-0", "e-").replace("e+00", "")
+                    + (f", {negative:.0%} < 0" if negative else "")
+                )
+            rows.append(row)
+    classes = sorted({r.details["classes"] for r in found})
+    head = ("KL", "ours", "`F.kl_div`, log-space", "`F.kl_div`, probabilities")
+    note = (
+        f"<sub>The worst over {', '.join(map(str, classes))} classes; with the share of negative rows.</sub>"
+    )
+    return f"{markdown(head, rows)}\n\n{note}"
+
+
+def _about(values: Sequence[float]) -> str:
+    middle = sorted(values)[len(values) // 2]
+    return f"≈ {middle:.1g}".replace("e-0", "e-")
+
+
+def attack(folder: Path) -> str:
+    """The attack engine against the official loops."""
+    content = load(folder / "attack-cpu.json")
+    found = {record.name: record for record in records(content)}
+    rows = []
+    for record in found.values():
+        if record.variant != "engine":
+            continue
+        loop, networks, shape, steps = record.group.split("/")
+        bf16 = found.get(f"{record.group}/engine_bf16")
+        rows.append(
+            (
+                f"{loop.upper() if loop != 'adaad' else 'AdaAD'}: {networks.replace('<-', ' ← ')}, "
+                f"{pretty_shape(shape)}, {steps.replace('steps', ' steps')}",
+                times_(record, loop),
+                times_(record, f"{loop}+autocast"),
+                times_(record, f"{loop}+compile"),
+                times_(bf16, loop),
+                f"{record.details['kl_share_of_loop']:.1%}",
+            )
+        )
+    head = (
+        "attack: student ← teacher, images",
+        "× official loop",
+        "× + autocast, channels-last",
+        "× + compile",
+        "bf16 × official",
+        "KL reached",
+    )
+    return f"{markdown(head, rows)}\n\n<sub>{provenance(content)}</sub>"
+
+
+def demo(folder: Path) -> str:
+    """The demo's table."""
+    path = folder / "demo.json"
+    if not path.exists():
+        raise ValueError(f"there are no results at {path}")
+    content = json.loads(path.read_text())
+    rows = []
+    for name, run in content["runs"].items():
+        is_teacher = name == "teacher"
+        rows.append(
+            (
+                "teacher, " + run["method"] if is_teacher else name,
+                f"`{run['model']}`",
+                f"{run['clean']:.1f}",
+                f"{run['pgd20']:.1f}",
+                f"{run['autoattack']:.1f}",
+                "–" if is_teacher else f"{run['agreement']:.1f}",
+                "–" if is_teacher else f"{run['agreement_mismatched']:.1f}",
+                "–" if is_teacher else f"{run['kl_mismatched']:.3f}",
+            )
+        )
+    head = (
+        "trained by",
+        "model",
+        "clean %",
+        "PGD-20 %",
+        "AutoAttack %",
+        "agrees with teacher %",
+        "on mismatched examples %",
+        "KL there",
+    )
+    note = (
+        f"<sub>{content['data']}, {content['test_images']} test images, linf ε = {content['eps']}, "
+        f"{content['epochs']} epochs each, one seed.</sub>"
+    )
+    return f"{markdown(head, rows)}\n\n{note}"
+
+
+def limits(folder: Path) -> str:
+    """What the machine can do, from the newest run of the kernel part."""
+    run = load(folder / "kernels-cpu.json")["runs"][-1]
+    measured = run["limits"]
+    rows = [
+        (
+            f"copy of {row['bytes'] / 2**20:g} MiB (read and written)",
+            f"{row['bytes_per_second']['median'] / 1e9:.0f} GB/s",
+        )
+        for row in measured["copy"]
+    ]
+    rows.append(("exponentials in cache", f"{measured['exp_per_second']['median'] / 1e9:.1f} G/s"))
+    for dtype in ("float32", "bfloat16"):
+        rate = measured[f"matmul_{dtype}_per_second"]["median"]
+        rows.append((f"matrix product, {dtype}", f"{rate / 1e9:.0f} Gflop/s"))
+    calls = measured["call_seconds"]
+    rows.append(
+        (
+            "an autograd.Function of nothing, forward and backward, in calls of one small operator",
+            f"{calls['autograd'] / calls['op']:.0f}",
+        )
+    )
+    return _with_provenance(markdown(("limit", "measured"), rows), folder, "kernels")
+
+
+def training(folder: Path) -> str:
+    """The training step against the official loops."""
+    content = load(folder / "training-cpu.json")
+    rows = []
+    for record in records(content):
+        if record.variant != "ours":
+            continue
+        method, networks, shape, _ = record.group.split("/")
+        share = record.details["share"]
+        rows.append(
+            (
+                f"{method}: {networks.replace('<-', ' ← ')}, {pretty_shape(shape)}",
+                times_(record, "official"),
+                times_(record, "official autocast"),
+                times_(record, "official compile"),
+                *(f"{share[name]:.0%}" for name in ("teacher", "student", "loss", "step", "data")),
+            )
+        )
+    head = (
+        "training step: student ← teacher",
+        "× official",
+        "× + autocast, channels-last",
+        "× + compile",
+        "teacher",
+        "student",
+        "loss",
+        "step",
+        "data",
+    )
+    return f"{markdown(head, rows)}\n\n<sub>{provenance(content)}</sub>"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "kernels": kernels,
+    "kernels-full": kernels_full,
+    "accuracy": accuracy,
+    "attack": attack,
+    "training": training,
+    "demo": demo,
+    "limits": limits,
+}
