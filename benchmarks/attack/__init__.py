@@ -1,0 +1,1 @@
+"""Attacks timed against the loops that people run today: ``python -m benchmarks.attack``."""
