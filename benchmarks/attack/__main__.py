@@ -22,6 +22,7 @@ dtype), peak memory, and the mean KL reached as a share of the fp32 loop's, all 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,9 @@ def mean_kl(student: nn.Module, teacher: nn.Module, x: Tensor, x_adv: Tensor, lo
     """What the loop maximises, in float64 from float32 logits."""
     with torch.no_grad():
         log_q = student(x_adv).double().log_softmax(1)
-        target = {"adaad": lambda: teacher(x_adv), "rslad": lambda: teacher(x), "trades": lambda: student(x)}[loop]
+        target = {"adaad": lambda: teacher(x_adv), "rslad": lambda: teacher(x), "trades": lambda: student(x)}[
+            loop
+        ]
         log_p = target().double().log_softmax(1)
     return float((log_p.exp() * (log_p - log_q)).sum(1).mean())
 
@@ -114,9 +117,7 @@ def variants(
     autocast = with_autocast(loop)
 
     def copy_of(model: nn.Module) -> nn.Module:
-        copied = create_model(case.student if model is student else case.teacher, num_classes=10, in_channels=case.channels)
-        copied.load_state_dict(model.state_dict())
-        return copied.to(x.device).eval().to(memory_format=torch.channels_last)
+        return copy.deepcopy(model).to(memory_format=torch.channels_last)
 
     nhwc_student, nhwc_teacher = copy_of(student), copy_of(teacher)
 
@@ -148,7 +149,9 @@ def variants(
     return calls, dtypes | {"engine": "float32", "engine_bf16": "bfloat16"}
 
 
-def refresh_share(case: Case, student: nn.Module, teacher: nn.Module, x: Tensor, budget: float) -> dict[str, float]:
+def refresh_share(
+    case: Case, student: nn.Module, teacher: nn.Module, x: Tensor, budget: float
+) -> dict[str, float]:
     """Seconds of ``refresh_`` over those of the attack it precedes."""
     pair = [prepare_for_attack(m, torch.bfloat16 if x.is_cuda else None) for m in (student, teacher)]
     attack = PGDAttack(LOOPS[case.loop][1], eps=EPS, step_size=STEP_SIZE, steps=case.steps)
@@ -164,7 +167,10 @@ def refresh_share(case: Case, student: nn.Module, teacher: nn.Module, x: Tensor,
 
 
 def run_case(case: Case, device: str, rates: Any, arguments: argparse.Namespace) -> list[results.Record]:
-    student, teacher = network(case.student, case, device, SEED), network(case.teacher, case, device, SEED + 1)
+    student, teacher = (
+        network(case.student, case, device, SEED),
+        network(case.teacher, case, device, SEED + 1),
+    )
     torch.manual_seed(SEED)
     x = torch.rand(case.batch, case.channels, case.size, case.size, device=device)
     calls, dtypes = variants(case, student, teacher, x, arguments.compile)
@@ -178,7 +184,9 @@ def run_case(case: Case, device: str, rates: Any, arguments: argparse.Namespace)
     flops = counter.get_total_flops()
 
     with OtherLoad() as load:
-        times = interleave(calls, budget=arguments.budget, min_rounds=arguments.min_rounds, warmup=1, device=device)
+        times = interleave(
+            calls, budget=arguments.budget, min_rounds=arguments.min_rounds, warmup=1, device=device
+        )
     records = results.records_of(case.name, times, peers=tuple(n for n in calls if n.startswith(case.loop)))
     for name, record in records.items():
         rate = rates[f"matmul_{dtypes[name]}_per_second"]["median"]
@@ -193,7 +201,9 @@ def run_case(case: Case, device: str, rates: Any, arguments: argparse.Namespace)
             "kl_share_of_loop": reached[name] / reached[case.loop],
             "other_load": load.fraction,
         }
-    records["engine"].details["refresh_share"] = refresh_share(case, student, teacher, x, arguments.budget / 4)
+    records["engine"].details["refresh_share"] = refresh_share(
+        case, student, teacher, x, arguments.budget / 4
+    )
     return list(records.values())
 
 
@@ -204,7 +214,9 @@ def table(records: list[results.Record]) -> str:
         if record.group != group:
             group = record.group
             lines += ["", group]
-            lines.append(f"  {'':<18}{'speed-up':>9}{'quartiles':>13}{'matmul':>8}{'KL':>8}{'MiB':>8}{'images/s':>10}")
+            lines.append(
+                f"  {'':<18}{'speed-up':>9}{'quartiles':>13}{'matmul':>8}{'KL':>8}{'MiB':>8}{'images/s':>10}"
+            )
         over = record.speedup.get(group.split("/")[0])
         gain = f"{over['median']:.2f}" if over else "1"
         spread = f"{over['low']:.2f}-{over['high']:.2f}" if over else ""
@@ -215,25 +227,35 @@ def table(records: list[results.Record]) -> str:
             f"{details['images_per_second']:>10.0f}"
         )
         if "refresh_share" in details:
-            lines.append(f"  {'':<18}refresh_ is {details['refresh_share']['of_ten_steps']:.2%} of a ten-step attack")
+            lines.append(
+                f"  {'':<18}refresh_ is {details['refresh_share']['of_ten_steps']:.2%} of a ten-step attack"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--case", default="", help="only cases whose name holds this")
     parser.add_argument("--steps", type=int, help="steps of every case")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--budget", type=float, default=10.0, help="seconds of timing for each case")
     parser.add_argument("--min-rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON to write; default benchmarks/results/attack-<device>.json")
+    parser.add_argument(
+        "--out", type=Path, help="JSON to write; default benchmarks/results/attack-<device>.json"
+    )
     parser.add_argument("--no-plots", dest="plots", action="store_false")
     arguments = parser.parse_args()
     device = arguments.device
     if device.startswith("cuda"):
         torch.backends.cudnn.benchmark = True
-    cases = [case for case in (CUDA_CASES if device.startswith("cuda") else CPU_CASES) if arguments.case in case.name]
+    cases = [
+        case
+        for case in (CUDA_CASES if device.startswith("cuda") else CPU_CASES)
+        if arguments.case in case.name
+    ]
     if arguments.steps:
         cases = [Case(**{**vars(case), "steps": arguments.steps}) for case in cases]
     if not cases:

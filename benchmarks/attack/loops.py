@@ -16,7 +16,9 @@ from torch import Tensor, nn
 Loop = Callable[..., Tensor]
 
 
-def adaad(student: nn.Module, teacher: nn.Module, x: Tensor, eps: float, step_size: float, steps: int) -> Tensor:
+def adaad(
+    student: nn.Module, teacher: nn.Module, x: Tensor, eps: float, step_size: float, steps: int
+) -> Tensor:
     """KL with both networks at x_adv and a gradient through both."""
     x_adv = x.detach() + 0.001 * torch.randn(x.shape, device=x.device)
     for _ in range(steps):
@@ -30,7 +32,9 @@ def adaad(student: nn.Module, teacher: nn.Module, x: Tensor, eps: float, step_si
     return x_adv
 
 
-def rslad(student: nn.Module, teacher: nn.Module, x: Tensor, eps: float, step_size: float, steps: int) -> Tensor:
+def rslad(
+    student: nn.Module, teacher: nn.Module, x: Tensor, eps: float, step_size: float, steps: int
+) -> Tensor:
     """KL to the teacher's logits at the clean images, their softmax taken anew at every step."""
     with torch.no_grad():
         teacher_logits = teacher(x)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-CONVOLUTIONS = {"convolution": "convolution", "mkldnn_convolution": "convolution", "_convolution_pointwise": "convolution"}
+CONVOLUTIONS = dict.fromkeys(("convolution", "mkldnn_convolution", "_convolution_pointwise"), "convolution")
 GROUPS = {
     **CONVOLUTIONS,
     "convolution_backward": "convolution's input gradient",
@@ -82,7 +82,9 @@ class StepTimer(TorchDispatchMode):
 
 def _flops(name: str, args: Any, out: Any) -> float:
     if name in CONVOLUTIONS:
-        weight = next(t for t in tree_leaves(args[1:]) if isinstance(t, Tensor) and t.dim() == 4 and t.shape != out.shape)
+        # A fused residual is an image too: the weight is the one whose batch is the output's channels.
+        images = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dim() == 4]
+        weight = next(t for t in images[1:] if t.shape[0] == out.shape[1] and t.shape != out.shape)
         return 2.0 * out.numel() * weight[0].numel()
     if name == "convolution_backward":
         return 2.0 * args[0].numel() * args[2][0].numel()
@@ -120,7 +122,9 @@ def profile_step(student: nn.Module, teacher: nn.Module, x: Tensor, repeats: int
     return [part for part in timer.parts.values() if part.calls_a_step]
 
 
-def plot_step(student: nn.Module, teacher: nn.Module, x: Tensor, rates: Any, path: Path, title: str) -> dict[str, float]:
+def plot_step(
+    student: nn.Module, teacher: nn.Module, x: Tensor, rates: Any, path: Path, title: str
+) -> dict[str, float]:
     """Draw the roofline and the bar of shares; returns each group's share of the step's time."""
     import matplotlib
 
@@ -143,9 +147,20 @@ def plot_step(student: nn.Module, teacher: nn.Module, x: Tensor, rates: Any, pat
     low, high = min(intensity) / 2, max(*intensity, matmul / copy) * 4
     ridge = matmul / copy
     roof.plot([low, ridge, high], [low * copy, matmul, matmul], color="black", linewidth=1.2)
-    roof.annotate(f"{dtype} matrix rate, {matmul / 1e9:.0f} Gflop/s", (high, matmul), ha="right", va="bottom", fontsize=8)
     roof.annotate(
-        f"copy, {copy / 1e9:.0f} GB/s", (low * 1.5, low * 1.5 * copy), ha="left", va="bottom", fontsize=8, rotation=35
+        f"{dtype} matrix rate, {matmul / 1e9:.0f} Gflop/s",
+        (high, matmul),
+        ha="right",
+        va="bottom",
+        fontsize=8,
+    )
+    roof.annotate(
+        f"copy, {copy / 1e9:.0f} GB/s",
+        (low * 1.5, low * 1.5 * copy),
+        ha="left",
+        va="bottom",
+        fontsize=8,
+        rotation=35,
     )
     for group in shares:
         mine = [part for part in parts if part.group == group]
@@ -158,7 +173,12 @@ def plot_step(student: nn.Module, teacher: nn.Module, x: Tensor, rates: Any, pat
             edgecolor="none",
             label=f"{group}, {shares[group]:.1%}",
         )
-    roof.set(xscale="log", yscale="log", xlabel="operations per byte moved at least", ylabel="operations per second")
+    roof.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations per byte moved at least",
+        ylabel="operations per second",
+    )
     roof.legend(fontsize=8, loc="lower right", title="share of the step (area of a circle)", title_fontsize=8)
     roof.set_title(title, fontsize=9)
     names = list(shares)[::-1]

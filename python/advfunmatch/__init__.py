@@ -10,6 +10,7 @@ from .config import TrainConfig
 from .data import ImageDataset, load_dataset
 from .errors import InputError, TrainingDiverged
 from .evaluate import evaluate
+from .lean import prepare_for_attack
 from .models import create_model
 from .trainer import train
 
@@ -24,5 +25,6 @@ __all__ = [
     "evaluate",
     "load_dataset",
     "load_model",
+    "prepare_for_attack",
     "train",
 ]

@@ -221,25 +221,34 @@ class PGDAttack:
             with torch.no_grad():
                 teacher_logits = _logits(student if teacher is None else teacher, x_inner)
             teacher = None
-        best = best_score = None
-        for _ in range(self.restarts):
-            # From the caller's x: noise is drawn in memory order, so a seed means one start however x is converted.
-            x_adv = _networks_format(self._start(x, generator), student, teacher)
-            for _ in range(self.steps):
-                gradient = self._input_gradient(student, teacher, x_adv, labels, teacher_logits)
-                x_adv = self._step(x_adv, gradient, x_inner)
-            if self.restarts == 1:
-                best = x_adv
-                break
+        best = self._one_run(student, teacher, x, x_inner, labels, teacher_logits, generator)
+        if self.restarts > 1:
+            best_score = self._score(student, teacher, best, labels, teacher_logits)
+        for _ in range(self.restarts - 1):
+            x_adv = self._one_run(student, teacher, x, x_inner, labels, teacher_logits, generator)
             score = self._score(student, teacher, x_adv, labels, teacher_logits)
-            if best is None:
-                best, best_score = x_adv, score
-            else:
-                better = score > best_score
-                best = torch.where(better.view(-1, *[1] * (x.dim() - 1)), x_adv, best)
-                best_score = torch.where(better, score, best_score)
-        assert best is not None
+            better = score > best_score
+            best = torch.where(better.view(-1, *[1] * (x.dim() - 1)), x_adv, best)
+            best_score = torch.where(better, score, best_score)
         return _in_format_of(best, x)
+
+    def _one_run(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        x: Tensor,
+        x_inner: Tensor,
+        labels: Tensor | None,
+        teacher_logits: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """One start and K steps."""
+        # From the caller's x: noise is drawn in memory order, so a seed means one start however x is converted.
+        x_adv = _networks_format(self._start(x, generator), student, teacher)
+        for _ in range(self.steps):
+            gradient = self._input_gradient(student, teacher, x_adv, labels, teacher_logits)
+            x_adv = self._step(x_adv, gradient, x_inner)
+        return x_adv
 
     def _attack_until_success(
         self,

@@ -88,8 +88,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, _WRAPPERS):
             model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
         else:
             return model
 
@@ -307,7 +307,7 @@ class _ConvEpilogue(torch.autograd.Function):
     """Convolution + bias (+ residual) (+ ReLU) as one oneDNN primitive, with the input gradient only."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -335,7 +335,7 @@ class _ConvEpilogue(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, out = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         if ctx.relu:
@@ -353,7 +353,7 @@ def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == torch.float32 == weight.dtype
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
