@@ -312,6 +312,32 @@ def test_convolutions(conv: nn.Module, relu: bool) -> None:
     assert_stands_for(net, x)
 
 
+@pytest.mark.parametrize("output_size", [1, 2, 3, 6, 4, (None, 2), (3, 1)])
+def test_adaptive_pooling(output_size) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.AdaptiveAvgPool2d(output_size),
+        nn.Flatten(),
+        nn.LazyLinear(3),
+    )
+    x = torch.rand(2, 3, 8, 8)
+    net(x)
+    assert_stands_for(net, x)
+
+
+def test_adaptive_pooling_changed_in_place_leaves_its_input_alone() -> None:
+    def wiring(net: Net, x: Tensor) -> Tensor:
+        x = net.bn(net.a(x))
+        y = net.pool(x)
+        y.mul_(2)
+        return x + y
+
+    net = Net(wiring)
+    net.pool = nn.AdaptiveAvgPool2d(8)
+    assert_stands_for(net, torch.rand(2, 3, 8, 8))
+
+
 @pytest.mark.parametrize("options", [{"affine": False}, {"eps": 0.1}, {"track_running_stats": False}])
 def test_batch_norms(options: dict) -> None:
     net = nn.Sequential(
