@@ -147,7 +147,7 @@ class PreparedModel(nn.Module):
                 module.float()  # two vectors: their precision costs nothing
         for module in self.network.modules():
             if isinstance(module, (FoldedConv, nn.Conv2d)) and isinstance(module.weight, Tensor):
-                module.weight.data = module.weight.data.contiguous(memory_format=memory_format)
+                module.weight.data = _in_memory_format(module.weight.data, memory_format)
         self._copies = self._pairs_to_copy()
         self.train(False)
         self.refresh_()
@@ -732,6 +732,19 @@ class _Rewriter:
         values = self.batch_norm_arguments(node)
         assert values is not None
         return str(values["running_mean"].target).rpartition(".")[0]
+
+
+def _in_memory_format(weight: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The weight with that format's strides, also where one input channel makes both formats the same memory.
+
+    A convolution takes its output's format from its weight's strides: with (9, 9, 3, 1) instead of (9, 1, 3, 1) the
+    first of a network on grey images would hand NCHW on, to be converted at every step.
+    """
+    if memory_format != torch.channels_last:
+        return weight.contiguous()
+    _, channels, height, width = weight.shape
+    strides = (channels * height * width, 1, channels * width, channels)
+    return torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device).copy_(weight)
 
 
 def _has_hooks(module: nn.Module) -> bool:
