@@ -25,9 +25,9 @@ STATS = tl.constexpr(8)  # columns of row_stats. See Note [Row scalars]
 
 # See Note [What specialises].
 _INTEGERS = (
-    ("rows", "classes", "rows_inner", "ignore_index", "splits", "tiles_per_split", "count")
-    + ("s_outer", "s_inner", "t_outer", "t_inner")
-    + ("gs_outer", "gs_inner", "gt_outer", "gt_inner")
+    *("rows", "classes", "rows_inner", "ignore_index", "splits", "tiles_per_split", "count"),
+    *("s_outer", "s_inner", "t_outer", "t_inner"),
+    *("gs_outer", "gs_inner", "gt_outer", "gt_inner"),
 )
 _LESS_ALIGNED = ("g_weight", "g_labels", "g_grad_loss", "g_loss", "g_stats", "g_parts", "g_values")
 
