@@ -64,6 +64,11 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def warps(lanes: int) -> int:
+    """``num_warps`` for so many lanes: a warp has 32 of them, on AMD's data-centre GPUs 64."""
+    return max(1, lanes // (64 if torch.version.hip else 32))
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the tensor's device current: Triton launches on the current one, on its current stream."""
     if tensor.device.type == "cpu" or tensor.device.index == torch.cuda.current_device():

@@ -241,7 +241,7 @@ def _launch(
                 *bounds,
                 ALIGN=align,
                 BLOCK=_SWEEP,
-                num_warps=8,
+                num_warps=launch.warps(256),
             )
         else:
             dtype = launch.triton_dtype(launch.accumulation_dtype(*tensors))
@@ -254,7 +254,7 @@ def _launch(
                 *bounds,
                 ACC=dtype,
                 BLOCK=_BLOCK,
-                num_warps=4,
+                num_warps=launch.warps(128),
             )
     if model is not out:
         out.copy_(model)

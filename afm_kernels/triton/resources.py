@@ -117,15 +117,17 @@ def compile_launch(recorded_launch: Launch, target: str) -> Resources:
     """Compiles a launch for a target of ``TARGETS``."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
+    # launchers count lanes (``launch.warps``), and have counted in warps of 32 here
+    num_warps = max(1, recorded_launch.num_warps * 32 // TARGETS[target].warp_size)
     compiled = triton.compile(
-        source_of(recorded_launch), target=TARGETS[target], options={"num_warps": recorded_launch.num_warps}
+        source_of(recorded_launch), target=TARGETS[target], options={"num_warps": num_warps}
     )
     if TARGETS[target].backend == "hip":
         return _read_amdgcn(compiled.asm["amdgcn"])
-    return _read_cubin(compiled.asm["cubin"], compiled.asm["ptx"])
+    return _read_cubin(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared)
 
 
-def _read_cubin(cubin: bytes, ptx: str) -> Resources:
+def _read_cubin(cubin: bytes, ptx: str, shared: int) -> Resources:
     tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -133,10 +135,10 @@ def _read_cubin(cubin: bytes, ptx: str) -> Resources:
         usage = subprocess.run(
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump -res-usage says nothing of registers: {usage!r}")
-    registers, stack, shared, local = map(int, found.groups())
+    registers, stack, local = map(int, found.groups())
     return Resources(registers, stack + local, shared, _widest_ptx(ptx, "ld"), _widest_ptx(ptx, "st"), ptx)
 
 

@@ -139,7 +139,7 @@ class _Matrix:
             "ACC": launch.triton_dtype(dtype),
             "ROWS": self.tile_rows,
             "BLOCK": self.block,
-            "num_warps": 4,
+            "num_warps": launch.warps(128),
         }
 
 

@@ -203,7 +203,7 @@ class Problem:
         if values.numel() == 1:
             return values.view(())
         total = self.new()
-        sum_kernel[(1,)](values, total, values.numel(), BLOCK=1024, num_warps=4)
+        sum_kernel[(1,)](values, total, values.numel(), BLOCK=1024, num_warps=launch.warps(128))
         return total
 
     # Streaming.
@@ -261,7 +261,7 @@ class Problem:
             ACC=self.acc,
             LANES=launch.LIMITS.lanes,
             VECTOR=self.vector,
-            num_warps=_warps_of_lanes(),
+            num_warps=launch.warps(launch.LIMITS.lanes),
         )
         if splits > 1:
             combine_kernel[(rows.num_rows,)](
@@ -284,7 +284,7 @@ class Problem:
                 TWO_LEVELS=two_levels,
                 ACC=self.acc,
                 SPLITS=MAX_SPLITS,
-                num_warps=2,
+                num_warps=launch.warps(MAX_SPLITS),
             )
         if is_js:
             js_stream_kernel[(rows.num_rows * splits,)](
@@ -308,7 +308,7 @@ class Problem:
                 ACC=self.acc,
                 LANES=launch.LIMITS.lanes,
                 VECTOR=self.vector,
-                num_warps=_warps_of_lanes(),
+                num_warps=launch.warps(launch.LIMITS.lanes),
             )
             js_combine_kernel[(rows.num_rows,)](
                 self.row_weight,
@@ -320,7 +320,7 @@ class Problem:
                 self.scale,
                 ACC=self.acc,
                 SPLITS=MAX_SPLITS,
-                num_warps=2,
+                num_warps=launch.warps(MAX_SPLITS),
             )
         return loss, stats
 
@@ -361,7 +361,7 @@ class Problem:
             ACC=self.acc,
             BLOCK=block,
             VECTOR=self.vector,
-            num_warps=8,
+            num_warps=launch.warps(256),
         )
 
     # The operators, whichever kernels serve them.
@@ -417,11 +417,7 @@ def _grad_loss_kind(grad_loss: Tensor | None) -> int:
 
 def _tile_warps(elements: int) -> int:
     """8 elements of each side a lane, 16 in the widest rows: with the row's intermediates more would spill."""
-    return 16 if elements > 4096 else min(8, max(1, elements // 256))
-
-
-def _warps_of_lanes() -> int:
-    return max(1, launch.LIMITS.lanes // 32)
+    return launch.warps(512 if elements > 4096 else min(256, elements // 8))
 
 
 def outputs(
