@@ -16,8 +16,7 @@ What every backend may assume, because ``functional`` has checked it, and must d
 * ``row_weight``: accumulation dtype, contiguous, the shape of the rows. A row of weight 0 contributes exactly
   0 to loss and gradients whatever it holds.
 * ``labels``: int64, contiguous, the shape of the rows. A row whose label is ``ignore_index`` has no
-  cross-entropy term. Any other label outside [0, C) makes the row NaN: nobody can raise without waiting for a
-  device.
+  cross-entropy term. Any other label outside [0, C) makes the row NaN, or raises where that waits for no device.
 * ``reduction``: an index into ``REDUCTIONS``. 0 returns the rows' values (accumulation dtype, contiguous); 1
   their sum (zero-dimensional). Both are multiplied by ``row_weight`` and ``scale``; mean, batchmean and T²
   are folded into ``scale`` by the caller.

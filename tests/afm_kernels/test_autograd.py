@@ -19,6 +19,7 @@ from afm_kernels import (
     distillation_loss,
     dkl_loss,
     softmax_kl_div,
+    softmax_kl_div_grad,
     use_backend,
 )
 
@@ -225,6 +226,19 @@ def test_compiled_func_transforms_equal_eager(device: torch.device, name: str, t
     wanted = function(*inputs)
     got = compiled(lambda *args: function(*args))(*inputs)
     torch.testing.assert_close(got, wanted)
+
+
+def test_grad_function_compiled_and_mapped(device: torch.device) -> None:
+    """softmax_kl_div_grad has no graph, but it may stand in one, and under vmap."""
+    student, teacher = logits(device, 3, 4, 5)
+    wanted = softmax_kl_div_grad(student, teacher)
+    got = compiled(lambda s, t: softmax_kl_div_grad(s, t, temperature=1.0))(student, teacher)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(torch.func.vmap(softmax_kl_div_grad)(student, teacher), wanted)
+    assert torch.is_grad_enabled()
+    with pytest.raises(ValueError, match="temperature"):
+        softmax_kl_div_grad(student, teacher, temperature=0.0)
+    assert torch.is_grad_enabled()
 
 
 def test_compiled_double_backward_is_refused(device: torch.device) -> None:
