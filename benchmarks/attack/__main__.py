@@ -37,11 +37,10 @@ from advfunmatch import create_model  # noqa: E402
 from advfunmatch.attack import PGDAttack  # noqa: E402
 from advfunmatch.lean import PreparedModel, prepare_for_attack  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from benchmarks import limits, results  # noqa: E402
 from benchmarks.attack.loops import LOOPS, with_autocast  # noqa: E402
-from benchmarks.attack.roofline import plot_step  # noqa: E402
+from benchmarks.attack.roofline import FlopCounter, plot_step  # noqa: E402
 
 EPS, STEP_SIZE = 8 / 255, 2 / 255
 SEED = 0
@@ -179,9 +178,9 @@ def run_case(case: Case, device: str, rates: Any, arguments: argparse.Namespace)
     for name, call in calls.items():
         torch.manual_seed(SEED)  # the same start for each
         reached[name] = mean_kl(student, teacher, x, call(), case.loop)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounter() as counter:
         calls["live"]()
-    flops = counter.get_total_flops()
+    flops = counter.flops
 
     with OtherLoad() as load:
         times = interleave(

@@ -19,6 +19,7 @@ from advfunmatch.attack import PGDAttack
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 CONVOLUTIONS = dict.fromkeys(("convolution", "mkldnn_convolution", "_convolution_pointwise"), "convolution")
 GROUPS = {
@@ -48,6 +49,22 @@ class Part:
         return statistics.median(self.seconds) * self.calls_a_step
 
     calls_a_step: int = 0
+
+
+class FlopCounter(TorchDispatchMode):
+    """Adds up what PyTorch's own formulas say of every operator below it; elementwise work counts nothing.
+
+    PyTorch's FlopCounterMode also tracks modules, which ``torch.autograd.grad`` of one leaf does not allow.
+    """
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 class StepTimer(TorchDispatchMode):
