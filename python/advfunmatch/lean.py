@@ -142,9 +142,13 @@ class PreparedModel(nn.Module):
             t.dtype for t in (*self.network.parameters(), *self.network.buffers()) if t.is_floating_point()
         ]
         self.dtype = dtype or (floating[0] if floating else None)
-        for module in self.network.modules():
-            if isinstance(module, ScaleShiftReLU) and self.dtype in (torch.float16, torch.bfloat16):
-                module.float()  # two vectors: their precision costs nothing
+        if self.dtype in (torch.float16, torch.bfloat16):
+            for module in self.network.modules():
+                for name in (
+                    ("scale", "shift", "ones") if isinstance(module, (ScaleShiftReLU, FoldedConv)) else ()
+                ):
+                    if hasattr(module, name):  # a few vectors: their precision costs nothing
+                        setattr(module, name, getattr(module, name).float())
         for module in self.network.modules():
             if isinstance(module, (FoldedConv, nn.Conv2d)) and isinstance(module.weight, Tensor):
                 module.weight.data = _in_memory_format(module.weight.data, memory_format)
@@ -215,6 +219,7 @@ class FoldedConv(nn.Module):
     weight: Tensor
     bias: Tensor
     ones: Tensor
+    shift: Tensor
 
     def __init__(self, conv: nn.Conv2d, live: nn.Conv2d, bn: _BatchNormSource | None, relu: bool) -> None:
         super().__init__()
@@ -226,7 +231,9 @@ class FoldedConv(nn.Module):
         weight = conv.weight.detach()
         self.register_buffer("weight", torch.empty_like(weight))
         self.register_buffer("bias", weight.new_zeros(conv.out_channels))
-        self.register_buffer("ones", weight.new_ones(conv.out_channels))
+        # For scale_shift_relu behind the convolution; these stay float32 in a network of lower precision.
+        self.register_buffer("ones", _at_least_float32(weight.new_ones(conv.out_channels)))
+        self.register_buffer("shift", _at_least_float32(weight.new_zeros(conv.out_channels)))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not (self.relu or residual is not None):
@@ -247,7 +254,7 @@ class FoldedConv(nn.Module):
             # One pass over the convolution's output, where bias, addition and ReLU would be three.
             out = F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
             if residual is None or residual.shape == out.shape:
-                return scale_shift_relu(out, self.ones, self.bias, residual)
+                return scale_shift_relu(out, self.ones, self.shift, residual)
             return F.relu(out + self.bias.view(-1, 1, 1) + residual)
         out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         if residual is not None:
@@ -270,12 +277,14 @@ class FoldedConv(nn.Module):
             self.weight.copy_(conv.weight)
             if conv.bias is not None:
                 self.bias.copy_(conv.bias)
+                self.shift.copy_(conv.bias)
             return
         scale, shift = self._bn.scale_shift()
         if conv.bias is not None:
             shift = shift + conv.bias * scale
         self.weight.copy_(conv.weight * scale.view(-1, 1, 1, 1))
         self.bias.copy_(shift)
+        self.shift.copy_(shift)
 
 
 class ScaleShiftReLU(nn.Module):
