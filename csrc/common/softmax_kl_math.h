@@ -77,9 +77,8 @@ constexpr double kFarKlFloor = 0.1;
 // ... or below this fraction of |r|, whose rounding error would show.
 constexpr double kFarMeanFraction = 0.05;
 
-// A multiple of 1 that takes a large common gap out of student - teacher before they are
-// subtracted: both (s - k) and ((s - k) - t) are then exact or nearly so, whatever offset either
-// side carries.
+// A whole number k that takes a large gap between the sides out of s - t, by subtracting it from the side that has
+// the offset before the other side comes in: both steps are then exact or nearly so.
 template <class T>
 AFM_INLINE T coarse_gap(T gap) {
   const T limit =

@@ -21,6 +21,8 @@ constexpr int kUnroll = 1;
 // How a loop touches memory: a whole vector, one whose lines are not worth keeping in the caches,
 // or the first n lanes.
 struct Whole {
+  AFM_MEMBER Vec<float> load(const BFloat16* p, Vec<float>) const { return load_bfloat16(p); }
+  AFM_MEMBER void store(BFloat16* p, Vec<float> x) const { store_bfloat16(x, p); }
   template <class T>
   AFM_MEMBER Vec<T> load(const T* p, Vec<T>) const {
     return Vec<T>::load(p);
@@ -36,6 +38,7 @@ struct Whole {
 };
 
 struct Streamed : Whole {
+  AFM_MEMBER void store(BFloat16* p, Vec<float> x) const { stream_bfloat16(x, p); }
   template <class T>
   AFM_MEMBER void store(T* p, Vec<T> x) const {
     x.stream(p);
@@ -44,6 +47,10 @@ struct Streamed : Whole {
 
 struct Part {
   int n;
+  AFM_MEMBER Vec<float> load(const BFloat16* p, Vec<float> fill) const {
+    return load_bfloat16(p, n, fill);
+  }
+  AFM_MEMBER void store(BFloat16* p, Vec<float> x) const { store_bfloat16(x, p, n); }
   template <class T>
   AFM_MEMBER Vec<T> load(const T* p, Vec<T> fill) const {
     return Vec<T>::load(p, n, fill);
@@ -118,13 +125,14 @@ struct RowConstants {
   ScaledExp<T> exp;
   T inv_t;                         // 1 / temperature
   T student_shift, teacher_shift;  // m_s, m_t
-  T gap;                           // k, see coarse_gap
+  T student_gap, teacher_gap;      // k_s, k_t; k = k_s - k_t, see coarse_gap
   T centre;                        // c
   T bridge;  // general: exp((m_s - m_t - k) / T - c), so that e * exp(x) = bridge * exp((s - m_s) /
              // T)
 
   AFM_MEMBER Vec<T> x(Vec<T> s, Vec<T> t) const {
-    return fma((s - Vec<T>(gap)) - t, Vec<T>(inv_t), Vec<T>(-centre));
+    return fma((s - Vec<T>(student_gap)) - (t - Vec<T>(teacher_gap)), Vec<T>(inv_t),
+               Vec<T>(-centre));
   }
   AFM_MEMBER Vec<T> student_exp(Vec<T> s) const { return exp(s - Vec<T>(student_shift)); }
   AFM_MEMBER Vec<T> teacher_exp(Vec<T> t) const { return exp(t - Vec<T>(teacher_shift)); }
@@ -167,13 +175,12 @@ AFM_LOOP Probe<T> probe_row(const T* s, const T* t, int64_t n) {
 }
 
 // Sums over classes [0, n) of a tile.
-// ------------------------------------------------------------------------------
 
 // All finite. `linear` and `student_linear` come in units of logits: see RowConstants::far_x.
 // Anything that is not finite turns `linear` into NaN or inf; logits above the shift show in the
 // maxima.
-template <bool kCache, bool kJeffreys, class T>
-AFM_LOOP void sum_far(const T* s, const T* t, int64_t n, const RowConstants<T>& row,
+template <bool kCache, bool kJeffreys, class In, class T>
+AFM_LOOP void sum_far(const In* s, const In* t, int64_t n, const RowConstants<T>& row,
                       T* student_cache, T* teacher_cache, RowSums& sums) {
   using V = Vec<T>;
   Accumulator<T> student, teacher, linear, student_linear;
@@ -195,8 +202,8 @@ AFM_LOOP void sum_far(const T* s, const T* t, int64_t n, const RowConstants<T>& 
 }
 
 // |x| <= 1 everywhere, which `largest_square` proves: one exponential a class.
-template <bool kCache, bool kJeffreys, class T>
-AFM_LOOP void sum_near(const T* s, const T* t, int64_t n, const RowConstants<T>& row,
+template <bool kCache, bool kJeffreys, class In, class T>
+AFM_LOOP void sum_near(const In* s, const In* t, int64_t n, const RowConstants<T>& row,
                        T* student_cache, T* teacher_cache, RowSums& sums) {
   using V = Vec<T>;
   Accumulator<T> teacher, linear, excess, curvature, largest_square;
@@ -267,7 +274,6 @@ AFM_LOOP void sum_general(const T* s, const T* t, int64_t n, const RowConstants<
 }
 
 // Gradients of classes [0, n) of a tile.
-// ----------------------------------------------------------------------------
 
 // What multiplies what in the gradients, everything of the row folded in (weight, scale, 1/T,
 // normalisers).
@@ -283,22 +289,23 @@ struct GradientFactors {
 };
 
 // Calls step over n classes; where stores are streamed, whole vectors are aligned.
-template <class T, class F>
-AFM_INLINE void sweep_out(const T* out, int64_t n, bool stream, const F& step) {
+template <class T, class Out, class F>
+AFM_INLINE void sweep_out(const Out* out, int64_t n, bool stream, const F& step) {
   using V = Vec<T>;
   if (!stream) return sweep<V>(0, n, step);
-  constexpr int64_t kBytes = V::width * sizeof(T);
+  constexpr int64_t kBytes = V::width * sizeof(Out);
   const int64_t past = reinterpret_cast<uintptr_t>(out) % kBytes;
-  int64_t head = past == 0 ? 0 : (kBytes - past) / static_cast<int64_t>(sizeof(T));
+  int64_t head = past == 0 ? 0 : (kBytes - past) / static_cast<int64_t>(sizeof(Out));
   head = head < n ? head : n;
   if (head > 0) step(Part{static_cast<int>(head)}, 0, 0);
   sweep<V, Streamed>(head, n, step);
 }
 
-template <RowKind kKind, bool kCached, bool kStudent, bool kTeacher, bool kJeffreys, class T>
-AFM_LOOP void gradient(const T* s, const T* t, int64_t n, const RowConstants<T>& row,
+template <RowKind kKind, bool kCached, bool kStudent, bool kTeacher, bool kJeffreys, class In,
+          class T>
+AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T>& row,
                        const GradientFactors<T>& by, const T* student_cache, const T* teacher_cache,
-                       T* grad_student, T* grad_teacher, bool stream) {
+                       In* grad_student, In* grad_teacher, bool stream) {
   using V = Vec<T>;
   constexpr bool kNear = kKind == RowKind::kNear, kGeneral = kKind == RowKind::kGeneral;
   constexpr bool kNeedsF = kStudent || kJeffreys,
@@ -306,38 +313,103 @@ AFM_LOOP void gradient(const T* s, const T* t, int64_t n, const RowConstants<T>&
   const V student_f(by.student_f), student_e(by.student_e), student_1(by.student_1),
       student_fx(by.student_fx);
   const V teacher_x(by.teacher_x), teacher_e(by.teacher_e), teacher_f(by.teacher_f);
-  sweep_out(kStudent ? grad_student : grad_teacher, n, stream,
-            [&](auto access, int64_t j, int) AFM_STEP {
-              V a, b, x, e, f;
-              if constexpr (!kCached || kNeedsX) {
-                a = access.load(s + j, no_class<T>()), b = access.load(t + j, no_class<T>());
-              }
-              if constexpr (kNeedsX) {
-                x = kKind == RowKind::kFar ? row.far_x(a, b) : row.x(a, b);
-                if constexpr (kGeneral) {
-                  const V excluded(-Float<T>::infinity);
-                  x = select(both(excluded < a, excluded < b), x, V(T(0)));
-                }
-              }
-              if constexpr (kCached) {
-                e = access.load(teacher_cache + j, V(T(0)));
-                if constexpr (kNeedsF) f = access.load(student_cache + j, V(T(0)));
-              } else {
-                e = row.teacher_exp(b);
-                if constexpr (kNeedsF) f = kNear ? x + excess_of_exp<T>(x) : row.student_exp(a);
-              }
-              if constexpr (kNear && kNeedsF) f = e * f;
-              if constexpr (kStudent) {
-                V grad = fma(f, student_f, fma(e, student_e, student_1));
-                if constexpr (kJeffreys) grad = fma(kNear ? e + f : f, x * student_fx, grad);
-                access.store(grad_student + j, grad);
-              }
-              if constexpr (kTeacher) {
-                V grad = e * fma(x, teacher_x, teacher_e);
-                if constexpr (kJeffreys) grad = fma(f, teacher_f, grad);
-                access.store(grad_teacher + j, grad);
-              }
-            });
+  sweep_out<T>(kStudent ? grad_student : grad_teacher, n, stream,
+               [&](auto access, int64_t j, int) AFM_STEP {
+                 V a, b, x, e, f;
+                 if constexpr (!kCached || kNeedsX) {
+                   a = access.load(s + j, no_class<T>()), b = access.load(t + j, no_class<T>());
+                 }
+                 if constexpr (kNeedsX) {
+                   x = kKind == RowKind::kFar ? row.far_x(a, b) : row.x(a, b);
+                   if constexpr (kGeneral) {
+                     const V excluded(-Float<T>::infinity);
+                     x = select(both(excluded < a, excluded < b), x, V(T(0)));
+                   }
+                 }
+                 if constexpr (kCached) {
+                   e = access.load(teacher_cache + j, V(T(0)));
+                   if constexpr (kNeedsF) f = access.load(student_cache + j, V(T(0)));
+                 } else {
+                   e = row.teacher_exp(b);
+                   if constexpr (kNeedsF) f = kNear ? x + excess_of_exp<T>(x) : row.student_exp(a);
+                 }
+                 if constexpr (kNear && kNeedsF) f = e * f;
+                 if constexpr (kStudent) {
+                   V grad = fma(f, student_f, fma(e, student_e, student_1));
+                   if constexpr (kJeffreys) grad = fma(kNear ? e + f : f, x * student_fx, grad);
+                   access.store(grad_student + j, grad);
+                 }
+                 if constexpr (kTeacher) {
+                   V grad = e * fma(x, teacher_x, teacher_e);
+                   if constexpr (kJeffreys) grad = fma(f, teacher_f, grad);
+                   access.store(grad_teacher + j, grad);
+                 }
+               });
+}
+
+// Short rows, KL only: everything stays in registers. Returns false, and writes nothing that
+// matters, for rows that are better off in the loops above: not finite, far out of range, or
+// centred badly.
+template <int kVectors, class T>
+AFM_LOOP bool run_short(const T* s, const T* t, int64_t classes, RowConstants<T> row,
+                        double gradient_scale, T* grad_student, T* grad_teacher,
+                        double& divergence) {
+  using V = Vec<T>;
+  const V zero(T(0)), limit(static_cast<T>(kNearLimit));
+  V a[kVectors], b[kVectors], e_s[kVectors], e_t[kVectors], x[kVectors], f[kVectors];
+  int lanes[kVectors];
+  V s_max = no_class<T>(), t_max = no_class<T>();
+#pragma GCC unroll 8
+  for (int k = 0; k < kVectors; ++k) {
+    const int64_t rest = classes - k * V::width;
+    lanes[k] = static_cast<int>(rest < 0 ? 0 : rest > V::width ? V::width : rest);
+    a[k] = V::load(s + (rest > 0 ? k * V::width : 0), lanes[k], no_class<T>());
+    b[k] = V::load(t + (rest > 0 ? k * V::width : 0), lanes[k], no_class<T>());
+    s_max = max(a[k], s_max), t_max = max(b[k], t_max);
+  }
+  row.student_shift = s_max.max(), row.teacher_shift = t_max.max();
+  const T difference = row.student_shift - row.teacher_shift, gap = coarse_gap(difference);
+  const bool large_student = __builtin_fabs(row.student_shift) >= __builtin_fabs(row.teacher_shift);
+  row.student_gap = large_student ? gap : T(0), row.teacher_gap = large_student ? T(0) : -gap;
+  row.centre = (difference - gap) * row.inv_t;
+  V zs = zero, zt = zero, linear = zero, excess = zero;
+#pragma GCC unroll 8
+  for (int k = 0; k < kVectors; ++k) {
+    e_s[k] = row.student_exp(a[k]), e_t[k] = row.teacher_exp(b[k]);
+    x[k] = select(V::first(lanes[k]), row.x(a[k], b[k]), zero);
+    const V above = excess_of_exp<T>(x[k]);
+    const auto is_near = abs(x[k]) <= limit;
+    f[k] = x[k] + above;
+    zs = zs + e_s[k], zt = zt + e_t[k], linear = fma(e_t[k], x[k], linear);
+    excess = excess + select(is_near, e_t[k] * above, e_s[k] - fma(e_t[k], x[k], e_t[k]));
+  }
+  const double student_sum = zs.sum(), teacher_sum = zt.sum(), inv_teacher = 1 / teacher_sum;
+  const double r = linear.sum() * inv_teacher, b_mean = excess.sum() * inv_teacher,
+               a_mean = r + b_mean;
+  const bool is_small = a_mean < 1 && a_mean > -0.5;
+  divergence = is_small ? near_kl(r, b_mean) : __builtin_log(student_sum * inv_teacher) - r;
+  if (!__builtin_isfinite(divergence) || near_centre_is_off(divergence, r)) return false;
+  if (grad_student == nullptr && grad_teacher == nullptr) return true;
+
+  const double p = gradient_scale * row.inv_t * inv_teacher,
+               q = gradient_scale * row.inv_t / student_sum;
+  const double near_q = p / (1 + a_mean);
+  const V p_factor(static_cast<T>(-p)), p_mean(static_cast<T>(p * r)), q_factor(static_cast<T>(q));
+  const V near_f(static_cast<T>(near_q)), near_1(static_cast<T>(-near_q * a_mean));
+  const V near_limit = is_small ? limit : V(T(-1));
+#pragma GCC unroll 8
+  for (int k = 0; k < kVectors; ++k) {
+    if (lanes[k] == 0) continue;
+    if (grad_student != nullptr) {
+      const V near_grad = e_t[k] * fma(f[k], near_f, near_1),
+              far_grad = fma(e_s[k], q_factor, e_t[k] * p_factor);
+      select(abs(x[k]) <= near_limit, near_grad, far_grad)
+          .store(grad_student + k * V::width, lanes[k]);
+    }
+    if (grad_teacher != nullptr)
+      (e_t[k] * fma(x[k], p_factor, p_mean)).store(grad_teacher + k * V::width, lanes[k]);
+  }
+  return true;
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ namespace {
 // long as about this much work. Measured by benchmarks/kernels/softmax_kl.py --grain.
 constexpr int64_t kClassesPerThread = 16384;
 
-constexpr int64_t kStreamedBytes = 16 << 20;
+constexpr int64_t kStreamedBytes = 8 << 20;
 
 int64_t rows_of(const Layout& layout) {
   int64_t rows = 1;

@@ -73,7 +73,6 @@ struct SoftmaxKlCall : LossCall {
 };
 
 // Softmax KL.
-// -------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> softmax_kl_forward(Tensor student, Tensor teacher,
                                               std::optional<Tensor> row_weight, double temperature,
@@ -131,7 +130,6 @@ void softmax_kl_grad_out(Tensor student, Tensor teacher, std::optional<Tensor> r
 }
 
 // Distillation: (1 - alpha) * cross-entropy + alpha * T^2 * KL.
-// -----------------------------------------------------
 
 constexpr auto kKl = static_cast<int64_t>(Divergence::kKl);
 

@@ -6,6 +6,7 @@
 
 #include "cpu/softmax_kl.h"
 
+#include "cpu/js_terms.h"
 #include "cpu/kl_sweeps.h"
 #include "cpu/row_tiles.h"
 
@@ -28,8 +29,9 @@ struct RowSummary {
   double student_shift = 0, teacher_shift = 0, gap = 0, centre = 0;
   double student_sum = 1, teacher_sum = 1;
   double a = 0;             // E_p[exp(x)] - 1, in near rows
-  double mean = 0;          // r = E_p[x]
-  double student_mean = 0;  // E_q[x], for Jeffreys
+  double log_ratio = 0;     // log(1 + E_p[exp(x) - 1]), in general rows
+  double mean = 0;          // r = E_p[x]; for JS E_p[log(p / m)]
+  double student_mean = 0;  // E_q[x], for Jeffreys; for JS E_q[log(q / m)]
   double divergence = 0;
   double student_lse = 0;  // log of the sum of exp((s - student_shift) / T)
 };
@@ -67,14 +69,41 @@ struct Worker {
   }
 
   RowConstants<T> constants(const RowSummary& row) const {
+    // The gap is taken off the side that has the offset.
+    const bool large_student =
+        __builtin_fabs(row.student_shift) >= __builtin_fabs(row.teacher_shift);
     return {exp,
             static_cast<T>(inv_t),
             static_cast<T>(row.student_shift),
             static_cast<T>(row.teacher_shift),
-            static_cast<T>(row.gap),
+            static_cast<T>(large_student ? row.gap : 0),
+            static_cast<T>(large_student ? 0 : -row.gap),
             static_cast<T>(row.centre),
-            static_cast<T>(__builtin_exp((row.student_shift - row.teacher_shift - row.gap) * inv_t -
-                                         row.centre))};
+            T(0)};
+  }
+
+  // Whether the loops read and write bfloat16 themselves, instead of through tiles.
+  bool is_bfloat16() const {
+    if constexpr (sizeof(T) == 8) return false;
+    const auto direct = [](const RowPointer& row) {
+      return row.data == nullptr || (row.dtype == DType::kBFloat16 && row.stride == 1);
+    };
+    return direct(student) && direct(teacher) && direct(grad_student) && direct(grad_teacher);
+  }
+
+  // As for_tiles, for loops that read bfloat16 themselves.
+  template <class F>
+  void for_direct_tiles(const F& f) const {
+    if constexpr (sizeof(T) == 4) {
+      if (is_bfloat16()) {
+        for (int64_t j = 0; j < params.classes; j += kTile)
+          f(reinterpret_cast<const BFloat16*>(student.at(j)),
+            reinterpret_cast<const BFloat16*>(teacher.at(j)), j,
+            params.classes - j < kTile ? params.classes - j : kTile);
+        return;
+      }
+    }
+    for_tiles(f);
   }
 
   // Calls f(s, t, first class, count) tile by tile.
@@ -87,7 +116,6 @@ struct Worker {
   }
 
   // Sums.
-  // ----------------------------------------------------------------------------------------------------------
 
   template <bool kCache>
   RowSummary summarise() {
@@ -117,7 +145,7 @@ struct Worker {
     row.centre = static_cast<T>(centre);
     const RowConstants<T> c = constants(row);
     RowSums sums;
-    for_tiles([&](const T* s, const T* t, int64_t j, int64_t n) {
+    for_direct_tiles([&](const auto* s, const auto* t, int64_t j, int64_t n) {
       if (jeffreys)
         sum_near<kCache, true>(s, t, n, c, student_cache + j, teacher_cache + j, sums);
       else
@@ -138,6 +166,7 @@ struct Worker {
       row.divergence = near_jeffreys(row.a, row.mean, sums.curvature / sums.teacher);
       row.student_mean = row.mean + row.divergence;
     }
+    if (params.cross_entropy.labels == nullptr) return true;
     row.student_lse = __builtin_log(sums.teacher) + __builtin_log1p(row.a) + row.centre +
                       (row.gap - (row.student_shift - row.teacher_shift)) * inv_t;
     return true;
@@ -147,7 +176,7 @@ struct Worker {
   bool summarise_far(RowSummary& row) {
     const RowConstants<T> c = constants(row);
     RowSums sums;
-    for_tiles([&](const T* s, const T* t, int64_t j, int64_t n) {
+    for_direct_tiles([&](const auto* s, const auto* t, int64_t j, int64_t n) {
       if (jeffreys)
         sum_far<kCache, true>(s, t, n, c, student_cache + j, teacher_cache + j, sums);
       else
@@ -172,7 +201,7 @@ struct Worker {
       row.student_mean = sums.student_linear / sums.student * inv_t;
       row.divergence = row.student_mean - row.mean;
     }
-    row.student_lse = __builtin_log(sums.student);
+    if (params.cross_entropy.labels != nullptr) row.student_lse = __builtin_log(sums.student);
     return true;
   }
 
@@ -191,7 +220,8 @@ struct Worker {
     row.gap = coarse_gap(static_cast<T>(difference));
     const double guess = __builtin_isnan(row.centre) ? difference * inv_t : row.centre;
     row.centre = static_cast<T>(guess - row.gap * inv_t);
-    const RowConstants<T> c = constants(row);
+    RowConstants<T> c = constants(row);
+    c.bridge = static_cast<T>(__builtin_exp((difference - row.gap) * inv_t - row.centre));
     RowSums sums;
     for_tiles([&](const T* s, const T* t, int64_t, int64_t n) { sum_general(s, t, n, c, sums); });
     row.kind = RowKind::kGeneral;
@@ -208,19 +238,60 @@ struct Worker {
     if (jeffreys)
       row.divergence = is_small ? near_jeffreys(a, row.mean, sums.curvature / sums.teacher)
                                 : row.student_mean - row.mean;
+    row.log_ratio = is_small ? __builtin_log1p(a) : log_ratio;
     if (jeffreys ? sums.one_sided : sums.student_missing) {
       row.kind = RowKind::kInfinite;
       row.divergence = kInfinity;
     }
   }
 
+  JsRow<T> js_row(const RowSummary& row) const {
+    const double gamma = 1 - params.beta;
+    return {constants(row),
+            plain_exp,
+            static_cast<T>(params.beta),
+            static_cast<T>(gamma),
+            static_cast<T>(__builtin_log(params.beta)),
+            static_cast<T>(__builtin_log(gamma)),
+            static_cast<T>(1 / row.student_sum),
+            static_cast<T>(1 / row.teacher_sum),
+            static_cast<T>(row.log_ratio)};
+  }
+
+  RowSummary summarise_js() {
+    RowSummary row;
+    row.centre = kNotANumber;
+    summarise_general(row);
+    if (row.kind == RowKind::kNan) return row;
+    row.kind =
+        RowKind::kGeneral;  // a class that one side excludes costs no more than a finite amount
+    const JsRow<T> js = js_row(row);
+    JsSums sums;
+    for_tiles([&](const T* s, const T* t, int64_t, int64_t n) { sum_js(s, t, n, js, sums); });
+    row.divergence = sums.value, row.mean = sums.teacher, row.student_mean = sums.student;
+    return row;
+  }
+
+  void write_js_gradients(const RowSummary& row, double scale) const {
+    const JsRow<T> js = js_row(row);
+    const T student_scale = static_cast<T>(scale * inv_t * (1 - params.beta));
+    const T teacher_scale = static_cast<T>(scale * inv_t * params.beta);
+    for_tiles([&](const T* s, const T* t, int64_t j, int64_t n) {
+      T* to_student = grad_student.data ? grad_student.writable(j, grad_student_tile) : nullptr;
+      T* to_teacher = grad_teacher.data ? grad_teacher.writable(j, grad_teacher_tile) : nullptr;
+      gradient_js(s, t, n, js, student_scale, static_cast<T>(row.student_mean), teacher_scale,
+                  static_cast<T>(row.mean), to_student, to_teacher);
+      if (to_student) grad_student.write(j, n, to_student);
+      if (to_teacher) grad_teacher.write(j, n, to_teacher);
+    });
+  }
+
   // The cross-entropy.
-  // ---------------------------------------------------------------------------------------------
 
   // -log q of the label, smoothed, at temperature 1; also sets hard.log_sum_exp.
   double cross_entropy(const RowSummary& row, HardLabel& hard) const {
     const double smoothing = params.cross_entropy.label_smoothing;
-    const bool known = params.temperature == 1 && row.kind < RowKind::kInfinite;
+    const bool known = params.temperature == 1 && row.kind < RowKind::kUnlooked;
     double shift = -kInfinity, sum = 0, logits = 0;
     if (known) {
       shift = row.student_shift;
@@ -265,7 +336,6 @@ struct Worker {
   }
 
   // Gradients.
-  // -----------------------------------------------------------------------------------------------------
 
   GradientFactors<T> factors(const RowSummary& row, double scale, double ce_scale) const {
     const double by_t = scale * inv_t, p = by_t / row.teacher_sum, r = row.mean,
@@ -295,10 +365,10 @@ struct Worker {
             static_cast<T>(teacher_f)};
   }
 
-  template <RowKind kKind, bool kCached, bool kJeffreys>
-  AFM_MEMBER void gradient_tile(const T* s, const T* t, int64_t j, int64_t n,
+  template <RowKind kKind, bool kCached, bool kJeffreys, class In>
+  AFM_MEMBER void gradient_tile(const In* s, const In* t, int64_t j, int64_t n,
                                 const RowConstants<T>& c, const GradientFactors<T>& by,
-                                T* to_student, T* to_teacher, bool stream) const {
+                                In* to_student, In* to_teacher, bool stream) const {
     const T *f = student_cache + j, *e = teacher_cache + j;
     if (to_student != nullptr && to_teacher != nullptr)
       gradient<kKind, kCached, true, true, kJeffreys>(s, t, n, c, by, f, e, to_student, to_teacher,
@@ -319,6 +389,9 @@ struct Worker {
     const RowConstants<T> c = constants(row);
     const GradientFactors<T> by = factors(row, scale, separate ? 0 : hard.scale);
     const bool stream = params.stream && can_stream() && !separate;
+    if constexpr (sizeof(T) == 4) {
+      if (hard.scale == 0 && is_bfloat16()) return write_bfloat16<kKind, kCached>(c, by, stream);
+    }
     // Backwards: the end of a long row is what the caches still hold.
     for (int64_t j = (params.classes - 1) / kTile * kTile; j >= 0; j -= kTile) {
       const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
@@ -339,11 +412,28 @@ struct Worker {
     }
   }
 
+  template <RowKind kKind, bool kCached>
+  void write_bfloat16(const RowConstants<T>& c, const GradientFactors<T>& by, bool stream) const {
+    const auto at = [](const RowPointer& row, int64_t j) {
+      return row.data == nullptr ? nullptr : reinterpret_cast<BFloat16*>(row.at(j));
+    };
+    for (int64_t j = (params.classes - 1) / kTile * kTile; j >= 0; j -= kTile) {
+      const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+      const BFloat16 *s = at(student, j), *t = at(teacher, j);
+      BFloat16 *to_student = at(grad_student, j), *to_teacher = at(grad_teacher, j);
+      if (jeffreys)
+        gradient_tile<kKind, kCached, true>(s, t, j, n, c, by, to_student, to_teacher, stream);
+      else
+        gradient_tile<kKind, kCached, false>(s, t, j, n, c, by, to_student, to_teacher, stream);
+    }
+  }
+
   // Both gradients in place, and on the same phase of a cache line: one loop aligns both.
   bool can_stream() const {
     const bool has_s = grad_student.data != nullptr, has_t = grad_teacher.data != nullptr;
-    if ((has_s && !grad_student.is_native<T>()) || (has_t && !grad_teacher.is_native<T>()))
-      return false;
+    const bool native =
+        (!has_s || grad_student.is_native<T>()) && (!has_t || grad_teacher.is_native<T>());
+    if (!native && !is_bfloat16()) return false;
     return !has_s || !has_t || (grad_student.data - grad_teacher.data) % 64 == 0;
   }
 
@@ -399,7 +489,6 @@ struct Worker {
   }
 
   // A row.
-  // ---------------------------------------------------------------------------------------------------------
 
   void save(const RowSummary& row, int64_t i, const HardLabel& hard) const {
     if (params.row_stats == nullptr || params.stats_are_given) return;
@@ -435,7 +524,9 @@ struct Worker {
     RowSummary row;
     double value = 0;
     if (params.divergence_weight != 0) {
-      row = cache ? summarise<true>() : summarise<false>();
+      row = params.divergence == Divergence::kJs ? summarise_js()
+            : cache                              ? summarise<true>()
+                                                 : summarise<false>();
       row.divergence = row.divergence < 0 ? 0 : row.divergence;
       value = params.divergence_weight * row.divergence;
     } else {
@@ -453,6 +544,44 @@ struct Worker {
     return params.row_weight == nullptr ? 1 : static_cast<const T*>(params.row_weight)[i];
   }
 
+  // A short row of plain KL, where all four tensors are what the arithmetic wants.
+  bool run_as_short(int64_t i, double weight) {
+    const int64_t vectors = (params.classes + Vec<T>::width - 1) / Vec<T>::width;
+    if (vectors > 8 || params.divergence != Divergence::kKl ||
+        params.cross_entropy.labels != nullptr)
+      return false;
+    const auto usable = [](const RowPointer& row) {
+      return row.data == nullptr || row.template is_native<T>();
+    };
+    if (!usable(student) || !usable(teacher) || !usable(grad_student) || !usable(grad_teacher))
+      return false;
+    double divergence;
+    const double scale = weight * params.scale * given_gradient(i);
+    const auto run = [&](auto loop) {
+      return loop(reinterpret_cast<const T*>(student.data),
+                  reinterpret_cast<const T*>(teacher.data), params.classes, constants(RowSummary()),
+                  scale, reinterpret_cast<T*>(grad_student.data),
+                  reinterpret_cast<T*>(grad_teacher.data), divergence);
+    };
+    const bool done = vectors == 1   ? run(run_short<1, T>)
+                      : vectors == 2 ? run(run_short<2, T>)
+                      : vectors <= 4 ? run(run_short<4, T>)
+                                     : run(run_short<8, T>);
+    if (!done) return false;
+    if (params.row_values != nullptr)
+      params.row_values[i] = (divergence < 0 ? 0 : divergence) * weight * params.scale;
+    RowSummary again;  // a backward does as the forward did
+    again.kind = RowKind::kGeneral;
+    save(again, i, HardLabel());
+    return true;
+  }
+
+  double given_gradient(int64_t i) const {
+    return params.grad_loss == nullptr
+               ? 1
+               : static_cast<const T*>(params.grad_loss)[params.grad_loss_stride * i];
+  }
+
   void run(int64_t i) {
     const bool wants_gradients = grad_student.data != nullptr || grad_teacher.data != nullptr;
     const double weight = weight_of(i);
@@ -465,6 +594,7 @@ struct Worker {
       fill(grad_student, grad_student_tile, T(0));
       return fill(grad_teacher, grad_teacher_tile, T(0));
     }
+    if (run_as_short(i, weight)) return;
     const CrossEntropyParams& ce = params.cross_entropy;
     if (ce.labels != nullptr && ce.weight != 0 && ce.labels[i] != ce.ignore_index)
       hard.is_present = true, hard.label = ce.labels[i];
@@ -484,13 +614,13 @@ struct Worker {
       fill(grad_student, grad_student_tile, nan);
       return fill(grad_teacher, grad_teacher_tile, has_divergence ? nan : T(0));
     }
-    double scale = weight * params.scale;
-    if (params.grad_loss != nullptr)
-      scale *= static_cast<const T*>(params.grad_loss)[params.grad_loss_stride * i];
+    double scale = weight * params.scale * given_gradient(i);
     hard.scale = hard.is_present ? scale * ce.weight : 0;
     scale *= params.divergence_weight;
     if (!has_divergence)
       write_cross_entropy_gradient(hard);
+    else if (params.divergence == Divergence::kJs)
+      write_js_gradients(row, scale);
     else if (row.kind == RowKind::kNear)
       cached ? write_gradients<RowKind::kNear, true>(row, scale, hard)
              : write_gradients<RowKind::kNear, false>(row, scale, hard);

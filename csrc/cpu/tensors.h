@@ -46,7 +46,6 @@ class RowsBuilder {
 };
 
 // New tensors.
-// ------------------------------------------------------------------------------------------------------
 
 // As torch.empty_like: strides of a dense tensor are kept, others are as torch infers them.
 Tensor empty_like(const Tensor& tensor, const Layout& layout);

@@ -31,6 +31,11 @@ namespace {
 template <class T>
 struct Vec;
 
+// A bfloat16 in memory.
+struct BFloat16 {
+  uint16_t bits;
+};
+
 #if AFM_CAPABILITY_AVX512
 
 // clang-format off
@@ -51,8 +56,15 @@ struct Vec<float> {
   AFM_MEMBER float sum() const { return _mm512_reduce_add_ps(v); }
   AFM_MEMBER float max() const { return _mm512_reduce_max_ps(v); }
   AFM_MEMBER float min() const { return _mm512_reduce_min_ps(v); }
-  // 2^(the integer in the low bits of a float near 1.5 * 2^23, less the exponent's bias)
+  // 2^(the integer in the low bits of a float near 1.5 * 2^23, less the exponent's bias); and back, for x > 0: the biased
+  // exponent in the low bits of 2^23, and the mantissa in [1, 2).
   AFM_MEMBER Vec exponent_from_magic() const { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 23)); }
+  AFM_MEMBER Vec biased_exponent_on_magic() const {
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(v), 23), _mm512_set1_epi32(0x4b000000)));
+  }
+  AFM_MEMBER Vec mantissa() const {
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x007fffff)), _mm512_set1_epi32(0x3f800000)));
+  }
 };
 AFM_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm512_add_ps(a.v, b.v); }
 AFM_INLINE Vec<float> operator-(Vec<float> a, Vec<float> b) { return _mm512_sub_ps(a.v, b.v); }
@@ -85,6 +97,12 @@ struct Vec<double> {
   AFM_MEMBER double max() const { return _mm512_reduce_max_pd(v); }
   AFM_MEMBER double min() const { return _mm512_reduce_min_pd(v); }
   AFM_MEMBER Vec exponent_from_magic() const { return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(v), 52)); }
+  AFM_MEMBER Vec biased_exponent_on_magic() const {
+    return _mm512_castsi512_pd(_mm512_or_si512(_mm512_srli_epi64(_mm512_castpd_si512(v), 52), _mm512_set1_epi64(0x4330000000000000LL)));
+  }
+  AFM_MEMBER Vec mantissa() const {
+    return _mm512_castsi512_pd(_mm512_or_si512(_mm512_and_si512(_mm512_castpd_si512(v), _mm512_set1_epi64(0x000fffffffffffffLL)), _mm512_set1_epi64(0x3ff0000000000000LL)));
+  }
 };
 AFM_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) { return _mm512_add_pd(a.v, b.v); }
 AFM_INLINE Vec<double> operator-(Vec<double> a, Vec<double> b) { return _mm512_sub_pd(a.v, b.v); }
@@ -105,6 +123,34 @@ AFM_INLINE __mmask16 both(__mmask16 a, __mmask16 b) { return static_cast<__mmask
 AFM_INLINE __mmask8 both(__mmask8 a, __mmask8 b) { return static_cast<__mmask8>(a & b); }
 // clang-format on
 
+// bfloat16 in memory, float32 in registers. Stores round to nearest, ties to even.
+AFM_INLINE Vec<float> widen(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+AFM_INLINE __m256i narrow(Vec<float> x) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000)), 16));
+}
+AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p, int n, Vec<float> fill) {
+  const __mmask16 lanes = Vec<float>::first(n);
+  return select(lanes, widen(_mm256_maskz_loadu_epi16(lanes, p)), fill);
+}
+AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x));
+}
+AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p, int n) {
+  _mm256_mask_storeu_epi16(p, Vec<float>::first(n), narrow(x));
+}
+AFM_INLINE void stream_bfloat16(Vec<float> x, BFloat16* p) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(x));
+}
 #elif AFM_CAPABILITY_AVX2
 
 // clang-format off
@@ -144,6 +190,12 @@ struct Vec<float> {
     return _mm_cvtss_f32(_mm_min_ss(a, _mm_movehdup_ps(a)));
   }
   AFM_MEMBER Vec exponent_from_magic() const { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 23)); }
+  AFM_MEMBER Vec biased_exponent_on_magic() const {
+    return _mm256_castsi256_ps(_mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(v), 23), _mm256_set1_epi32(0x4b000000)));
+  }
+  AFM_MEMBER Vec mantissa() const {
+    return _mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x007fffff)), _mm256_set1_epi32(0x3f800000)));
+  }
 };
 AFM_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm256_add_ps(a.v, b.v); }
 AFM_INLINE Vec<float> operator-(Vec<float> a, Vec<float> b) { return _mm256_sub_ps(a.v, b.v); }
@@ -189,6 +241,12 @@ struct Vec<double> {
     return _mm_cvtsd_f64(_mm_min_sd(a, _mm_unpackhi_pd(a, a)));
   }
   AFM_MEMBER Vec exponent_from_magic() const { return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(v), 52)); }
+  AFM_MEMBER Vec biased_exponent_on_magic() const {
+    return _mm256_castsi256_pd(_mm256_or_si256(_mm256_srli_epi64(_mm256_castpd_si256(v), 52), _mm256_set1_epi64x(0x4330000000000000LL)));
+  }
+  AFM_MEMBER Vec mantissa() const {
+    return _mm256_castsi256_pd(_mm256_or_si256(_mm256_and_si256(_mm256_castpd_si256(v), _mm256_set1_epi64x(0x000fffffffffffffLL)), _mm256_set1_epi64x(0x3ff0000000000000LL)));
+  }
 };
 AFM_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) { return _mm256_add_pd(a.v, b.v); }
 AFM_INLINE Vec<double> operator-(Vec<double> a, Vec<double> b) { return _mm256_sub_pd(a.v, b.v); }
@@ -208,6 +266,40 @@ AFM_INLINE Vec<float>::Mask both(Vec<float>::Mask a, Vec<float>::Mask b) { retur
 AFM_INLINE Vec<double>::Mask both(Vec<double>::Mask a, Vec<double>::Mask b) { return {_mm256_and_pd(a.m, b.m)}; }
 // clang-format on
 
+// bfloat16 in memory, float32 in registers. Stores round to nearest, ties to even.
+AFM_INLINE Vec<float> widen(__m128i x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+AFM_INLINE __m128i narrow(Vec<float> x) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256 is_nan = _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q);
+  const __m256i chosen =
+      _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(is_nan));
+  const __m256i halves = _mm256_srli_epi32(chosen, 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+}
+AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p) {
+  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p, int n, Vec<float> fill) {
+  alignas(16) uint16_t lanes[8] = {};
+  memcpy(lanes, p, static_cast<size_t>(n) * 2);
+  return select(Vec<float>::first(n),
+                widen(_mm_load_si128(reinterpret_cast<const __m128i*>(lanes))), fill);
+}
+AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(x));
+}
+AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p, int n) {
+  alignas(16) uint16_t lanes[8];
+  _mm_store_si128(reinterpret_cast<__m128i*>(lanes), narrow(x));
+  memcpy(p, lanes, static_cast<size_t>(n) * 2);
+}
+AFM_INLINE void stream_bfloat16(Vec<float> x, BFloat16* p) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(x));
+}
 #else
 
 // 128-bit vectors of the compiler's own vector extension: SSE2, NEON, or whatever the baseline has.
@@ -227,7 +319,7 @@ struct PortableLanes<double> {
 template <class T>
 struct PortableVec {
   static constexpr int width = 16 / sizeof(T);
-  static constexpr int mantissa = sizeof(T) == 4 ? 23 : 52;
+  static constexpr int mantissa_bits = sizeof(T) == 4 ? 23 : 52;
   using Lanes = typename PortableLanes<T>::Lanes;
   using BitLanes = typename PortableLanes<T>::Bits;
   struct Mask {
@@ -271,7 +363,15 @@ struct PortableVec {
     for (int i = 1; i < width; ++i) s = s < v[i] ? s : v[i];
     return s;
   }
-  AFM_MEMBER Lanes exponent_lanes() const { return (Lanes)((BitLanes)v << mantissa); }
+  AFM_MEMBER Lanes exponent_lanes() const { return (Lanes)((BitLanes)v << mantissa_bits); }
+  AFM_MEMBER Lanes biased_exponent_lanes() const {
+    constexpr T kMagic = static_cast<T>(1LL << mantissa_bits);
+    return (Lanes)(((BitLanes)v >> mantissa_bits) | (BitLanes)(Lanes{} + kMagic));
+  }
+  AFM_MEMBER Lanes mantissa_lanes() const {
+    const BitLanes fraction = ((BitLanes{} + 1) << mantissa_bits) - 1;
+    return (Lanes)(((BitLanes)v & fraction) | (BitLanes)(Lanes{} + T(1)));
+  }
 };
 
 // clang-format off
@@ -283,6 +383,8 @@ struct PortableVec {
     AFM_MEMBER static Vec load(const T* p) { return Vec(load_lanes(p)); }                                     \
     AFM_MEMBER static Vec load(const T* p, int n, Vec fill) { return Vec(load_lanes(p, n, fill.v)); }         \
     AFM_MEMBER Vec exponent_from_magic() const { return Vec(exponent_lanes()); }                              \
+    AFM_MEMBER Vec biased_exponent_on_magic() const { return Vec(biased_exponent_lanes()); }  \
+    AFM_MEMBER Vec mantissa() const { return Vec(mantissa_lanes()); }  \
   };                                                                                                          \
   AFM_INLINE Vec<T> operator+(Vec<T> a, Vec<T> b) { return Vec<T>(a.v + b.v); }                               \
   AFM_INLINE Vec<T> operator-(Vec<T> a, Vec<T> b) { return Vec<T>(a.v - b.v); }                               \
@@ -295,7 +397,10 @@ struct PortableVec {
   AFM_INLINE Vec<T>::Mask operator<(Vec<T> a, Vec<T> b) { return {(Vec<T>::BitLanes)(a.v < b.v)}; }           \
   AFM_INLINE Vec<T>::Mask operator<=(Vec<T> a, Vec<T> b) { return {(Vec<T>::BitLanes)(a.v <= b.v)}; }         \
   AFM_INLINE Vec<T>::Mask operator==(Vec<T> a, Vec<T> b) { return {(Vec<T>::BitLanes)(a.v == b.v)}; }         \
-  AFM_INLINE Vec<T> select(Vec<T>::Mask m, Vec<T> a, Vec<T> b) { return Vec<T>(m.m != 0 ? a.v : b.v); }       \
+  AFM_INLINE Vec<T> select(Vec<T>::Mask m, Vec<T> a, Vec<T> b) {                              \
+    using Bits = Vec<T>::BitLanes;                                                            \
+    return Vec<T>((Vec<T>::Lanes)(((Bits)a.v & m.m) | ((Bits)b.v & ~m.m)));                   \
+  }       \
   AFM_INLINE Vec<T>::Mask both(Vec<T>::Mask a, Vec<T>::Mask b) { return {a.m & b.m}; }                        \
   AFM_INLINE bool any(Vec<T>::Mask m) {                                                                       \
     for (int i = 0; i < Vec<T>::width; ++i)                                                                   \
@@ -306,6 +411,33 @@ AFM_PORTABLE_VEC(float)
 AFM_PORTABLE_VEC(double)
 #undef AFM_PORTABLE_VEC
 // clang-format on
+
+// bfloat16 in memory, float32 in registers. Stores round to nearest, ties to even.
+AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p, int n, Vec<float> fill) {
+  for (int i = 0; i < n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(p[i].bits) << 16;
+    float x;
+    memcpy(&x, &bits, sizeof(x));
+    fill.v[i] = x;
+  }
+  return fill;
+}
+AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p) {
+  return load_bfloat16(p, Vec<float>::width, Vec<float>(0.0f));
+}
+AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p, int n) {
+  for (int i = 0; i < n; ++i) {
+    const float lane = x.v[i];
+    uint32_t bits;
+    memcpy(&bits, &lane, sizeof(bits));
+    p[i].bits =
+        static_cast<uint16_t>(lane != lane ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+}
+AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p) {
+  store_bfloat16(x, p, Vec<float>::width);
+}
+AFM_INLINE void stream_bfloat16(Vec<float> x, BFloat16* p) { store_bfloat16(x, p); }
 
 #endif
 
