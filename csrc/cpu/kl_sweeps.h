@@ -368,10 +368,14 @@ AFM_LOOP bool run_short(const T* s, const T* t, int64_t classes, RowConstants<T>
     s_max = max(a[k], s_max), t_max = max(b[k], t_max);
   }
   row.student_shift = s_max.max(), row.teacher_shift = t_max.max();
-  const T difference = row.student_shift - row.teacher_shift, gap = coarse_gap(difference);
+  // In double precision: between large offsets the gap is all that is left of the difference.
+  const double difference =
+      static_cast<double>(row.student_shift) - static_cast<double>(row.teacher_shift);
+  const T gap = coarse_gap(static_cast<T>(difference));
   const bool large_student = __builtin_fabs(row.student_shift) >= __builtin_fabs(row.teacher_shift);
   row.student_gap = large_student ? gap : T(0), row.teacher_gap = large_student ? T(0) : -gap;
-  row.centre = (difference - gap) * row.inv_t;
+  row.centre = static_cast<T>((difference - gap) * row.inv_t);
+  const double rounding = (difference - gap) * row.inv_t - row.centre;
   V zs = zero, zt = zero, linear = zero, excess = zero;
 #pragma GCC unroll 8
   for (int k = 0; k < kVectors; ++k) {
@@ -387,7 +391,8 @@ AFM_LOOP bool run_short(const T* s, const T* t, int64_t classes, RowConstants<T>
   const double r = linear.sum() * inv_teacher, b_mean = excess.sum() * inv_teacher,
                a_mean = r + b_mean;
   const bool is_small = a_mean < 1 && a_mean > -0.5;
-  divergence = is_small ? near_kl(r, b_mean) : __builtin_log(student_sum * inv_teacher) - r;
+  divergence =
+      is_small ? near_kl(r, b_mean) : __builtin_log(student_sum * inv_teacher) + rounding - r;
   if (!__builtin_isfinite(divergence) || near_centre_is_off(divergence, r)) return false;
   if (grad_student == nullptr && grad_teacher == nullptr) return true;
 

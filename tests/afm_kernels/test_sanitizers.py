@@ -1,4 +1,4 @@
-"""The CPU kernels under AddressSanitizer and UBSan: no access outside a row, no undefined behaviour, on any instruction set.
+"""The CPU kernels under AddressSanitizer and UBSan: no access outside a row, no undefined behaviour.
 
 The kernels need no PyTorch, so tests/cpp/kernels_test.cpp calls them directly, on buffers of the exact size with
 sentinels between the rows. Each instruction set is built here and runs where the machine has it.
