@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # samples, tolerances, truth
 from afm_kernels import ops, use_backend
 
 
-def backends_of(stem: str) -> list[object]:
+def backends_of(stem: str) -> list[Any]:
     """The (backend, device) pairs that serve an operator of ``stem`` on this machine."""
     op = next(op for op in ops.SCHEMAS if op.startswith(stem))
     found = []
@@ -31,9 +32,21 @@ def backends_of(stem: str) -> list[object]:
     return found
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "default_backend: only for the backend that serves by default on each device; what it tests is above the "
+        "backends, and the reference is slow",
+    )
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", backends_of(metafunc.module.STEM), indirect=True)
+        backends = backends_of(metafunc.module.STEM)
+        if metafunc.definition.get_closest_marker("default_backend"):
+            op = next(op for op in ops.SCHEMAS if op.startswith(metafunc.module.STEM))
+            backends = [b for b in backends if b.values[0][0] == ops.backend_for(op, b.values[0][1])]
+        metafunc.parametrize("device", backends, indirect=True)
 
 
 @pytest.fixture

@@ -60,6 +60,7 @@ def logits(
     return student.to(device, dtype).requires_grad_(), teacher.to(device, dtype).requires_grad_()
 
 
+@pytest.mark.default_backend
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "batchmean"])
 @pytest.mark.parametrize("name", EXACT)
@@ -70,6 +71,7 @@ def test_gradcheck(device: torch.device, name: str, reduction: str, recompute: b
     )
 
 
+@pytest.mark.default_backend
 @pytest.mark.parametrize("name", EXACT)
 def test_gradgradcheck(device: torch.device, name: str) -> None:
     inputs = logits(device, 2, 4)
@@ -90,6 +92,7 @@ def test_second_derivative_of_near_rows(device: torch.device) -> None:
     torch.testing.assert_close(hessian[0, :, 0], (p.diag() - p.outer(p)) / 4)
 
 
+@pytest.mark.default_backend
 @pytest.mark.parametrize("name", LOSSES)
 def test_create_graph_changes_no_gradient(device: torch.device, name: str) -> None:
     """A recorded backward runs other code; it must say the same."""
@@ -101,6 +104,7 @@ def test_create_graph_changes_no_gradient(device: torch.device, name: str) -> No
         assert b.requires_grad
 
 
+@pytest.mark.default_backend
 @pytest.mark.parametrize("reduction", ["none", "sum", "batchmean"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_func_transforms(device: torch.device, name: str, reduction: str) -> None:
@@ -135,6 +139,7 @@ def test_func_transforms(device: torch.device, name: str, reduction: str) -> Non
     same(shared, torch.stack([loss(s, teacher[0], reduction=reduction) for s in student]))
 
 
+@pytest.mark.default_backend
 @pytest.mark.parametrize("name", EXACT)
 def test_func_hessian_in_reverse_mode(device: torch.device, name: str) -> None:
     student, teacher = (x.detach() for x in logits(device, 2, 3))
@@ -143,6 +148,7 @@ def test_func_hessian_in_reverse_mode(device: torch.device, name: str) -> None:
     torch.testing.assert_close(by_func, by_autograd)
 
 
+@pytest.mark.default_backend
 @pytest.mark.parametrize("name", LOSSES)
 def test_forward_mode_is_refused(device: torch.device, name: str) -> None:
     student, teacher = (x.detach() for x in logits(device, 2, 3))
@@ -170,6 +176,7 @@ def compiled(function: Callable[..., object], **others: object) -> Callable[...,
     return torch.compile(function, fullgraph=True, backend="aot_eager", **others)  # type: ignore[call-overload, no-any-return]
 
 
+@pytest.mark.default_backend
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
 def test_compile(device: torch.device, name: str, recompute: bool) -> None:
@@ -183,6 +190,7 @@ def test_compile(device: torch.device, name: str, recompute: bool) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.default_backend
 def test_compile_by_inductor(device: torch.device) -> None:
     torch._dynamo.reset()
     run = torch.compile(lambda s, t: softmax_kl_div(s, t, temperature=2.0), fullgraph=True)
@@ -193,6 +201,7 @@ def test_compile_by_inductor(device: torch.device) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.default_backend
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
 @pytest.mark.parametrize("name", ["kl", "distillation", "dkl"])
 def test_changing_batches_recompile_once(device: torch.device, name: str, reduction: str) -> None:
@@ -207,6 +216,7 @@ def test_changing_batches_recompile_once(device: torch.device, name: str, reduct
     assert counter.frame_count <= 2
 
 
+@pytest.mark.default_backend
 @pytest.mark.parametrize("transform", ["grad", "vmap", "vmap_grad", "jacrev"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_compiled_func_transforms_equal_eager(device: torch.device, name: str, transform: str) -> None:
@@ -297,6 +307,7 @@ class Distiller(nn.Module):
         return self.loss(self.student(x), self.teacher(x))
 
 
+@pytest.mark.default_backend
 def test_export(device: torch.device) -> None:
     """A model with the loss exports with a free batch size, and saves and loads."""
     model = Distiller().to(device).eval()
