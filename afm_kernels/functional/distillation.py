@@ -36,7 +36,7 @@ from afm_kernels.functional.checks import (
     check_recompute,
     check_row_weight,
 )
-from afm_kernels.functional.reduction import loss_of_no_rows, reduction_and_scale
+from afm_kernels.functional.reduction import divides_outside, divisor, loss_of_no_rows, reduction_and_scale
 
 
 def distillation_loss(
@@ -96,6 +96,20 @@ def distillation_loss(
         check_recompute(recompute)
     if rows == 0:
         return loss_of_no_rows(reduction, logits)
+    if divides_outside(reduction):
+        total = distillation_loss(
+            student,
+            teacher,
+            labels,
+            alpha=alpha,
+            temperature=temperature,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction="sum",
+            row_weight=row_weight,
+            recompute=recompute,
+        )
+        return total / divisor(reduction, logits)
     reduction_index, scale = reduction_and_scale(reduction, logits)
 
     device_type = student.device.type

@@ -31,7 +31,7 @@ from afm_kernels.functional.checks import (
     check_row_weight,
     constant_like_rows,
 )
-from afm_kernels.functional.reduction import loss_of_no_rows, reduction_and_scale
+from afm_kernels.functional.reduction import divides_outside, divisor, loss_of_no_rows, reduction_and_scale
 
 
 def dkl_loss(
@@ -108,6 +108,21 @@ def dkl_loss(
         check_recompute(recompute)
     if rows == 0:
         return loss_of_no_rows(reduction, logits)
+    if divides_outside(reduction):
+        total = dkl_loss(
+            student,
+            teacher,
+            alpha=alpha,
+            beta=beta,
+            temperature=temperature,
+            weight_temperature=weight_temperature,
+            class_weight=class_weight,
+            symmetric=symmetric,
+            reduction="sum",
+            row_weight=row_weight,
+            recompute=recompute,
+        )
+        return total / divisor(reduction, logits)
     reduction_index, scale = reduction_and_scale(reduction, logits)
 
     device_type = student.device.type

@@ -1,4 +1,11 @@
-"""The four reductions, on top of operators that know two: row values, and their sum, times a scale."""
+"""The four reductions, on top of operators that know two: row values, and their sum, times a scale.
+
+Note [Means in a graph]
+~~~~~~~~~~~~~~~~~~~~~~~
+Eager calls fold the divisor of a mean into the operator's ``scale``. A compiled or exported graph holds the batch size
+as a symbol, which a float argument of an operator would pin to one value (a recompilation for each, and no export at
+all): there a mean is a sum, divided outside of the operator.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +28,15 @@ def reduction_and_scale(reduction: str, logits: Logits) -> tuple[int, float]:
         return 1, 1.0 / (logits.rows * logits.num_classes)
     check_choice("reduction", reduction, _NAMES)
     return 0, 1.0
+
+
+def divides_outside(reduction: str) -> bool:
+    """Whether this mean is to be taken from the sum. See Note [Means in a graph]."""
+    return (reduction == "batchmean" or reduction == "mean") and torch.compiler.is_compiling()
+
+
+def divisor(reduction: str, logits: Logits) -> int:
+    return logits.rows if reduction == "batchmean" else logits.rows * logits.num_classes
 
 
 def loss_of_no_rows(reduction: str, logits: Logits) -> Tensor:

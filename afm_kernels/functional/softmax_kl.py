@@ -40,7 +40,7 @@ from afm_kernels.functional.checks import (
     check_recompute,
     check_row_weight,
 )
-from afm_kernels.functional.reduction import loss_of_no_rows, reduction_and_scale
+from afm_kernels.functional.reduction import divides_outside, divisor, loss_of_no_rows, reduction_and_scale
 
 _SIDES = ("student", "teacher")
 
@@ -108,6 +108,19 @@ def softmax_kl_div(
         check_recompute(recompute)
     if rows == 0:
         return loss_of_no_rows(reduction, logits)
+    if divides_outside(reduction):
+        total = softmax_kl_div(
+            student,
+            teacher,
+            temperature=temperature,
+            reduction="sum",
+            row_weight=row_weight,
+            scale_by_t2=scale_by_t2,
+            recompute=recompute,
+            divergence=divergence,
+            beta=beta,
+        )
+        return total / divisor(reduction, logits)
     reduction_index, scale = reduction_and_scale(reduction, logits)
     if scale_by_t2:
         scale = scale * temperature * temperature
