@@ -14,14 +14,14 @@ def main() -> None:
         print(f"{backend:<12} {status}")
     if info["cpu_capability"]:
         print(f"{'':<12} CPU instruction set: {info['cpu_capability']}")
-    serves: dict[str, dict[str, str]] = {}
+    serves: dict[str, dict[str, str | None]] = {}
     for key, backend in info["serves"].items():
         op, device = key.split("/")
         serves.setdefault(op, {})[device] = backend
     width = max(map(len, serves))
     print(f"\n{'operator':<{width}}  " + "  ".join(f"{device:<9}" for device in DEVICES).rstrip())
     for op, by_device in serves.items():
-        print(f"{op:<{width}}  " + "  ".join(f"{by_device.get(d, '-'):<9}" for d in DEVICES).rstrip())
+        print(f"{op:<{width}}  " + "  ".join(f"{by_device.get(d) or '-':<9}" for d in DEVICES).rstrip())
 
 
 if __name__ == "__main__":

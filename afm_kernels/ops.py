@@ -361,11 +361,10 @@ def backend_info() -> dict[str, Any]:
     """Say what is installed and what serves what.
 
     Returns:
-        A dictionary: ``versions`` (afm_kernels, torch, triton, cuda), ``backends`` (name -> what came of
-            loading it),
-        ``cpu_capability`` (the instruction set of the compiled CPU operators, or None), ``selected`` (the
-        choice of ``use_backend`` in this thread) and ``serves`` ("operator/device" -> the backend that serves
-        it).
+        A dictionary: ``versions`` (afm_kernels, torch, triton, cuda), ``backends`` (name -> what came of loading
+        it), ``cpu_capability`` (the instruction set of the compiled CPU operators, or None), ``selected`` (the
+        choice of ``use_backend`` in this thread) and ``serves`` ("operator/device" -> the backend that serves it,
+        or None).
 
     >>> import afm_kernels
     >>> afm_kernels.backend_info()["backends"]["reference"]
@@ -390,6 +389,11 @@ def backend_info() -> dict[str, Any]:
         "cpu_capability": torch.ops.afm_kernels.cpu_capability() if STATUS["cpp"] == "loaded" else None,
         "selected": _selection.name,
         "serves": {
-            f"{op}/{device}": backend_for(op, device) for (op, device), served in TABLE.items() if served
+            f"{op}/{device}": _served_by(op, device) for (op, device), served in TABLE.items() if served
         },
     }
+
+
+def _served_by(op: str, device_type: str) -> str | None:
+    name = _selection.name
+    return _AUTO[op, device_type] if name == "auto" else name if name in TABLE[op, device_type] else None
