@@ -77,19 +77,20 @@ def prepare_for_attack(
         raise ValueError(
             f"memory_format must be torch.channels_last or torch.contiguous_format, got {memory_format}"
         )
-    return PreparedModel(unwrap(model), dtype, memory_format)
+    return PreparedModel(unwrap(model, compiled=True), dtype, memory_format)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside DDP, DataParallel, torch.compile's wrapper, or ``torch.optim.swa_utils.AveragedModel``.
+def unwrap(model: nn.Module, compiled: bool = False) -> nn.Module:
+    """The network inside DDP, DataParallel or ``torch.optim.swa_utils.AveragedModel``; and, with ``compiled``, inside
+    torch.compile's wrapper.
 
     A DDP forward prepares a gradient exchange that an input gradient never completes, so attacks go around it.
     """
     while True:
         if isinstance(model, _WRAPPERS):
             model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
+        elif compiled and isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
+            model = original
         else:
             return model
 
@@ -388,6 +389,8 @@ class _ConvEpilogue(torch.autograd.Function):
 
 
 def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False  # inductor fuses the plain form itself
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32 == weight.dtype

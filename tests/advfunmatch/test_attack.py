@@ -355,6 +355,14 @@ def test_a_ddp_student_is_attacked_and_can_still_be_trained(process_group, stude
         want = PGDAttack(eps=EPS, step_size=STEP, steps=2, seed=SEED)(student, teacher, images)
 
 
+@pytest.mark.slow
+def test_prepared_networks_compile_without_a_graph_break(student, teacher, images) -> None:
+    prepared = prepare_for_attack(student), prepare_for_attack(teacher)
+    compiled = [torch.compile(network, fullgraph=True) for network in prepared]
+    want = input_gradient(*prepared, images)
+    torch.testing.assert_close(input_gradient(*compiled, images), want, rtol=1e-4, atol=1e-6)
+
+
 # ---- what it must not compute ------------------------------------------------------------------------------------
 
 
