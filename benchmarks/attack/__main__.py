@@ -248,6 +248,8 @@ def main() -> None:
     parser.add_argument("--no-plots", dest="plots", action="store_false")
     arguments = parser.parse_args()
     device = arguments.device
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     if device.startswith("cuda"):
         torch.backends.cudnn.benchmark = True
     cases = [

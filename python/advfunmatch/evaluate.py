@@ -20,6 +20,7 @@ from afm_kernels import softmax_kl_div
 from .attack import PGDAttack
 from .data import ImageDataset, as_float
 from .errors import InputError, one_of
+from .lean import prepare_for_attack
 
 BATCH_SIZE = 500
 MISMATCH_STEPS = 20
@@ -85,7 +86,8 @@ def _pgd(steps: int) -> Callable[[nn.Module, Tensor, Tensor, Setup], Tensor]:
             seed=setup.seed,
         )
         parts = zip(images.split(setup.batch_size), labels.split(setup.batch_size), strict=True)
-        return torch.cat([attack(model, None, x, y) for x, y in parts])
+        prepared = prepare_for_attack(model)
+        return torch.cat([attack(prepared, None, x, y) for x, y in parts])
 
     return run
 
@@ -180,7 +182,8 @@ def mismatched_examples(
 ) -> Tensor:
     """Images in the ball on which KL(teacher ‖ model) is largest, as far as PGD finds them."""
     attack = PGDAttack("mismatch", norm=norm, eps=eps, step_size=eps / 4, steps=MISMATCH_STEPS, seed=seed)
-    return torch.cat([attack(model, teacher, x) for x in images.split(batch_size)])
+    prepared = prepare_for_attack(model), prepare_for_attack(teacher)
+    return torch.cat([attack(*prepared, x) for x in images.split(batch_size)])
 
 
 def _measure_fidelity(
