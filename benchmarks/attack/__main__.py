@@ -245,6 +245,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="JSON to write; default benchmarks/results/attack-<device>.json"
     )
+    parser.add_argument(
+        "--threads", type=int, help="PyTorch's threads; one is steadier beside other programs"
+    )
     parser.add_argument("--no-plots", dest="plots", action="store_false")
     arguments = parser.parse_args()
     device = arguments.device
