@@ -5,6 +5,8 @@
 #   make lint     ruff, mypy, clang-format
 #   make wheel    source distribution and wheel in dist/, and a check of the wheel in an environment of its own
 #   make compat   the same wheel on other versions of torch: make compat TORCHES="2.10.0 2.13.0"
+#   make gpu      on a machine with a GPU: build, GPU tests and GPU benchmarks, in under nine minutes and without
+#                 network; PART=kernels runs one part, LIST=1 names them. Uses python3 where that has torch.
 #   make build    compile the kernels in place (incremental)
 #   make clean    remove what was built; make distclean removes .venv too
 #
@@ -24,7 +26,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test lint wheel check-wheel compat clean distclean
+.PHONY: help venv build demo test lint wheel check-wheel compat clean distclean gpu
 
 help:
 	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile
@@ -82,6 +84,12 @@ check-wheel:
 
 compat: wheel
 	PYTHON=$(BIN)/python bash tests/compat.sh $(TORCHES)
+
+# In the environment that is there: nothing is downloaded. LIST=1 needs no torch.
+GPU_PYTHON ?= $(shell python3 -c 'import torch' 2>/dev/null && echo python3 || { test -x $(BIN)/python && echo $(BIN)/python || echo python3; })
+
+gpu:
+	@$(GPU_PYTHON) -m benchmarks.gpu $(if $(LIST),--list) $(if $(PART),--part $(PART))
 
 clean:
 	rm -rf build dist *.egg-info python/*.egg-info afm_kernels/_c*.so $(VENV)/.built
