@@ -173,9 +173,11 @@ void run(Call& call, std::optional<Tensor> loss, bool sum, const Tensor* stats_i
       plan_rows(kind, problem.rows, classes, head, sum, multiprocessors(place.device()));
   problem.splits = plan.splits;
   problem.sum = sum;
-  if (std::max(plan.blocks, problem.rows * plan.splits) > std::numeric_limits<int32_t>::max()) {
-    throw std::invalid_argument("afm_kernels: " + std::to_string(problem.rows) +
-                                " rows; the CUDA kernels take fewer than 2^31 blocks of them");
+  const int64_t blocks = plan.tier == Tier::kStream ? problem.rows * plan.splits : plan.blocks;
+  if (blocks > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument("afm_kernels: " + std::to_string(problem.rows) + " rows of " +
+                                std::to_string(classes) +
+                                " classes; the CUDA kernels take fewer than 2^31 blocks of them");
   }
 
   const ScalarType accumulation = call.accumulation();

@@ -16,6 +16,7 @@ import cuda_emulator
 from tolerances import GRADIENT, LOSS, TWO_ROUNDINGS, assert_gradient, excess, same_specials
 from truth import eager_with_grads, gradient_terms, truth_divergence
 
+from afm_kernels import reference
 from afm_kernels.ops import DIVERGENCES
 
 # A streamed row measures its differences from a sampled class, not from its mean: their rounding weighs more where one
@@ -86,6 +87,29 @@ def check(student: Tensor, teacher: Tensor, divergence: int, what: str) -> None:
         raise AssertionError(f"{what}, {name}: {error}") from None
 
 
+def check_distillation(student: Tensor, teacher: Tensor, what: str) -> None:
+    """Cross-entropy and divergence together; streamed rows have sums of their own for it."""
+    ops = torch.ops.afm_kernels_emulated
+    labels = torch.arange(student.shape[0]) * 7 % student.shape[1]
+    labels[-1] = -100 if student.shape[0] > 1 else labels[-1]
+    mix = (4.0, 0.7, 0.1, -100)
+    scale = (
+        1e4 if torch.float16 in (student.dtype, teacher.dtype) else 1.0
+    )  # gradients of 1e-7 are subnormal halves
+    exact = reference.distillation_forward_grad(
+        student.double(), teacher.double(), labels, None, *mix, 0, scale, True, True
+    )
+    fused = ops.distillation_forward_grad(student, teacher, labels, None, *mix, 0, scale, True, True)
+    loss, stats = ops.distillation_forward(student, teacher, labels, None, *mix, 0, scale)
+    backward = ops.distillation_backward(
+        torch.ones_like(loss), student, teacher, labels, None, stats, *mix, scale, True, True
+    )
+    for actual, truth in zip((*fused, loss, *backward), (*exact, exact[0], *exact[1:]), strict=True):
+        rounding = {torch.float32: 2e-6, torch.float64: 1e-12}.get(actual.dtype, 3e-3)
+        error = float((actual.double() - truth).norm() / truth.norm())
+        assert error <= rounding, f"{what}, distillation: relative error {error:.1e}"
+
+
 def main() -> None:
     cuda_emulator.serve()
     generator = torch.Generator().manual_seed(0)
@@ -111,14 +135,11 @@ def main() -> None:
                 teacher = view_at(values, teacher_dtype, offsets[1])
                 if index % 3 == 0:
                     student, teacher = other.to(dtype), values.to(teacher_dtype)
+                what = f"{rows}x{classes} {dtype} {teacher_dtype} difference {difference} offsets {offsets}"
+                check_distillation(student, teacher, what)
                 # All four at the largest and smallest, two of them in turn elsewhere.
                 for divergence in range(4) if index in (0, 4) else ((index % 2) * 2, 3 - (index % 2) * 2):
-                    check(
-                        student,
-                        teacher,
-                        divergence,
-                        f"{rows}x{classes} {dtype} {teacher_dtype} difference {difference} offsets {offsets}",
-                    )
+                    check(student, teacher, divergence, what)
                     checked += 1
     print(f"checked {checked}")
 
