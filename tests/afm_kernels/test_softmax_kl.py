@@ -227,13 +227,13 @@ def test_grad_function(device: torch.device, name: str, divergence: str) -> None
         softmax_kl_div_grad(sample.student, sample.teacher, wrt=("student",), **arguments)[0],
         student,
         rtol=1e-5,
-        atol=1e-8,
+        atol=1e-7,
     )
     same(
         softmax_kl_div_grad(sample.student, sample.teacher, wrt=("teacher",), **arguments)[0],
         teacher,
         rtol=1e-5,
-        atol=1e-8,
+        atol=1e-7,
     )
     turned = softmax_kl_div_grad(sample.student, sample.teacher, wrt=("teacher", "student"), **arguments)
     same(turned[1], student)
@@ -245,8 +245,9 @@ def test_grad_function(device: torch.device, name: str, divergence: str) -> None
         returned = softmax_kl_div_grad(sample.student, sample.teacher, out=out, **arguments)
         assert returned[0] is out[0]
         assert returned[1] is out[1]
-        same(out[0], student)
-        same(out[1], teacher)
+        # Where the logits are, and which sides are wanted, may choose another loop: the same up to rounding.
+        same(out[0], student, rtol=1e-5, atol=1e-7)
+        same(out[1], teacher, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

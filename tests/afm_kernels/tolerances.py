@@ -87,8 +87,10 @@ def excess(
     return float(((actual - truth).abs() / allowed).masked_fill(~finite, 0).max())
 
 
-def assert_loss(actual: Tensor, truth: Tensor, eager: Tensor | None = None) -> None:
-    """Row losses, one a row."""
+def assert_loss(
+    actual: Tensor, truth: Tensor, eager: Tensor | None = None, terms: Tensor | None = None
+) -> None:
+    """Row losses, one a row. ``terms`` as in ``excess``."""
     assert same_specials(actual, truth), f"specials differ: {actual} for {truth}"
     # A row's own magnitude is its scale: each is a row of one value.
     worst = excess(
@@ -96,6 +98,7 @@ def assert_loss(actual: Tensor, truth: Tensor, eager: Tensor | None = None) -> N
         truth.unsqueeze(-1),
         None if eager is None else eager.unsqueeze(-1),
         LOSS[actual.dtype],
+        terms=terms,
     )
     assert worst <= 1, f"{worst:.2f} times the allowed error"
 
