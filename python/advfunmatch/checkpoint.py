@@ -24,7 +24,7 @@ from torch import nn
 from .data import ImageDataset
 from .errors import InputError
 from .files import write_atomically
-from .models import create_model
+from .models import create_model, load_weights
 
 FORMAT = "advfunmatch"
 VERSION = 1
@@ -45,14 +45,7 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict[str, Any
     Raises:
         InputError: if the file is missing, truncated, no checkpoint, or not one of this project's.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{what} {str(path)!r} does not exist or is not a file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch each raise their own for a file that is not one
-        raise InputError(
-            f"{what} {str(path)!r} is not a PyTorch checkpoint, or is truncated or damaged"
-        ) from error
+    checkpoint = _load(path, what)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise InputError(f"{what} {str(path)!r} was not written by advfunmatch train")
     missing = [name for name in REQUIRED if name not in checkpoint]
@@ -60,6 +53,17 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict[str, Any
         reason = f"lacks {missing[0]!r}" if missing else f"has format version {checkpoint.get('version')}"
         raise InputError(f"{what} {str(path)!r} {reason}, and cannot be read by this version of advfunmatch")
     return checkpoint
+
+
+def _load(path: str | Path, what: str) -> Any:
+    if not Path(path).is_file():
+        raise InputError(f"{what} {str(path)!r} does not exist or is not a file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch each raise their own for a file that is not one
+        raise InputError(
+            f"{what} {str(path)!r} is not a PyTorch checkpoint, or is truncated or damaged"
+        ) from error
 
 
 def model_of(checkpoint: dict[str, Any], path: str | Path, what: str = "checkpoint") -> nn.Module:
@@ -89,6 +93,19 @@ def load_model(checkpoint: str | Path) -> nn.Module:
         InputError: if the file is missing, damaged, or not a checkpoint of this project.
     """
     return model_of(read_checkpoint(checkpoint), checkpoint)
+
+
+def load_foreign(path: str | Path, model: str, data: ImageDataset, what: str = "checkpoint") -> nn.Module:
+    """A network from weights that this project did not write, in eval mode and frozen.
+
+    Args:
+        path: a file of ``torch.save`` with a state dict, alone or under a usual key, with or without prefixes.
+        model: the name of its architecture, as for `create_model`.
+        data: what it classifies, which gives its classes and channels.
+        what: how to call the file in an error.
+    """
+    network = create_model(model, num_classes=data.num_classes, in_channels=data.in_channels)
+    return load_weights(network, _load(path, what), f"{what} {str(path)!r}").eval().requires_grad_(False)
 
 
 def require_fit(

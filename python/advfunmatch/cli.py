@@ -1,4 +1,4 @@
-"""The command line: `advfunmatch train`, `evaluate`, `demo`; also `python -m advfunmatch`.
+"""The command line: `advfunmatch train`, `evaluate`, `attack`, `report`, `methods`, `demo`; or `python -m advfunmatch`.
 
 Note [Exit codes]
 ~~~~~~~~~~~~~~~~~
@@ -10,28 +10,31 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import sys
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
 
 from . import demo as demo_module
-from .checkpoint import model_of, read_checkpoint, require_fit
+from .checkpoint import load_foreign, model_of, read_checkpoint, require_fit
 from .config import FRACTIONS, TrainConfig, config_from, parse_number, read_settings
-from .data import load_dataset
-from .errors import InputError, TrainingDiverged
-from .evaluate import check_attacks
+from .data import ImageDataset, as_float, load_dataset
+from .errors import InputError, TrainingDiverged, one_of
+from .evaluate import ATTACKS, attack_images, check_attacks, mismatched_examples
 from .evaluate import evaluate as evaluate_model
-from .files import make_folder, write_json
+from .files import make_folder, write_atomically, write_json
 from .methods import methods_text
 from .presets import PRESETS
 from .presets import preset as make_preset
 from .report import demo_table
+from .report_html import write_report
 from .trainer import choose_device
 from .trainer import train as train_model
 
@@ -95,15 +98,16 @@ def evaluate(
     checkpoint: Annotated[str, typer.Option(help="checkpoint.pt of advfunmatch train")],
     data: Annotated[str, typer.Option(help="digits, folder:PATH or npz:PATH; its test split is used")],
     out: Annotated[Path, typer.Option(help="JSON file to write")],
-    attacks: Annotated[
-        str, typer.Option(help="names with commas: clean, pgd20, autoattack, ...")
-    ] = "clean,pgd20",
+    attacks: Annotated[str, typer.Option(help="names with commas: " + ", ".join(ATTACKS))] = "clean,pgd20",
     eps: Annotated[
         str, typer.Option(help="radius of the attack ball, e.g. 8/255", metavar="NUMBER")
     ] = "8/255",
     norm: Annotated[str, typer.Option(help="norm of the ball: linf or l2")] = "linf",
     teacher: Annotated[
         str | None, typer.Option(help="checkpoint to measure agreement and KL against")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="architecture, if --checkpoint is another project's")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="measure on this many test images instead of all")] = None,
     batch_size: Annotated[int, typer.Option(help="images attacked at a time")] = 500,
@@ -115,25 +119,30 @@ def evaluate(
     check_attacks(names)
     radius = parse_number(eps)
     _check_radius(radius, norm)
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}, but must be at least 1")
+    _check_batch_size(batch_size)
     target = choose_device(device)
-    stored = read_checkpoint(checkpoint)
-    model = model_of(stored, checkpoint).to(target)
+    stored: dict[str, Any] = {"model": model, "config": {}} if model else read_checkpoint(checkpoint)
     test_set = load_dataset(data, split="test", limit=limit).to(target)
-    require_fit(stored, checkpoint, test_set)
+    if model:
+        network = load_foreign(checkpoint, model, test_set).to(target)
+    else:
+        require_fit(stored, checkpoint, test_set)
+        network = model_of(stored, checkpoint).to(target)
     # A student remembers its teacher; the file may have moved since, and then fidelity is simply not measured.
-    remembered = stored["config"].get("teacher")
+    remembered = None if stored["config"].get("teacher_model") else stored["config"].get("teacher")
     if teacher is None and remembered and Path(remembered).is_file():
         teacher = remembered
-    teacher_model = None
-    if teacher is not None:
-        stored_teacher = read_checkpoint(teacher, "teacher")
-        require_fit(stored_teacher, teacher, test_set, "teacher")
-        teacher_model = model_of(stored_teacher, teacher, "teacher").to(target)
+    teacher_model = _load(teacher, test_set, "teacher").to(target) if teacher else None
     make_folder(out.parent, "the folder of out")
     result = evaluate_model(
-        model, test_set, names, eps=radius, norm=norm, seed=seed, teacher=teacher_model, batch_size=batch_size
+        network,
+        test_set,
+        names,
+        eps=radius,
+        norm=norm,
+        seed=seed,
+        teacher=teacher_model,
+        batch_size=batch_size,
     ).to_dict()
     result |= {"checkpoint": checkpoint, "model": stored["model"], "data": data, "teacher": teacher}
     write_json(out, result)
@@ -144,6 +153,64 @@ def evaluate(
             print(f"{name:<20} {result[name]:6.2f} %")
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+@app.command()
+def attack(
+    checkpoint: Annotated[str, typer.Option(help="checkpoint.pt of advfunmatch train")],
+    data: Annotated[str, typer.Option(help="as for train; its test split is attacked")],
+    out: Annotated[Path, typer.Option(help=".npz file to write: x_test, y_test, x_clean")],
+    attack: Annotated[str, typer.Option(help="one of: mismatch, " + ", ".join(ATTACKS))] = "pgd20",
+    eps: Annotated[
+        str, typer.Option(help="radius of the attack ball, e.g. 8/255", metavar="NUMBER")
+    ] = "8/255",
+    norm: Annotated[str, typer.Option(help="norm of the ball: linf or l2")] = "linf",
+    teacher: Annotated[str | None, typer.Option(help="checkpoint, for mismatch")] = None,
+    limit: Annotated[int | None, typer.Option(help="attack this many test images instead of all")] = None,
+    batch_size: Annotated[int, typer.Option(help="images attacked at a time")] = 500,
+    seed: Annotated[int, typer.Option(help="seeds the attack")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto")] = "auto",
+) -> None:
+    """Write adversarial examples as an .npz archive, which --data npz:FILE also reads."""
+    if attack != "mismatch" and attack not in ATTACKS:
+        raise one_of("attack", attack, ["mismatch", *ATTACKS])
+    if attack == "mismatch" and teacher is None:
+        raise InputError("attack 'mismatch' needs --teacher, a checkpoint to differ from")
+    radius = parse_number(eps)
+    _check_radius(radius, norm)
+    _check_batch_size(batch_size)
+    target = choose_device(device)
+    test_set = load_dataset(data, split="test", limit=limit).to(target)
+    model = _load(checkpoint, test_set, "checkpoint").to(target)
+    x = as_float(test_set.images)
+    if attack == "mismatch":
+        assert teacher is not None
+        other = _load(teacher, test_set, "teacher").to(target)
+        x_adv = mismatched_examples(model, other, x, eps=radius, norm=norm, seed=seed, batch_size=batch_size)
+    else:
+        x_adv = attack_images(
+            attack, model, test_set, eps=radius, norm=norm, seed=seed, batch_size=batch_size
+        )
+    with torch.no_grad():
+        correct = torch.cat([model(part).argmax(1) for part in x_adv.split(batch_size)]) == test_set.labels
+    make_folder(out.parent, "the folder of out")
+    buffer = io.BytesIO()
+    arrays = {"x_test": x_adv, "y_test": test_set.labels, "x_clean": x}
+    np.savez_compressed(buffer, **{name: value.cpu().numpy() for name, value in arrays.items()})  # type: ignore[arg-type]
+    write_atomically(out, buffer.getvalue())
+    print(f"{attack}: accuracy {100 * correct.double().mean():.2f} % on {len(test_set)} images; {out}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="folders that advfunmatch train wrote")],
+    out: Annotated[Path, typer.Option(help="HTML file to write; its curves go beside it as PNG")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """Compare runs in one self-contained HTML page: figures, curves, adversarial examples, throughput."""
+    write_report(runs, out)
+    print(f"{out} and {out.with_suffix('.png')}")
 
 
 @app.command()
@@ -172,6 +239,17 @@ def _check_radius(eps: float, norm: str) -> None:
         raise InputError(f"eps is {eps:g}, but must be positive and finite")
     if norm == "linf" and eps > 1:
         raise InputError(f"eps is {eps:g}, but images lie in [0, 1], so it must be at most 1 (try 8/255)")
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}, but must be at least 1")
+
+
+def _load(path: str, data: ImageDataset, what: str) -> torch.nn.Module:
+    stored = read_checkpoint(path, what)
+    require_fit(stored, path, data, what)
+    return model_of(stored, path, what)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

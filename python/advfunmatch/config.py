@@ -55,6 +55,7 @@ class TrainConfig:
     method: str = field(metadata={"help": "row of the method table, e.g. advfunmatch"})
     out: str = field(metadata={"help": "folder for checkpoint.pt, metrics.jsonl and result.json"})
     teacher: str | None = _field("checkpoint of the teacher, for methods that match one")
+    teacher_model: str | None = _field("its architecture, where --teacher is a state dict of another project")
     epochs: int = _field("passes over the training images", 30)
     batch_size: int = _field("images a step", 128)
     limit: int | None = _field("train on this many images, drawn at random with a fixed seed")

@@ -24,6 +24,7 @@ from .lean import prepare_for_attack
 
 BATCH_SIZE = 500
 MISMATCH_STEPS = 20
+MASKING_MARGIN = 1.0  # percentage points by which a weak attack may beat a strong one by chance
 
 
 @dataclass
@@ -38,8 +39,9 @@ class Evaluation:
         kl_mismatched: the same on mismatched examples, found by PGD on that KL through both networks.
         images: number of test images.
         settings: eps, norm, seed and the attacks' parameters.
+        per_class: attack name to class name to accuracy in percent.
         attack_seconds: time for each attack.
-        warnings: what AutoAttack found suspicious.
+        warnings: what suggests that the figures flatter the model: AutoAttack's own checks, and `masking_warnings`.
     """
 
     accuracies: dict[str, float]
@@ -49,6 +51,7 @@ class Evaluation:
     agreement_mismatched: float | None = None
     kl_clean: float | None = None
     kl_mismatched: float | None = None
+    per_class: dict[str, dict[str, float]] = field(default_factory=dict)
     attack_seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -74,15 +77,23 @@ def _clean(model: nn.Module, images: Tensor, labels: Tensor, setup: Setup) -> Te
     return images
 
 
-def _pgd(steps: int) -> Callable[[nn.Module, Tensor, Tensor, Setup], Tensor]:
+def _pgd(
+    steps: int,
+    *,
+    objective: str = "cross_entropy",
+    fraction: float = 1 / 4,
+    init: str = "uniform",
+    restarts: int = 1,
+) -> Callable[[nn.Module, Tensor, Tensor, Setup], Tensor]:
     def run(model: nn.Module, images: Tensor, labels: Tensor, setup: Setup) -> Tensor:
         attack = PGDAttack(
-            "cross_entropy",
+            objective,
             norm=setup.norm,
             eps=setup.eps,
-            step_size=setup.eps / 4,
+            step_size=setup.eps * fraction,
             steps=steps,
-            init="uniform",
+            init=init,
+            restarts=restarts,
             seed=setup.seed,
         )
         parts = zip(images.split(setup.batch_size), labels.split(setup.batch_size), strict=True)
@@ -110,8 +121,17 @@ def _auto_attack(model: nn.Module, images: Tensor, labels: Tensor, setup: Setup)
 # name -> (what it is, the function that returns the attacked images)
 ATTACKS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor, Setup], Tensor]]] = {
     "clean": ("no attack", _clean),
+    "fgsm": ("one step of eps up the cross-entropy", _pgd(1, fraction=1.0, init="zero")),
     "pgd10": ("PGD on cross-entropy, 10 steps of eps/4, uniform start", _pgd(10)),
     "pgd20": ("PGD on cross-entropy, 20 steps of eps/4, uniform start", _pgd(20)),
+    "pgd100": (
+        "PGD on cross-entropy, 100 steps of eps/10, 5 uniform starts",
+        _pgd(100, fraction=1 / 10, restarts=5),
+    ),
+    "cw": (
+        "PGD on the margin of Carlini and Wagner, 100 steps of eps/10",
+        _pgd(100, objective="margin", fraction=1 / 10),
+    ),
     "autoattack": ("AutoAttack, standard version, through pyautoattack", _auto_attack),
 }
 
@@ -171,10 +191,60 @@ def evaluate(
             x_adv = ATTACKS[name][1](model, images, labels, setup)
             correct = _logits(model, x_adv, batch_size).argmax(1) == labels
             result.accuracies[name] = _percent(correct)
+            result.per_class[name] = _per_class(correct, labels, data.class_names)
             result.attack_seconds[name] = round(time.perf_counter() - started, 3)
         if teacher is not None:
             _measure_fidelity(result, model, teacher, images, setup)
+    result.warnings = list(dict.fromkeys(result.warnings)) + masking_warnings(result.accuracies)
     return result
+
+
+def masking_warnings(accuracies: dict[str, float]) -> list[str]:
+    """Sentences about accuracies that suggest masked gradients (Athalye et al. 2018): weak attacks beating strong ones.
+
+    >>> masking_warnings({"pgd20": 60.0, "pgd100": 59.5})
+    []
+    """
+    found = []
+    for weak, strong, why in (
+        ("fgsm", "pgd20", "one step does more than twenty, so gradients may be masked"),
+        ("fgsm", "pgd10", "one step does more than ten, so gradients may be masked"),
+    ):
+        if (
+            weak in accuracies
+            and strong in accuracies
+            and accuracies[weak] < accuracies[strong] - MASKING_MARGIN
+        ):
+            found.append(f"{weak} leaves {accuracies[weak]:g} % but {strong} {accuracies[strong]:g} %: {why}")
+    for first, second, why in (
+        ("pgd20", "pgd100", "PGD-20 has not converged, so its figure says little"),
+        ("pgd100", "autoattack", "AutoAttack finds much that PGD cannot, so gradients may be masked"),
+        ("pgd20", "autoattack", "AutoAttack finds much that PGD cannot, so gradients may be masked"),
+    ):
+        limit = 2 * MASKING_MARGIN if second == "pgd100" else 5 * MASKING_MARGIN
+        if first in accuracies and second in accuracies and accuracies[first] > accuracies[second] + limit:
+            found.append(
+                f"{first} leaves {accuracies[first]:g} % but {second} {accuracies[second]:g} %: {why}"
+            )
+    return found
+
+
+def attack_images(
+    name: str,
+    model: nn.Module,
+    data: ImageDataset,
+    *,
+    eps: float,
+    norm: str = "linf",
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+) -> Tensor:
+    """The images of `data` after the attack of that name in `ATTACKS`, float32 in [0, 1]."""
+    check_attacks([name])
+    device = next(model.parameters()).device
+    setup = Setup(eps, norm, seed, batch_size, data.num_classes)
+    with _frozen(model), _autoattack_warnings([]):
+        return ATTACKS[name][1](model, as_float(data.images).to(device), data.labels.to(device), setup)
 
 
 def mismatched_examples(
@@ -212,6 +282,11 @@ def _logits(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
 
 def _percent(flags: Tensor) -> float:
     return round(100 * float(flags.double().mean()), 2)
+
+
+def _per_class(correct: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, float]:
+    present = [label for label in range(len(class_names)) if bool((labels == label).any())]
+    return {class_names[label]: _percent(correct[labels == label]) for label in present}
 
 
 @contextmanager

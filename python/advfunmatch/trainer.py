@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .attack import PGDAttack
 from .averaging import WeightAverage, refresh_batch_norm
 from .awp import perturbed_weights
-from .checkpoint import model_of, read_checkpoint, require_fit, save_checkpoint
+from .checkpoint import load_foreign, model_of, read_checkpoint, require_fit, save_checkpoint
 from .config import TrainConfig
 from .data import ImageDataset, as_float, choose, load_dataset
 from .data.augment import augmented, parse_augmentation
@@ -332,9 +332,12 @@ def _board(config: TrainConfig, out: Path) -> AbstractContextManager[Any]:
 
 def _load_teacher(config: TrainConfig, data: ImageDataset, device: torch.device) -> nn.Module:
     assert config.teacher is not None
-    checkpoint = read_checkpoint(config.teacher, "teacher")
-    require_fit(checkpoint, config.teacher, data, "teacher")
-    teacher = model_of(checkpoint, config.teacher, "teacher").to(device)
+    if config.teacher_model:
+        teacher = load_foreign(config.teacher, config.teacher_model, data, "teacher").to(device)
+    else:
+        checkpoint = read_checkpoint(config.teacher, "teacher")
+        require_fit(checkpoint, config.teacher, data, "teacher")
+        teacher = model_of(checkpoint, config.teacher, "teacher").to(device)
     return teacher.to(memory_format=torch.channels_last) if config.channels_last else teacher
 
 

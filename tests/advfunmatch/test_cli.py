@@ -203,3 +203,26 @@ def test_full_disk(teacher: str, capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip("no /dev/full here")
     assert "No space left on device" in refused(evaluate(teacher, full, "--attacks", "clean"), capsys)
     assert full.is_char_device()
+
+
+def test_weights_of_another_project(tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = torch.load(teacher, weights_only=True)
+    weights = {f"module.{name}": value for name, value in stored["state_dict"].items()}
+    torch.save({"state_dict": weights}, tmp_path / "foreign.pt")
+    figures = []
+    for checkpoint, more in ((teacher, []), (tmp_path / "foreign.pt", ["--model", stored["model"]])):
+        assert run(evaluate(checkpoint, tmp_path / "figures.json", "--attacks", "clean,pgd20", *more)) == 0
+        figures.append(json.loads((tmp_path / "figures.json").read_text()))
+    assert figures[0]["pgd20"] == figures[1]["pgd20"]
+    more = [
+        "--method",
+        "funmatch",
+        "--teacher",
+        str(tmp_path / "foreign.pt"),
+        "--teacher-model",
+        stored["model"],
+    ]
+    assert run([*TRAIN, *more, "--out", str(tmp_path / "run")]) == 0
+    assert "lacks" in refused(
+        evaluate(tmp_path / "foreign.pt", tmp_path / "x.json", "--model", "resnet18"), capsys
+    )

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from advfunmatch import InputError, evaluate, load_dataset, load_model
+from advfunmatch.evaluate import masking_warnings
 from pyautoattack import AutoAttack
 
 EPS = 0.1
@@ -95,3 +96,52 @@ def test_unknown_attack_lists_what_there_is(teacher: str, small_test) -> None:  
         evaluate(load_model(teacher), small_test, ["pdg"], eps=EPS)
     with pytest.raises(InputError, match="attacks is empty"):
         evaluate(load_model(teacher), small_test, [], eps=EPS)
+
+
+def test_stronger_attacks_leave_less(teacher: str, small_test) -> None:  # type: ignore[no-untyped-def]
+    left = evaluate(
+        load_model(teacher), small_test, ["clean", "fgsm", "pgd20", "pgd100", "cw"], eps=0.08
+    ).accuracies
+    assert left["clean"] >= left["fgsm"] >= left["pgd20"] >= left["pgd100"]
+    assert left["clean"] >= left["cw"]
+    assert left["pgd100"] < left["clean"]
+
+
+def test_per_class_accuracies_make_up_the_whole(teacher: str) -> None:
+    data = load_dataset("digits", split="test")
+    result = evaluate(load_model(teacher), data, ["clean"], eps=EPS)
+    counts = data.labels.bincount(minlength=10)
+    assert list(result.per_class["clean"]) == [str(digit) for digit in range(10)]
+    whole = (
+        sum(float(n) * share for n, share in zip(counts, result.per_class["clean"].values(), strict=True))
+        / 360
+    )
+    assert whole == pytest.approx(result.accuracies["clean"], abs=0.02)
+
+
+def test_masked_gradients_are_flagged() -> None:
+    assert masking_warnings({"fgsm": 40.0, "pgd20": 50.0}) == [
+        "fgsm leaves 40 % but pgd20 50 %: one step does more than twenty, so gradients may be masked"
+    ]
+    assert "has not converged" in masking_warnings({"pgd20": 60.0, "pgd100": 50.0})[0]
+    assert (
+        masking_warnings({"clean": 90.0, "fgsm": 60.0, "pgd20": 55.0, "pgd100": 54.0, "autoattack": 51.0})
+        == []
+    )
+
+
+def test_a_network_without_gradients_is_flagged(small_test) -> None:  # type: ignore[no-untyped-def]
+    class Masked(torch.nn.Module):
+        """Rounds its input, so that no gradient reaches the images."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nearest_mean_classifier()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.network((x * 4).round() / 4)
+
+    result = evaluate(Masked(), small_test.subset(torch.arange(8)), ["pgd20", "autoattack"], eps=0.2)
+    assert any("masked" in warning or "zero gradient" in warning for warning in result.warnings), (
+        result.warnings
+    )

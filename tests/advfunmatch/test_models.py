@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from advfunmatch import InputError, create_model
+from advfunmatch.models import load_weights
 
 # From the papers' and reference implementations' counts at ten classes and three channels.
 PARAMETERS = {
@@ -54,3 +55,70 @@ def test_resnet18_has_torchvisions_parameter_names() -> None:
     theirs.load_state_dict(ours.state_dict())
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_mobilenetv2_size() -> None:
+    with torch.device("meta"):
+        model = create_model("mobilenetv2", num_classes=10, in_channels=3)
+    assert sum(p.numel() for p in model.parameters()) == 2_296_922
+
+
+def test_networks_of_torchvision() -> None:
+    model = create_model("torchvision:squeezenet1_1", num_classes=4, in_channels=3)
+    assert model.eval()(torch.rand(1, 3, 64, 64)).shape == (1, 4)
+    with pytest.raises(InputError, match="torchvision has no such classifier"):
+        create_model("torchvision:resnet19", num_classes=4, in_channels=3)
+    with pytest.raises(InputError, match="takes 3 channels, but the images have 1"):
+        create_model("torchvision:squeezenet1_1", num_classes=4, in_channels=1)
+
+
+def foreign_forms() -> dict[str, object]:
+    """The same ResNet-18 weights as other projects store them."""
+    torch.manual_seed(0)
+    plain = create_model("resnet18", num_classes=10, in_channels=3).state_dict()
+    kuangliu = {
+        name.replace("downsample.", "shortcut.").replace("fc.", "linear."): value
+        for name, value in plain.items()
+    }
+    return {
+        "plain": plain,
+        "DataParallel": {f"module.{name}": value for name, value in plain.items()},
+        "nested": {
+            "epoch": 3,
+            "state_dict": {f"module.model.{name}": value for name, value in kuangliu.items()},
+        },
+    }
+
+
+@pytest.mark.parametrize("form", ["plain", "DataParallel", "nested"])
+def test_weights_of_other_projects(form: str) -> None:
+    forms = foreign_forms()
+    x = torch.rand(2, 3, 32, 32)
+    expected = create_model("resnet18", num_classes=10, in_channels=3)
+    expected.load_state_dict(forms["plain"])  # type: ignore[arg-type]
+    model = load_weights(create_model("resnet18", num_classes=10, in_channels=3), forms[form], "weights")
+    torch.testing.assert_close(model.eval()(x), expected.eval()(x))
+
+
+def test_normalisation_that_comes_with_the_weights() -> None:
+    plain = foreign_forms()["plain"]
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])
+    stored = {"mu": mean.view(3, 1, 1), "sigma": std.view(3, 1, 1)}
+    stored |= {f"model.{name}": value for name, value in plain.items()}  # type: ignore[attr-defined]
+    model = load_weights(create_model("resnet18", num_classes=10, in_channels=3), stored, "weights").eval()
+    bare = create_model("resnet18", num_classes=10, in_channels=3).eval()
+    bare.load_state_dict(plain)  # type: ignore[arg-type]
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(model(x), bare((x - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)))
+
+
+def test_weights_of_another_architecture_are_refused() -> None:
+    network = create_model("resnet34", num_classes=10, in_channels=3)
+    with pytest.raises(InputError, match=r"it lacks 'layer1\.2\.conv1\.weight' and \d+ more"):
+        load_weights(network, foreign_forms()["plain"], "weights")
+    with pytest.raises(InputError, match="holds no state dict"):
+        load_weights(network, [1, 2], "weights")
+    with pytest.raises(InputError, match=r"another shape of 'fc\.weight'"):
+        load_weights(
+            create_model("resnet18", num_classes=7, in_channels=3), foreign_forms()["plain"], "weights"
+        )

@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import InputError, one_of
+from .mobilenetv2 import mobilenetv2
+from .outside import load_weights, timm_model, torchvision_model
 from .preactresnet import preactresnet18
 from .resnet import resnet18, resnet34, resnet50
 from .small_cnn import SmallCNN
 from .wide_resnet import WideResNet
+
+__all__ = ["FAMILIES", "create_model", "load_weights"]
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,21 @@ FAMILIES = (
     Family("resnet50", r"resnet50", resnet50),
     Family("preactresnet18", r"preactresnet18", preactresnet18),
     Family("wrn-<depth>-<widen>", r"wrn-(\d+)-(\d+)", _wide_resnet),
+    Family("mobilenetv2", r"mobilenetv2", mobilenetv2),
 )
+
+OUTSIDE: dict[str, Callable[[str, int, int], nn.Module]] = {
+    "torchvision": torchvision_model,
+    "timm": timm_model,
+}
 
 
 def create_model(name: str, *, num_classes: int, in_channels: int) -> nn.Module:
     """A freshly initialised network.
 
     Args:
-        name: one of the spellings in `FAMILIES`, such as ``small_cnn-32``, ``resnet18`` or ``wrn-34-10``.
+        name: one of the spellings in `FAMILIES`, such as ``small_cnn-32``, ``resnet18`` or ``wrn-34-10``; or
+            ``torchvision:NAME`` or ``timm:NAME``.
         num_classes: number of logits.
         in_channels: channels of the images.
 
@@ -75,7 +86,12 @@ def create_model(name: str, *, num_classes: int, in_channels: int) -> nn.Module:
         raise InputError(
             f"num_classes is {num_classes} and in_channels {in_channels}, but at least 2 and 1 are needed"
         )
+    source, colon, outside = name.partition(":")
+    if colon and source in OUTSIDE:
+        return OUTSIDE[source](outside, num_classes, in_channels)
     for family in FAMILIES:
         if match := re.fullmatch(family.pattern, name):
             return family.build(num_classes, in_channels, *(int(number) for number in match.groups()))
-    raise one_of("model", name, (family.spelling for family in FAMILIES))
+    raise one_of(
+        "model", name, [family.spelling for family in FAMILIES] + [f"{source}:NAME" for source in OUTSIDE]
+    )

@@ -1,0 +1,82 @@
+"""`advfunmatch report` and `advfunmatch attack`: whole files that stand on their own."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from advfunmatch import TrainConfig, load_dataset, load_model, train
+from advfunmatch.cli import run
+from PIL import Image
+
+
+class Links(HTMLParser):
+    """Collects everything that a page loads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_report_is_one_page_with_every_run(
+    make_config: Callable[..., TrainConfig], tmp_path: Path, teacher: str
+) -> None:
+    train(make_config(out=tmp_path / "a", method="ce"))
+    train(make_config(out=tmp_path / "b", method="advfunmatch", teacher=teacher))
+    out = tmp_path / "page" / "report.html"
+    assert run(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)]) == 0
+    page = out.read_text()
+    links = Links()
+    links.feed(page)
+    assert len(links.sources) == 3  # the curves, and the examples of each run
+    for source in links.sources:
+        assert source.startswith("data:image/png;base64,")
+        with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as picture:
+            picture.load()
+    assert {"advfunmatch", "ce"} <= set(re.findall(r"<td>(\w+)</td>", page))
+    with Image.open(out.with_suffix(".png")) as picture:
+        assert picture.width > 1000
+
+
+def test_report_of_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["report", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_attack_writes_examples_that_are_data_again(tmp_path: Path, teacher: str) -> None:
+    out = tmp_path / "examples.npz"
+    arguments = ["attack", "--checkpoint", teacher, "--data", "digits", "--eps", "0.1", "--limit", "50"]
+    assert run([*arguments, "--attack", "pgd20", "--out", str(out)]) == 0
+    with np.load(out) as archive:
+        difference = np.abs(archive["x_test"] - archive["x_clean"]).max()
+        assert 0.09 < difference <= 0.1 + 1e-6
+    attacked = load_dataset(f"npz:{out}", split="test")
+    clean = load_dataset("digits", split="test", limit=50)
+    assert torch.equal(attacked.labels, clean.labels)
+    model = load_model(teacher)
+    accuracy = (model(attacked.images).argmax(1) == attacked.labels).double().mean()
+    assert accuracy < (model(clean.images.float() / 255).argmax(1) == clean.labels).double().mean() - 0.2
+
+
+def test_mismatch_needs_a_teacher_and_an_attack_a_name(
+    tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["attack", "--checkpoint", teacher, "--data", "digits", "--limit", "10"]
+    arguments += ["--out", str(tmp_path / "x.npz")]
+    assert run([*arguments, "--attack", "mismatch"]) == 2
+    assert "needs --teacher" in capsys.readouterr().err
+    assert run([*arguments, "--attack", "pdg"]) == 2
+    assert "must be one of: mismatch, clean" in capsys.readouterr().err
+    assert not (tmp_path / "x.npz").exists()
+    assert run([*arguments, "--attack", "mismatch", "--teacher", teacher]) == 0
