@@ -226,10 +226,66 @@ struct RowCursor {
             tensor.class_stride};
   }
 
+  // Rows from the present one on that differ in the innermost dimension alone.
+  AFM_MEMBER int64_t run() const { return shape.sizes[shape.dims - 1] - index[shape.dims - 1]; }
+
   AFM_MEMBER void next() {
     for (int d = shape.dims - 1; d >= 0; --d) {
       if (++index[d] < shape.sizes[d] || d == 0) return;
       index[d] = 0;
+    }
+  }
+};
+
+// Note [Strided classes]
+// ~~~~~~~~~~~~~~~~~~~~~~
+// Where the classes of a row lie apart but rows lie side by side, as in contiguous (N, C, H, W)
+// logits, a row touches a cache line for each class, and lines a power of two apart fight for the
+// same places of every cache. So kBlockRows rows are transposed at a time: whole lines are read,
+// and written, once.
+constexpr int64_t kBlockRows = 16;
+
+// One tensor's part in a block of rows: a transposed copy, where the tensor is strided so.
+template <class T>
+struct RowBlock {
+  const RowsOf& tensor;
+  int64_t classes;
+  T* rows;           // kBlockRows * classes
+  RowPointer first;  // row 0 of the block, in the tensor
+  int last_dim;
+
+  static bool is_needed(const RowsOf& tensor, const RowShape& shape) {
+    return tensor.data != nullptr && tensor.class_stride != 1 &&
+           tensor.row_strides[shape.dims - 1] == 1;
+  }
+
+  void load(const RowPointer& row, int64_t count) {
+    first = row;
+    if (rows == nullptr) return;
+    T line[kBlockRows];
+    for (int64_t j = 0; j < classes; ++j) {
+      const RowPointer across = {row.at(j), row.dtype, 1};
+      const T* values = across.template read<T>(0, count, line);
+      for (int64_t r = 0; r < count; ++r) rows[r * classes + j] = values[r];
+    }
+  }
+
+  RowPointer row(int64_t r) const {
+    if (first.data == nullptr) return first;
+    if (rows == nullptr)
+      return {first.data + r * tensor.row_strides[last_dim] * element_size(first.dtype),
+              first.dtype, first.stride};
+    return {reinterpret_cast<char*>(rows + r * classes), kNative<T>, 1};
+  }
+
+  void store(int64_t count) const {
+    if (rows == nullptr || first.data == nullptr) return;
+    T line[kBlockRows];
+    for (int64_t j = 0; j < classes; ++j) {
+      const RowPointer across = {first.at(j), first.dtype, 1};
+      T* values = across.template writable<T>(0, line);
+      for (int64_t r = 0; r < count; ++r) values[r] = rows[r * classes + j];
+      across.template write<T>(0, count, values);
     }
   }
 };

@@ -57,9 +57,16 @@ struct SoftmaxKlParams {
 };
 
 // Scratch memory that one worker needs, in elements of the accumulation type, 64-byte aligned: four
-// tiles, and a row of exponentials for each side.
-constexpr int64_t softmax_kl_scratch(int64_t classes) {
+// tiles and a row of exponentials for each side; and four blocks of 16 rows, of up to 4096 classes,
+// see Note [Strided classes].
+constexpr int64_t softmax_kl_row_scratch(int64_t classes) {
   return 4 * kTile + 2 * ((classes + 15) / 16 * 16);
+}
+constexpr int64_t softmax_kl_block_scratch(int64_t classes) {
+  return classes <= 4096 ? 4 * 16 * classes : 0;
+}
+constexpr int64_t softmax_kl_scratch(int64_t classes) {
+  return softmax_kl_row_scratch(classes) + softmax_kl_block_scratch(classes);
 }
 
 // Rows [begin, end). Rows do not depend on each other, so that any split among workers gives the

@@ -544,30 +544,28 @@ struct Worker {
     return params.row_weight == nullptr ? 1 : static_cast<const T*>(params.row_weight)[i];
   }
 
-  // A short row of plain KL, where all four tensors are what the arithmetic wants.
+  // A short row of plain KL. Whether a row is one depends on its length alone: any layout, and any
+  // way of asking for the same numbers, gives the same bits.
   bool run_as_short(int64_t i, double weight) {
-    const int64_t vectors = (params.classes + Vec<T>::width - 1) / Vec<T>::width;
+    const int64_t n = params.classes, vectors = (n + Vec<T>::width - 1) / Vec<T>::width;
     if (vectors > 8 || params.divergence != Divergence::kKl ||
         params.cross_entropy.labels != nullptr)
       return false;
-    const auto usable = [](const RowPointer& row) {
-      return row.data == nullptr || row.template is_native<T>();
-    };
-    if (!usable(student) || !usable(teacher) || !usable(grad_student) || !usable(grad_teacher))
-      return false;
     double divergence;
     const double scale = weight * params.scale * given_gradient(i);
+    const T *s = student.read(0, n, student_tile), *t = teacher.read(0, n, teacher_tile);
+    T* to_student = grad_student.data ? grad_student.writable(0, grad_student_tile) : nullptr;
+    T* to_teacher = grad_teacher.data ? grad_teacher.writable(0, grad_teacher_tile) : nullptr;
     const auto run = [&](auto loop) {
-      return loop(reinterpret_cast<const T*>(student.data),
-                  reinterpret_cast<const T*>(teacher.data), params.classes, constants(RowSummary()),
-                  scale, reinterpret_cast<T*>(grad_student.data),
-                  reinterpret_cast<T*>(grad_teacher.data), divergence);
+      return loop(s, t, n, constants(RowSummary()), scale, to_student, to_teacher, divergence);
     };
     const bool done = vectors == 1   ? run(run_short<1, T>)
                       : vectors == 2 ? run(run_short<2, T>)
                       : vectors <= 4 ? run(run_short<4, T>)
                                      : run(run_short<8, T>);
     if (!done) return false;
+    if (to_student) grad_student.write(0, n, to_student);
+    if (to_teacher) grad_teacher.write(0, n, to_teacher);
     if (params.row_values != nullptr)
       params.row_values[i] = (divergence < 0 ? 0 : divergence) * weight * params.scale;
     RowSummary again;  // a backward does as the forward did
@@ -636,11 +634,33 @@ template <class T>
 AFM_INLINE void run_rows(const SoftmaxKlParams& params, int64_t begin, int64_t end, void* scratch) {
   Worker<T> worker(params, scratch);
   RowCursor cursor(params.shape, begin);
-  for (int64_t i = begin; i < end; ++i, cursor.next()) {
-    worker.student = cursor.row_of(params.student), worker.teacher = cursor.row_of(params.teacher);
-    worker.grad_student = cursor.row_of(params.grad_student);
-    worker.grad_teacher = cursor.row_of(params.grad_teacher);
-    worker.run(i);
+  // See Note [Strided classes].
+  T* blocks = static_cast<T*>(scratch) + softmax_kl_row_scratch(params.classes);
+  const bool may_block = softmax_kl_block_scratch(params.classes) > 0;
+  const auto block_of = [&](const RowsOf& tensor, int which) {
+    T* rows = may_block && RowBlock<T>::is_needed(tensor, params.shape)
+                  ? blocks + which * kBlockRows * params.classes
+                  : nullptr;
+    return RowBlock<T>{tensor, params.classes, rows, {}, params.shape.dims - 1};
+  };
+  RowBlock<T> student = block_of(params.student, 0), teacher = block_of(params.teacher, 1);
+  RowBlock<T> grad_student = block_of(params.grad_student, 2),
+              grad_teacher = block_of(params.grad_teacher, 3);
+  const bool blocked = student.rows || teacher.rows || grad_student.rows || grad_teacher.rows;
+  for (int64_t i = begin; i < end;) {
+    int64_t count = blocked ? cursor.run() : 1;
+    count = count < kBlockRows ? count : kBlockRows;
+    count = count < end - i ? count : end - i;
+    student.load(cursor.row_of(params.student), count),
+        teacher.load(cursor.row_of(params.teacher), count);
+    grad_student.first = cursor.row_of(params.grad_student);
+    grad_teacher.first = cursor.row_of(params.grad_teacher);
+    for (int64_t r = 0; r < count; ++r, ++i, cursor.next()) {
+      worker.student = student.row(r), worker.teacher = teacher.row(r);
+      worker.grad_student = grad_student.row(r), worker.grad_teacher = grad_teacher.row(r);
+      worker.run(i);
+    }
+    grad_student.store(count), grad_teacher.store(count);
   }
   end_of_streams();
 }
