@@ -78,8 +78,17 @@ AFM_INLINE void linf(const PgdParams& p, int64_t begin, int64_t end) {
 }
 
 // Lanes of sums: enough additions in flight to hide their latency, in an order that never changes.
+// Sums are double: in float, the squares of a small gradient would vanish.
 constexpr int kLanes = 16;
 typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
+
+template <class C>
+AFM_INLINE Lanes load_lanes(const C* source) {
+  typedef C Vector __attribute__((vector_size(kLanes * sizeof(C))));
+  Vector vector;
+  memcpy(&vector, source, sizeof(vector));
+  return __builtin_convertvector(vector, Lanes);
+}
 
 AFM_INLINE double total(const Lanes& lanes) {
   double sum = 0;
@@ -87,64 +96,81 @@ AFM_INLINE double total(const Lanes& lanes) {
   return sum;
 }
 
+AFM_INLINE bool any_double(const PgdParams& p) {
+  return p.dtype == DType::kFloat64 || p.grad_dtype == DType::kFloat64;
+}
+
+template <class C>
+AFM_INLINE PgdSums l2_sums(const PgdParams& p, const int64_t* sample_offsets, int64_t begin,
+                           int64_t end, double grad_scale) {
+  Lanes gg{}, dg{}, dd{};
+  PgdSums tail{0, 0, 0};
+  for_each_block<C>(p, sample_offsets, begin, end, false,
+                    [&](C*, const C* x_adv, const C* grad, const C* x, int n) AFM_LAMBDA_INLINE {
+                      int i = 0;
+                      for (; i + kLanes <= n; i += kLanes) {
+                        const Lanes g = load_lanes(grad + i) * grad_scale;
+                        const Lanes d = load_lanes(x_adv + i) - load_lanes(x + i);
+                        gg += g * g;
+                        dg += d * g;
+                        dd += d * d;
+                      }
+                      for (; i < n; ++i) {
+                        const double g = grad[i] * grad_scale;
+                        const double d = static_cast<double>(x_adv[i]) - static_cast<double>(x[i]);
+                        tail.gg += g * g;
+                        tail.dg += d * g;
+                        tail.dd += d * d;
+                      }
+                    });
+  return {total(gg) + tail.gg, total(dg) + tail.dg, total(dd) + tail.dd};
+}
+
+template <class C>
+AFM_INLINE void l2_apply(const PgdParams& p, const int64_t* sample_offsets, int64_t begin,
+                         int64_t end, C along, C grad_scale, C shrink) {
+  const C clip_min = static_cast<C>(p.clip_min), clip_max = static_cast<C>(p.clip_max);
+  for_each_block<C>(
+      p, sample_offsets, begin, end, true,
+      [=](C* out, const C* x_adv, const C* grad, const C* x, int n) AFM_LAMBDA_INLINE {
+        if (shrink == 1) {
+          AFM_INDEPENDENT
+          for (int i = 0; i < n; ++i) {
+            out[i] = clamp(x_adv[i] + along * (grad[i] * grad_scale), clip_min, clip_max);
+          }
+          return;
+        }
+        AFM_INDEPENDENT
+        for (int i = 0; i < n; ++i) {
+          const C moved = x_adv[i] + along * (grad[i] * grad_scale);
+          out[i] = clamp(x[i] + (moved - x[i]) * shrink, clip_min, clip_max);
+        }
+      });
+}
+
 }  // namespace
 
 void pgd_linf(const PgdParams& p, int64_t begin, int64_t end) {
-  if (p.dtype == DType::kFloat64 || p.grad_dtype == DType::kFloat64) {
-    linf<double>(p, begin, end);
-  } else {
-    linf<float>(p, begin, end);
-  }
+  any_double(p) ? linf<double>(p, begin, end) : linf<float>(p, begin, end);
 }
 
 PgdSums pgd_l2_sums(const PgdParams& p, const int64_t* sample_offsets, int64_t begin, int64_t end,
                     double grad_scale) {
-  Lanes gg{}, dg{}, dd{};
-  PgdSums tail{0, 0, 0};
-  for_each_block<double>(p, sample_offsets, begin, end, false,
-                         [&](double*, const double* x_adv, const double* grad, const double* x,
-                             int n) AFM_LAMBDA_INLINE {
-                           int i = 0;
-                           for (; i + kLanes <= n; i += kLanes) {
-                             Lanes a, b, g;
-                             memcpy(&a, x_adv + i, sizeof(a));
-                             memcpy(&b, x + i, sizeof(b));
-                             memcpy(&g, grad + i, sizeof(g));
-                             g *= grad_scale;
-                             const Lanes d = a - b;
-                             gg += g * g;
-                             dg += d * g;
-                             dd += d * d;
-                           }
-                           for (; i < n; ++i) {
-                             const double d = x_adv[i] - x[i], g = grad[i] * grad_scale;
-                             tail.gg += g * g;
-                             tail.dg += d * g;
-                             tail.dd += d * d;
-                           }
-                         });
-  return {total(gg) + tail.gg, total(dg) + tail.dg, total(dd) + tail.dd};
+  return any_double(p) ? l2_sums<double>(p, sample_offsets, begin, end, grad_scale)
+                       : l2_sums<float>(p, sample_offsets, begin, end, grad_scale);
 }
 
 void pgd_l2_apply(const PgdParams& p, const int64_t* sample_offsets, int64_t begin, int64_t end,
                   double along, double grad_scale, double shrink) {
-  const double clip_min = p.clip_min, clip_max = p.clip_max;
-  for_each_block<double>(
-      p, sample_offsets, begin, end, true,
-      [=](double* out, const double* x_adv, const double* grad, const double* x, int n)
-          AFM_LAMBDA_INLINE {
-            if (shrink == 1) {
-              AFM_INDEPENDENT
-              for (int i = 0; i < n; ++i)
-                out[i] = clamp(x_adv[i] + along * (grad[i] * grad_scale), clip_min, clip_max);
-              return;
-            }
-            AFM_INDEPENDENT
-            for (int i = 0; i < n; ++i) {
-              const double moved = x_adv[i] + along * (grad[i] * grad_scale);
-              out[i] = clamp(x[i] + (moved - x[i]) * shrink, clip_min, clip_max);
-            }
-          });
+  // The factor of a tiny or huge gradient is no float, though its products are. A NaN goes either
+  // way.
+  const bool fits_float = along == 0 || (along > 1e-30 && along < 1e30);
+  if (any_double(p) || grad_scale != 1 || !fits_float) {
+    l2_apply<double>(p, sample_offsets, begin, end, along, grad_scale, shrink);
+  } else {
+    l2_apply<float>(p, sample_offsets, begin, end, static_cast<float>(along), 1.0f,
+                    static_cast<float>(shrink));
+  }
 }
 
 double pgd_grad_max(const PgdParams& p, const int64_t* sample_offsets, int64_t begin, int64_t end) {
