@@ -13,13 +13,20 @@
 # TORCH: what to give pip for torch and torchvision, where the pinned CUDA builds are not wanted, e.g.
 #   make test TORCH="--find-links /wheels torch==2.14.1+cpu torchvision==0.29.1+cpu"
 # PYTHON, VENV: the interpreter to start from, and the folder of the environment.
-# CUDA kernels are built where nvcc is found; AFM_BUILD_CUDA=0 leaves them out (see setup.py).
+# AFM_BUILD_CUDA: CUDA kernels take minutes to compile, so make builds them where there is a GPU to run them;
+#   AFM_BUILD_CUDA=1 builds them anyway, with nvcc (see setup.py).
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= -r requirements.txt
 TORCHES ?= 2.10.0 2.13.0
 PYTEST ?= -q
+
+ifeq ($(origin AFM_BUILD_CUDA),undefined)
+ifeq ($(wildcard /dev/nvidiactl),)
+export AFM_BUILD_CUDA := 0
+endif
+endif
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -48,12 +55,12 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
 venv: $(VENV)/.installed
 
 # ninja compiles what changed, and needs a few seconds to see that nothing did.
-$(VENV)/.built: $(VENV)/.installed $(CXX_SOURCES)
+$(VENV)/.built$(AFM_BUILD_CUDA): $(VENV)/.installed $(CXX_SOURCES)
 	@echo "== kernels"
 	AFM_BUILD_CPU=1 $(BIN)/python setup.py build_ext --inplace
 	@touch $@
 
-build: $(VENV)/.built
+build: $(VENV)/.built$(AFM_BUILD_CUDA)
 
 demo: build
 	$(BIN)/python -m advfunmatch demo --out demo
@@ -92,7 +99,7 @@ gpu:
 	@$(GPU_PYTHON) -m benchmarks.gpu $(if $(LIST),--list) $(if $(PART),--part $(PART))
 
 clean:
-	rm -rf build dist *.egg-info python/*.egg-info afm_kernels/_c*.so $(VENV)/.built
+	rm -rf build dist *.egg-info python/*.egg-info afm_kernels/_c*.so $(VENV)/.built*
 
 distclean: clean
 	rm -rf $(VENV)

@@ -151,7 +151,13 @@ def cuda_extension() -> Extension | None:
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("USE_CUDA", None)],
         extra_compile_args={
             "cxx": CXX_FLAGS,
-            "nvcc": ["-O3", "--threads=2", "--compress-mode=size", "-Xcompiler=-fvisibility=hidden", *cuda_archs()],
+            "nvcc": [
+                "-O3",
+                "--threads=2",
+                "--compress-mode=size",
+                "-Xcompiler=-fvisibility=hidden",
+                *cuda_archs(),
+            ],
         },
         # Without --exclude-libs the static runtime's symbols would shadow those of the one torch has loaded.
         extra_link_args=["-Wl,--no-undefined", "-Wl,--as-needed", "-Wl,--exclude-libs,libcudart_static.a"],

@@ -14,7 +14,15 @@ from pathlib import Path
 import torch
 
 import afm_kernels
-from afm_kernels import ops, pgd_start, pgd_step, scale_shift_relu, softmax_kl_div, softmax_kl_div_grad, use_backend
+from afm_kernels import (
+    ops,
+    pgd_start,
+    pgd_step,
+    scale_shift_relu,
+    softmax_kl_div,
+    softmax_kl_div_grad,
+    use_backend,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -44,12 +52,13 @@ def results() -> dict[str, torch.Tensor]:
 
 def main() -> None:
     package = Path(afm_kernels.__file__).resolve().parent
-    assert REPOSITORY not in Path(sys.prefix).resolve().parents or REPOSITORY / "afm_kernels" != package, (
-        f"{package} is the source tree, not the wheel: run this from another folder"
+    assert package != REPOSITORY / "afm_kernels", (
+        f"{package} is the source tree: run this from another folder"
     )
     files = [str(file) for file in distribution("advfunmatch").files or ()]
     assert any(file.endswith("afm_kernels/py.typed") for file in files), "py.typed is missing"
-    clutter = [file for file in files if file.endswith((".cpp", ".cu", ".h", ".o")) or file.startswith(("tests", "csrc"))]
+    sources = (".cpp", ".cu", ".cuh", ".h", ".o")
+    clutter = [file for file in files if file.endswith(sources) or file.startswith(("tests", "csrc"))]
     assert not clutter, f"the wheel carries sources: {clutter[:3]}"
     import advfunmatch  # noqa: F401  # the second package, which must not need the extras to be imported
 
@@ -63,8 +72,9 @@ def main() -> None:
 
     info = afm_kernels.backend_info()
     print(
-        f"advfunmatch {version('advfunmatch')} from {package}: {len(found)} results right on torch {torch.__version__}, "
-        f"Python {sys.version.split()[0]}, instruction set {info['cpu_capability']}, cuda module {ops.STATUS['cuda']}"
+        f"advfunmatch {version('advfunmatch')} from {package}: {len(found)} results right on "
+        f"torch {torch.__version__}, Python {sys.version.split()[0]}, instruction set {info['cpu_capability']}; "
+        f"cuda module: {ops.STATUS['cuda']}"
     )
 
 
