@@ -84,7 +84,8 @@ def _run(*arguments: str) -> str:
 def readable(symbol: str) -> str:
     """``rows_kernel<float32, 32 threads x 8 vectors, KL>`` for the mangled name."""
     done = subprocess.run(["c++filt", "-p", symbol], capture_output=True, text=True, check=True)
-    name = re.sub(r"afm::cuda::|\(anonymous namespace\)::|\((?:Variant|int|bool)\)", "", done.stdout.strip())
+    name = re.sub(r"afm::cuda::|\(anonymous namespace\)::", "", done.stdout.strip())
+    name = re.sub(r"\((?:Variant|int|bool)\)", "", name)
     match = re.fullmatch(r"(\w+)<Pair<(.+?), (\S+?(?:<\w+>)?), (?:float|double), \d>(.*)>", name)
     if match is None:
         return re.sub(r"^void |\(.*\)$", "", name)
@@ -117,11 +118,10 @@ def access_widths(kernel: Kernel, module: Path = MODULE) -> tuple[int, int]:
     code = _run("-sass", "-arch", kernel.target, "-fun", kernel.symbol, str(module))
 
     def widest(instruction: str) -> int:
-        widths = [
-            int(width or 32)
-            for width in re.findall(rf"\b{instruction}\.E(?:\.\w+)*?(?:\.(64|128))?(?=[\s.])", code)
-        ]
-        return max(widths, default=0)
+        found = {
+            part for each in re.findall(rf"\b{instruction}((?:\.\w+)+)", code) for part in each.split(".")
+        }
+        return 128 if "128" in found else 64 if "64" in found else 32 if found else 0
 
     return widest("LDG"), widest("STG")
 
