@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +31,18 @@ from typing import Any
 
 from benchmarks.timing import OtherLoad, interleave, peak_memory, settle_allocator
 
-settle_allocator()
+if "--default-allocator" not in sys.argv:
+    settle_allocator()
 
-import torch  # noqa: E402  (the allocator's settings must be there first)
-from advfunmatch import create_model  # noqa: E402
-from advfunmatch.attack import PGDAttack  # noqa: E402
-from advfunmatch.lean import PreparedModel, prepare_for_attack  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch
+from advfunmatch import create_model
+from advfunmatch.attack import PGDAttack
+from advfunmatch.lean import PreparedModel, prepare_for_attack
+from torch import Tensor, nn
 
-from benchmarks import limits, results  # noqa: E402
-from benchmarks.attack.loops import LOOPS, with_autocast  # noqa: E402
-from benchmarks.attack.roofline import FlopCounter, plot_step  # noqa: E402
+from benchmarks import limits, results
+from benchmarks.attack.loops import LOOPS, with_autocast
+from benchmarks.attack.roofline import FlopCounter, plot_step
 
 EPS, STEP_SIZE = 8 / 255, 2 / 255
 SEED = 0
@@ -247,6 +249,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--threads", type=int, help="PyTorch's threads; one is steadier beside other programs"
+    )
+    parser.add_argument(
+        "--default-allocator",
+        action="store_true",
+        help="glibc as users have it, which gives large blocks back to the system and faults them in again",
     )
     parser.add_argument("--no-plots", dest="plots", action="store_false")
     arguments = parser.parse_args()
