@@ -77,8 +77,9 @@ constexpr double kFarKlFloor = 0.1;
 // ... or below this fraction of |r|, whose rounding error would show.
 constexpr double kFarMeanFraction = 0.05;
 
-// A whole number k that takes a large gap between the sides out of s - t, by subtracting it from the side that has
-// the offset before the other side comes in: both steps are then exact or nearly so.
+// A whole number k that takes a large gap between the sides out of s - t, by subtracting it from
+// the side that has the offset before the other side comes in: both steps are then exact or nearly
+// so.
 template <class T>
 AFM_INLINE T coarse_gap(T gap) {
   const T limit =
