@@ -81,4 +81,24 @@ class Accuracy(Part):
         return list(accuracy.wrong_answers(records))
 
 
-PARTS: dict[str, Part] = {part.name: part for part in (Kernels(), Sweep(), Accuracy())}
+class Training(Part):
+    name = "training"
+    about = "whole training steps against those of AdaAD, RSLAD and TRADES, and where their time goes"
+
+    def names(self, options: Options) -> list[str]:
+        from benchmarks.training import step
+
+        return [setting.name for setting in step.chosen(options)]
+
+    def run(self, options: Options, limits: Any) -> list[Record]:
+        from benchmarks.training import step
+
+        return step.run(step.chosen(options), options, limits)
+
+    def wrong(self, records: list[Record]) -> list[str]:
+        from benchmarks.training import step
+
+        return list(step.wrong_answers(records))
+
+
+PARTS: dict[str, Part] = {part.name: part for part in (Kernels(), Sweep(), Accuracy(), Training())}

@@ -1,0 +1,1 @@
+"""The whole training step against steps written as the official code runs them."""
