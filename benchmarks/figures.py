@@ -48,6 +48,8 @@ _STYLE: Any = {
 
 def _save(figure: Any, path: Path, note: str = "") -> Path:
     if note:
+        bottom = 0.16 / figure.get_figheight()
+        figure.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))
         figure.text(0.995, 0.005, note, ha="right", va="bottom", fontsize=6.5, color="#7a818b")
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
@@ -80,9 +82,10 @@ def kernels(results: Path, path: Path) -> Path:
             middle = np.array([s["median"] for _, s in have])
             reach = np.array([[s["median"] - s["low"], s["high"] - s["median"]] for _, s in have]).T
             axis.barh(where, middle, height * 0.9, color=COLOURS[peer], label=f"over {_PEER_WORDS[peer]}")
-            axis.errorbar(middle, where, xerr=reach, fmt="none", ecolor="#30343a", elinewidth=0.8)
-            for y, x, r in zip(where, middle, reach[1], strict=True):
-                axis.text(x + r, y, f" {x:.1f}", va="center", fontsize=7, color="#30343a")
+            axis.errorbar(middle, where, xerr=reach, fmt="none", ecolor="#9ea4ad", elinewidth=0.8)
+            axis.set_xlim(0, max(axis.get_xlim()[1] if k else 0, 1.18 * middle.max()))
+            for y, x in zip(where, middle, strict=True):
+                axis.text(x, y - 0.02, f"  {x:.1f}", va="center", fontsize=7, color="#30343a")
         labels = [
             pretty_shape(shape_of(r)[2]) + ("\nbfloat16" if "bfloat16" in r.group else "") for r in chosen
         ]
@@ -145,7 +148,7 @@ def limits(results: Path, path: Path) -> Path:
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("time as a multiple of the tightest limit (in brackets: copy, exp, or call overhead)")
     axis.set_title("How far from what the machine can do")
-    axis.legend(handles=handles, loc="upper right", fontsize=8)
+    axis.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1.0), ncols=4, fontsize=8)
     return _save(figure, path, provenance(load(results / "kernels-cpu.json")))
 
 
@@ -256,7 +259,7 @@ def accuracy(results: Path, path: Path) -> Path:
             fontsize=7.5,
         )
     axes[0].set_ylabel("median relative error of a row's KL, float32")
-    axes[0].legend(loc="lower left", fontsize=8)
+    axes[0].legend(loc="center left", bbox_to_anchor=(0.02, 0.32), fontsize=8)
     return _save(figure, path, "one line for each number of classes, 2 to 128256; truth in float64")
 
 
