@@ -31,7 +31,7 @@ def test_examples_run(path):
     torch.manual_seed(0)
     text = path.read_text()
     scope = {
-        "teacher": create_model("resnet18", num_classes=10).eval(),
+        "teacher": create_model("resnet18", num_classes=10, in_channels=3).eval(),
         "student": create_model("small_cnn", num_classes=10, in_channels=3),
         "x": torch.rand(2, 3, 8, 8),
     }
