@@ -2,6 +2,8 @@
 #
 #   make demo     train a robust teacher and its students on real data; table and picture in demo/
 #   make test     the test suite
+#   make bench    the benchmarks, ten minutes on two cores, into runs/benchmarks; make bench PART=kernels (or
+#                 sweep, accuracy, attack, training); make figures draws docs/figures and fills the tables
 #   make lint     ruff, mypy, clang-format
 #   make wheel    source distribution and wheel in dist/, and a check of the wheel in an environment of its own
 #   make compat   the same wheel on other versions of torch: make compat TORCHES="2.10.0 2.13.0"
@@ -33,7 +35,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test lint wheel check-wheel compat clean distclean gpu
+.PHONY: help venv build demo test bench bench-smoke figures lint wheel check-wheel compat clean distclean gpu
 
 help:
 	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile
@@ -67,6 +69,17 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest $(PYTEST)
+
+PART ?= all
+bench: build
+	$(BIN)/python -m benchmarks --part $(PART)
+
+# Two minutes: every kind of benchmark at small sizes. Fails on wrong answers, never on how long they took.
+bench-smoke: build
+	$(BIN)/python -m benchmarks --smoke --out runs/smoke
+
+figures: venv
+	$(BIN)/python -m benchmarks.report
 
 lint: venv
 	$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -81,6 +83,42 @@ class Accuracy(Part):
         return list(accuracy.wrong_answers(records))
 
 
+class Attack(Part):
+    name = "attack"
+    about = "the attack engine against the loops of AdaAD, RSLAD and TRADES"
+
+    def _cases(self, options: Options) -> Any:
+        from benchmarks.attack.__main__ import CPU_CASES, CUDA_CASES
+
+        cases = CUDA_CASES if options.device.startswith("cuda") else CPU_CASES
+        if options.only is not None:
+            return [case for case in cases if re.search(options.only, case.name)]
+        return [case for case in cases if options.full or case.size == 8]
+
+    def names(self, options: Options) -> list[str]:
+        return [case.name for case in self._cases(options)]
+
+    def run(self, options: Options, limits: Any) -> list[Record]:
+        from benchmarks.attack.__main__ import run_case, table
+
+        settings = argparse.Namespace(
+            compile=not options.smoke, budget=4 * options.seconds, min_rounds=3 if options.smoke else 5
+        )
+        records = []
+        for case in self._cases(options):
+            measured = run_case(case, options.device, limits, settings)
+            print(table(measured), flush=True)
+            records += measured
+        return records
+
+    def wrong(self, records: list[Record]) -> list[str]:
+        return [
+            f"{r.name}: reaches {r.details['kl_share_of_loop']:.0%} of the KL that the loop reaches"
+            for r in records
+            if not r.peer and not r.details["kl_share_of_loop"] > 0.9
+        ]
+
+
 class Training(Part):
     name = "training"
     about = "whole training steps against those of AdaAD, RSLAD and TRADES, and where their time goes"
@@ -101,4 +139,4 @@ class Training(Part):
         return list(step.wrong_answers(records))
 
 
-PARTS: dict[str, Part] = {part.name: part for part in (Kernels(), Sweep(), Accuracy(), Training())}
+PARTS: dict[str, Part] = {part.name: part for part in (Kernels(), Sweep(), Accuracy(), Attack(), Training())}
