@@ -78,6 +78,8 @@ def kernels(results: Path, path: Path) -> Path:
         height = 0.8 / len(peers)
         for k, peer in enumerate(peers):
             have = [(i, r.speedup[peer]) for i, r in enumerate(chosen) if peer in r.speedup]
+            if not have:
+                continue
             where = [i + 0.4 - height * (k + 0.5) for i, _ in have]
             middle = np.array([s["median"] for _, s in have])
             reach = np.array([[s["median"] - s["low"], s["high"] - s["median"]] for _, s in have]).T

@@ -42,6 +42,10 @@ _SUMMARY = {"median": float, "minimum": float, "low": float, "high": float, "sam
 _PACKAGES = ("torch", "torchvision", "triton", "numpy", "liger-kernel")
 
 
+class MissingResults(ValueError):
+    """A results file is not there, or holds nothing of what was asked for."""
+
+
 @dataclass
 class Record:
     """One way of doing one thing, measured; see the head of this file."""
@@ -187,7 +191,7 @@ def load(path: Path) -> Json:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"there are no results at {path}") from None
+        raise MissingResults(f"there are no results at {path}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     try:

@@ -5,7 +5,8 @@ A document marks where a table goes:
     <!-- table:kernels -->
     <!-- /table -->
 
-``python -m benchmarks.report`` writes what is between the markers.
+``python -m benchmarks.report`` writes what is between the markers; a table whose results
+are not committed stays empty.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import FOLDER, Json, Record, load, records
+from benchmarks.results import FOLDER, Json, MissingResults, Record, load, records
 
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -29,7 +30,11 @@ def fill(text: str, folder: Path = FOLDER) -> str:
         name = match[2]
         if name not in TABLES:
             raise ValueError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
-        return f"{match[1]}{TABLES[name](folder)}\n{match[4]}"
+        try:
+            table = TABLES[name](folder) + "\n"
+        except MissingResults:
+            table = ""
+        return f"{match[1]}{table}{match[4]}"
 
     return _MARKED.sub(made, text)
 
@@ -42,7 +47,7 @@ def names_in(text: str) -> list[str]:
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is left-aligned, the others right-aligned."""
     if not rows:
-        raise ValueError(f"no results for the table with columns {', '.join(head)}")
+        raise MissingResults(f"no results for the table with columns {', '.join(head)}")
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines)
@@ -263,7 +268,7 @@ def demo(folder: Path) -> str:
     """The demo's table."""
     path = folder / "demo.json"
     if not path.exists():
-        raise ValueError(f"there are no results at {path}")
+        raise MissingResults(f"there are no results at {path}")
     content = json.loads(path.read_text())
     rows = []
     for name, run in content["runs"].items():

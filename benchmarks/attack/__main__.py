@@ -31,7 +31,7 @@ from typing import Any
 
 from benchmarks.timing import OtherLoad, interleave, peak_memory, settle_allocator
 
-if "--default-allocator" not in sys.argv:
+if __name__ == "__main__" and "--default-allocator" not in sys.argv:
     settle_allocator()
 
 import torch
