@@ -113,7 +113,7 @@ def warnings(old: Json, new: Json) -> Iterator[str]:
         yield f"measured on {sorted(places(old))} and on {sorted(places(new))}"
     for label, content in (("old", old), ("new", new)):
         busy = [run["settings"].get("other_load") or 0 for run in content["runs"]]
-        if max(busy, default=0) > 0.05:
+        if max(busy, default=0) > 0.1:
             yield f"other programs used {max(busy):.0%} of the processors during the {label} results"
 
 

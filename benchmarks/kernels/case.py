@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.limits import copy_call
 from benchmarks.results import Record, finite, records_of
-from benchmarks.timing import interleave, peak_memory
+from benchmarks.timing import OtherLoad, interleave, peak_memory
 
 PEERS = ("eager", "eager float32", "compile", "formula", "compiled formula", "published", "liger")
 """What the project is compared with; each case has those that exist for it. The first is the baseline of tables.
@@ -77,14 +77,15 @@ def measure(
         built.candidates.pop(name, None)
     errors = {name: _errors(call(), built) for name, call in built.candidates.items()}
     copy = copy_call(built.bytes, device)
-    times = interleave({**built.candidates, "copy": copy}, budget=budget, device=device)
+    with OtherLoad() as load:
+        times = interleave({**built.candidates, "copy": copy}, budget=budget, device=device)
     records = records_of(case.name, times, peers=PEERS)
     bounds = _bounds(built, limits, times["copy"].median)
     for variant, record in records.items():
         record.error = errors[variant]
         record.bytes = built.bytes
         record.limits = bounds
-        record.details = {"family": case.family}
+        record.details = {"family": case.family, "other_load": load.fraction}
         record.peak_bytes = peak_memory(built.candidates[variant], device)
     return list(records.values())
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import afm_kernels
 from benchmarks.options import Options
 from benchmarks.results import Record, records_of
-from benchmarks.timing import interleave, peak_memory
+from benchmarks.timing import OtherLoad, interleave, peak_memory
 from benchmarks.training.official import PerImageData
 from benchmarks.training.official import step as official_step
 
@@ -238,7 +238,8 @@ def run(settings: list[Setting], options: Options, limits: Any) -> list[Record]:
         calls, ours = build(setting, options.smoke)
         losses = {name: float(call()) for name, call in calls.items()}
         parts = {f"part {name}": call for name, call in ours.parts().items()}
-        times = interleave({**calls, **parts}, budget=options.seconds * 4, warmup=2)
+        with OtherLoad() as load:
+            times = interleave({**calls, **parts}, budget=options.seconds * 4, warmup=2)
         found = records_of(setting.name, times, peers=PEERS, skip=tuple(parts))
         whole = times["ours"].median
         share = {name.removeprefix("part "): times[name].median / whole for name in parts}
@@ -247,6 +248,7 @@ def run(settings: list[Setting], options: Options, limits: Any) -> list[Record]:
             record.details = {
                 "first_loss": losses[name],
                 "images_per_second": setting.batch / times[name].median,
+                "other_load": load.fraction,
             }
         found["ours"].details["share"] = {**share, "rest": 1 - sum(share.values())}
         records += found.values()
