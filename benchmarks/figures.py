@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.results import Record, load, records
-from benchmarks.tables import _order, by_name, pretty_shape, provenance, shape_of
+from benchmarks.tables import by_name, order_of, pretty_shape, provenance, shape_of
 
 COLOURS = {
     "ours": "#1765c1",
@@ -74,7 +74,7 @@ def kernels(results: Path, path: Path) -> Path:
             and r.name.startswith(f"softmax_kl/{mode}/")
             and shape_of(r)[3] in ("float32", "bfloat16")
         ]
-        chosen.sort(key=_order, reverse=True)
+        chosen.sort(key=order_of, reverse=True)
         height = 0.8 / len(peers)
         for k, peer in enumerate(peers):
             have = [(i, r.speedup[peer]) for i, r in enumerate(chosen) if peer in r.speedup]
@@ -117,7 +117,7 @@ def limits(results: Path, path: Path) -> Path:
         if r.variant == "ours" and r.name.startswith(("softmax_kl/both/", "softmax_kl/grad/"))
     ]
     ours = [r for r in ours if shape_of(r)[3] in ("float32", "bfloat16")]
-    ours.sort(key=lambda r: (shape_of(r)[1] == "both", _order(r)), reverse=True)
+    ours.sort(key=lambda r: (shape_of(r)[1] == "both", order_of(r)), reverse=True)
     figure, axis = plt.subplots(figsize=(9, 0.34 * len(ours) + 1.4), layout="constrained")
     markers = {"ours": "o", "ours recompute": "o", "compile": "s", "eager": "D"}
     for y, record in enumerate(ours):
@@ -167,14 +167,15 @@ def sweep(results: Path, path: Path) -> Path:
 
         here = [r for r in found if r.details["family"] == family and r.time is not None]
         ours = sorted((r for r in here if r.variant == "ours"), key=size)
+        unit = ours[0].limits["call"]
         x = np.array([size(r) for r in ours], dtype=float)
         _shade(axis, x, {name: np.array([r.limits[name] for r in ours]) for name in ("call", "exp", "copy")})
         for name, style in (("call", ":"), ("exp", "-."), ("copy", "--")):
-            limit = [r.limits[name] * 1e6 for r in ours]
+            limit = [r.limits[name] / unit for r in ours]
             axis.plot(x, limit, style, color=COLOURS["limit"], linewidth=1.2, label=_LIMITS[name])
         for variant in ("eager", "compile", "ours"):
             line = sorted((r for r in here if r.variant == variant), key=size)
-            y = np.array([[r.time[k] * 1e6 for k in ("low", "median", "high")] for r in line if r.time])
+            y = np.array([[r.time[k] / unit for k in ("low", "median", "high")] for r in line if r.time])
             sizes = [size(r) for r in line]
             axis.fill_between(sizes, y[:, 0], y[:, 2], color=COLOURS[variant], alpha=0.2, linewidth=0)
             axis.plot(
@@ -183,7 +184,7 @@ def sweep(results: Path, path: Path) -> Path:
         other = "1000 classes" if family == "rows" else "64 rows"
         axis.set(xscale="log", yscale="log", xlabel=f"{family} ({other})", xlim=(x[0] * 0.8, x[-1] * 1.25))
         axis.set_title(f"Loss and both gradients over {family}, float32")
-    axes[0].set_ylabel("microseconds a call")
+    axes[0].set_ylabel("time of a call; an empty autograd.Function = 1")
     axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     return _save(figure, path, provenance(content))
 
@@ -327,8 +328,9 @@ def training(results: Path, path: Path) -> Path:
             shares = record.details.get("share")
             if shares:
                 for name, colour in _SHARES.items():
-                    axis.barh(y, total * shares[name], 0.17, left=left, color=colour)
-                    left += total * shares[name]
+                    width = max(0.0, total * shares[name])
+                    axis.barh(y, width, 0.17, left=left, color=colour)
+                    left += width
             else:
                 axis.barh(y, total, 0.17, color="#cfd4da")
             axis.text(total, y, f" {total:.2f}", va="center", fontsize=7.5)
@@ -345,7 +347,7 @@ def training(results: Path, path: Path) -> Path:
         )
     axis.set_yticks(where, labels, fontsize=8)
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in _SHARES.values()]
-    axis.legend(handles, list(_SHARES), loc="upper right", ncols=5, fontsize=8, bbox_to_anchor=(1, 1.08))
+    axis.legend(handles, list(_SHARES), loc="upper right", ncols=6, fontsize=8, bbox_to_anchor=(1, 1.09))
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("time of a training step, the official loop's = 1")
     return _save(figure, path, provenance(content))

@@ -106,7 +106,7 @@ def pretty_shape(shape: str) -> str:
     return shape.replace("-cl", " channels-last").replace("x", " × ")
 
 
-def _order(record: Record) -> tuple[Any, ...]:
+def order_of(record: Record) -> tuple[Any, ...]:
     _, mode, shape, dtype = shape_of(record)
     sizes = [int(n) for n in re.findall(r"\d+", shape)]
     return (
@@ -123,7 +123,7 @@ def kernels(folder: Path) -> str:
     found = by_name(folder, "kernels")
     rows = []
     both = [r for r in found.values() if r.variant == "ours" and r.name.startswith("softmax_kl/both/")]
-    for record in sorted(both, key=_order):
+    for record in sorted(both, key=order_of):
         _, _, shape, dtype = shape_of(record)
         if dtype not in ("float32", "bfloat16"):
             continue
@@ -160,7 +160,7 @@ def kernels_full(folder: Path) -> str:
     found = by_name(folder, "kernels")
     rows = []
     ours = [r for r in found.values() if r.variant == "ours"]
-    for record in sorted(ours, key=lambda r: (shape_of(r)[0], _order(r))):
+    for record in sorted(ours, key=lambda r: (shape_of(r)[0], order_of(r))):
         op, mode, shape, dtype = shape_of(record)
         name, share = bound_by(record)
         eager = found[f"{record.group}/eager"]

@@ -75,7 +75,7 @@ def measure(
     built = case.build(device)
     for name in without:
         built.candidates.pop(name, None)
-    errors = {name: _errors(call(), built) for name, call in built.candidates.items()}
+    errors = {name: errors_of(call(), built) for name, call in built.candidates.items()}
     copy = copy_call(built.bytes, device)
     with OtherLoad() as load:
         times = interleave({**built.candidates, "copy": copy}, budget=budget, device=device)
@@ -98,7 +98,7 @@ def _bounds(built: Built, limits: Any, copy_seconds: float) -> dict[str, float]:
     return bounds
 
 
-def _errors(outputs: Any, built: Built) -> dict[str, float | None]:
+def errors_of(outputs: Any, built: Built) -> dict[str, float | None]:
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     if len(outputs) != len(built.outputs):
         raise ValueError(f"a candidate returned {len(outputs)} tensors for {built.outputs}")
