@@ -1,7 +1,7 @@
 """Registers, shared memory, spills and access widths of the CUDA kernels, read from the built module.
 
     python -m benchmarks.gpu.resources                                  # the table, in Markdown
-    python -m benchmarks.gpu.resources --write docs/gpu-resources.md    # into the document's CUDA section
+    python -m benchmarks.gpu.resources --write docs/gpu-resources-cuda.md    # between the document's markers
 
 Needs ``afm_kernels/_cuda.abi3.so`` and cuobjdump, which comes with the CUDA toolkit and with Triton; no GPU.
 """
@@ -127,7 +127,7 @@ def access_widths(kernel: Kernel, module: Path = MODULE) -> tuple[int, int]:
 
 
 def table(module: Path = MODULE) -> str:
-    """The CUDA section of ``docs/gpu-resources.md``."""
+    """The tables of ``docs/gpu-resources-cuda.md``."""
     by_name: dict[str, dict[str, Kernel]] = {}
     for kernel in kernels(module):
         by_name.setdefault(kernel.name, {})[kernel.target] = kernel
@@ -164,7 +164,7 @@ def main() -> None:
     if path is not None:
         document = path.read_text() if path.exists() else ""
         if _BEGIN not in document:
-            document = document.rstrip() + f"\n\n## CUDA kernels\n\n{_BEGIN}\n{_END}\n"
+            document = document.rstrip() + f"\n\n{_BEGIN}\n{_END}\n"
         before, rest = document.split(_BEGIN)
         path.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{rest.split(_END)[1]}".lstrip("\n"))
 

@@ -11,7 +11,7 @@
 //
 // (float64 holds half as many.) Rows that do not start at a multiple of 16 bytes lose up to one
 // vector of classes; see Note [Aligned body]. The bounds are what fits in registers without
-// spilling, which is proved; that they are the fastest is not: see docs/gpu-resources.md.
+// spilling, which is proved; that they are the fastest is not: see docs/gpu-resources-cuda.md.
 
 #pragma once
 
