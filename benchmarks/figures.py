@@ -65,7 +65,8 @@ def kernels(results: Path, path: Path) -> Path:
         ("both", "Loss and both gradients", ("eager", "compile")),
         ("grad", "Both gradients alone", ("eager", "compile", "formula", "compiled formula")),
     )
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharey=False)
+    rows = len({r.group for r in found.values() if r.name.startswith("softmax_kl/grad/")})
+    figure, axes = plt.subplots(1, 2, figsize=(11, max(3.6, 0.46 * rows + 1.4)), layout="constrained")
     for axis, (mode, title, peers) in zip(axes, panels, strict=True):
         chosen = [
             r
@@ -87,7 +88,7 @@ def kernels(results: Path, path: Path) -> Path:
             axis.errorbar(middle, where, xerr=reach, fmt="none", ecolor="#9ea4ad", elinewidth=0.8)
             axis.set_xlim(0, max(axis.get_xlim()[1] if k else 0, 1.18 * middle.max()))
             for y, x in zip(where, middle, strict=True):
-                axis.text(x, y - 0.02, f"  {x:.1f}", va="center", fontsize=7, color="#30343a")
+                axis.text(x, y - 0.02, f"  {x:.1f}", va="center", fontsize=6.5, color="#30343a")
         labels = [
             pretty_shape(shape_of(r)[2]) + ("\nbfloat16" if "bfloat16" in r.group else "") for r in chosen
         ]
@@ -96,7 +97,7 @@ def kernels(results: Path, path: Path) -> Path:
         axis.set_xlabel("times faster")
         axis.set_title(title)
         axis.grid(axis="y", visible=False)
-        axis.legend(loc="best", fontsize=8)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2, fontsize=8)
     return _save(figure, path, provenance(load(results / "kernels-cpu.json")))
 
 

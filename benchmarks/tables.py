@@ -216,7 +216,7 @@ def accuracy(folder: Path) -> str:
                 negative = max(r.error["negative"] or 0 for r in these if r.variant == variant)
                 row.append(
                     worst.replace("e-0", "e-").replace("e+00", "")
-                    + (f", {negative:.0%} < 0" if negative else "")
+                    + (f", {_share(negative)} < 0" if negative else "")
                 )
             rows.append(row)
     classes = sorted({r.details["classes"] for r in found})
@@ -225,6 +225,10 @@ def accuracy(folder: Path) -> str:
         f"<sub>The worst over {', '.join(map(str, classes))} classes; with the share of negative rows.</sub>"
     )
     return f"{markdown(head, rows)}\n\n{note}"
+
+
+def _share(value: float) -> str:
+    return "<1%" if value < 0.01 else f"{value:.0%}"
 
 
 def _about(values: Sequence[float]) -> str:
