@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import distribution, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -60,7 +61,9 @@ def main() -> None:
     sources = (".cpp", ".cu", ".cuh", ".h", ".o")
     clutter = [file for file in files if file.endswith(sources) or file.startswith(("tests", "csrc"))]
     assert not clutter, f"the wheel carries sources: {clutter[:3]}"
-    import advfunmatch  # noqa: F401  # the second package, which must not need the extras to be imported
+    assert find_spec("advfunmatch") is not None, (
+        "advfunmatch is missing"
+    )  # importing it needs the extra "train"
 
     assert ops.STATUS["cpp"] == "loaded", f"CPU module: {ops.STATUS['cpp']}"
     with use_backend("reference"):

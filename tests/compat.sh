@@ -17,7 +17,7 @@ for torch in "$@"; do
     "$python" -m venv "$environment"
     "$bin/python" -m pip --disable-pip-version-check install --quiet --no-deps "torch==$torch"
     "$bin/python" -m pip --disable-pip-version-check install --quiet \
-      numpy typing-extensions sympy networkx jinja2 fsspec filelock setuptools
+      numpy typing-extensions sympy networkx jinja2 fsspec filelock "setuptools>=77"
     if ! "$bin/python" -c 'import torch' 2>/dev/null; then
       echo "torch $torch does not import without its CUDA libraries: installing those too"
       "$bin/python" -m pip --disable-pip-version-check install "torch==$torch"
