@@ -119,7 +119,7 @@ def limits(results: Path, path: Path) -> Path:
     ]
     ours = [r for r in ours if shape_of(r)[3] in ("float32", "bfloat16")]
     ours.sort(key=lambda r: (shape_of(r)[1] == "both", order_of(r)), reverse=True)
-    figure, axis = plt.subplots(figsize=(9, 0.34 * len(ours) + 1.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9.5, 0.29 * len(ours) + 1.6), layout="constrained")
     markers = {"ours": "o", "ours recompute": "o", "compile": "s", "eager": "D"}
     for y, record in enumerate(ours):
         bound = max(record.limits.values())
@@ -149,9 +149,9 @@ def limits(results: Path, path: Path) -> Path:
     axis.set_yticks(range(len(ours)), labels, fontsize=8)
     axis.set_ylim(-0.7, len(ours) - 0.3)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("time as a multiple of the tightest limit (in brackets: copy, exp, or call overhead)")
+    axis.set_xlabel("time; the tightest limit (in brackets) = 1")
     axis.set_title("How far from what the machine can do")
-    axis.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1.0), ncols=4, fontsize=8)
+    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.4, -0.055), ncols=4, fontsize=8)
     return _save(figure, path, provenance(load(results / "kernels-cpu.json")))
 
 
@@ -212,7 +212,7 @@ def _shade(axis: Any, x: np.ndarray, bounds: dict[str, np.ndarray]) -> None:
     for a, b in pairwise(starts):
         colour, label = _REGIONS[names[highest[a]]]
         axis.axvspan(fine[a], fine[min(b, len(fine) - 1)], color=colour, linewidth=0, zorder=0)
-        if b - a > 60:
+        if b - a > 120:
             middle = np.sqrt(fine[a] * fine[min(b, len(fine) - 1)])
             axis.text(
                 middle,
