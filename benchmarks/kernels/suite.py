@@ -66,7 +66,14 @@ def run(cases: list[Case], options: Options, limits: Any) -> list[Record]:
     print(f"{'case':<44} {'variant':<16} {'x eager':>9} {'x compile':>10} {'of limit':>9} {'error':>9}")
     for case in cases:
         without = ("compile", "compiled formula") if options.smoke else ()
-        measured = measure(case, options.device, limits, budget=options.seconds, without=without)
+        measured = measure(
+            case,
+            options.device,
+            limits,
+            budget=options.seconds,
+            without=without,
+            attempts=1 if options.smoke else 4,
+        )
         records += measured
         for record in measured:
             if not record.peer:
