@@ -124,7 +124,7 @@ def main() -> None:
     )
     for dtype, teacher_dtype in pairs:
         for index, (rows, classes) in enumerate(borders(dtype, teacher_dtype)):
-            for difference in (1.0, 1e-2):
+            for difference in (1.0, 1e-2) if index % 2 == 0 else (1.0,):
                 values = 3 * torch.randn(rows, classes, generator=generator, dtype=torch.float64)
                 other = values + difference * torch.randn(
                     rows, classes, generator=generator, dtype=torch.float64
