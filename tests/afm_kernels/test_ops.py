@@ -201,12 +201,12 @@ def test_library_without_compiled_modules(tmp_path: Any) -> None:
     code = """
 import sys, pathlib, shutil
 source, target = map(pathlib.Path, sys.argv[1:])
-shutil.copytree(source, target / "afm_kernels", ignore=shutil.ignore_patterns("*.so", "triton", "__pycache__"))
+shutil.copytree(source, target / "afm_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
 sys.path.insert(0, str(target))
 import torch, afm_kernels
 assert afm_kernels.__file__.startswith(str(target))
 info = afm_kernels.backend_info()
-assert set(info["serves"].values()) == {"reference"}, info
+assert {name for op, name in info["serves"].items() if op.endswith("/cpu")} == {"reference"}, info
 assert "not built" in info["backends"]["cpp"], info
 assert afm_kernels.softmax_kl_div(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
 try:
