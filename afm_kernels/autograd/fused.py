@@ -39,8 +39,9 @@ LOSS_OPS = {
 
 # Number of classes from which on `recompute=None` recomputes, by backend; None: never. The gradients made in
 # the forward save a pass over the logits; recomputing pays where the upstream gradient costs a pass more than
-# that.
-RECOMPUTE_FROM: dict[str, int | None] = {"reference": None, "cpp": None, "cuda": None, "triton": None}
+# that. Triton streams rows of more than 8192 classes: it reads them twice in either case, so that gradients
+# made in the forward would save nothing and hold memory until the backward.
+RECOMPUTE_FROM: dict[str, int | None] = {"reference": None, "cpp": None, "cuda": None, "triton": 8193}
 
 
 def prefers_recompute(student: Tensor, teacher: Tensor, backend: str) -> bool:

@@ -24,11 +24,11 @@ from torch import Tensor
 class Limits:
     """Block sizes and the thresholds between kernels. Tests lower them, so that small inputs take every path."""
 
-    # Widest row that stays in registers, and the widest of JS, which keeps more of it: at 8192 classes 16 warps
-    # hold 16 logits of each side a lane. test_triton_aot.py shows these to fit without spills, and the compiler
-    # spills at the next power of two.
+    # Widest row that stays in registers, and the widest where more is kept of it (JS, distillation): at 8192 classes
+    # 512 lanes hold 16 logits of each side. ``resources`` shows these to compile without spills for every target,
+    # and the next power of two not to.
     on_chip: int = 8192
-    on_chip_js: int = 4096
+    on_chip_more: int = 4096
     # Elements of a tile of several short rows: 128 rows of 10 classes are one program, and so is their sum.
     tile: int = 2048
     # Lanes of a streaming program, and the bytes that each reads of a side at a time: one 128-bit access.

@@ -103,15 +103,24 @@ def _linf_kernel(
 
 
 @triton.jit
-def _l2_moved(g_x_adv, g_grad, g_x, at, mask, step, per_length, START: tl.constexpr):
+def _l2_gradient(g_grad, at, mask, unit):
+    """Part of a gradient in float64, in which no square of a narrower type overflows or vanishes; float64 itself
+    is taken in units of the sample's largest."""
+    grad = tl.load(g_grad + at, mask=mask, other=0.0)
+    if g_grad.dtype.element_ty == tl.float64:
+        grad = grad / unit
+    return grad.to(tl.float64)
+
+
+@triton.jit
+def _l2_moved(g_x_adv, g_grad, g_x, at, mask, step, unit, per_length, START: tl.constexpr):
     """x and the moved point of part of a sample, in float64; 0 and 0 outside it."""
     x = tl.load(g_x + at, mask=mask, other=0.0).to(tl.float64)
     x_adv = tl.load(g_x_adv + at, mask=mask, other=0.0).to(tl.float64)
     if START:
         return x, x + step * x_adv
     else:
-        grad = tl.load(g_grad + at, mask=mask, other=0.0).to(tl.float64)
-        return x, x_adv + step * (grad * per_length)
+        return x, x_adv + step * (_l2_gradient(g_grad, at, mask, unit) * per_length)
 
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_INTEGERS)
@@ -138,30 +147,28 @@ def _l2_kernel(
     step = scalar(step_size, tl.float64)
     radius = scalar(eps, tl.float64)
 
+    unit = scalar(1.0, tl.float64)
     per_length = scalar(1.0, tl.float64)
     if not START:
-        # In float64 no square of a float32 overflows or vanishes; float64 gradients are scaled by their largest.
-        largest = tl.zeros([BLOCK], tl.float64)
         if g_grad.dtype.element_ty == tl.float64:
+            largest = tl.zeros([BLOCK], tl.float64)
             for first in range(0, size, BLOCK):
                 grad = tl.load(g_grad + start + first + lanes, mask=first + lanes < size, other=0.0)
                 largest = tl.maximum(largest, tl.abs(grad))
-        top = tl.max(largest, axis=0)
-        unit = tl.where(top == 0, 1.0, top)
+            top = tl.max(largest, axis=0)
+            unit = tl.where(top == 0, 1.0, top)
         squares = tl.zeros([BLOCK], tl.float64)
         for first in range(0, size, BLOCK):
-            grad = tl.load(g_grad + start + first + lanes, mask=first + lanes < size, other=0.0).to(
-                tl.float64
-            )
-            squares += (grad / unit) * (grad / unit)
+            grad = _l2_gradient(g_grad, start + first + lanes, first + lanes < size, unit)
+            squares += grad * grad
         length = tl.sqrt(tl.sum(squares, axis=0))
         # an infinite length has no direction: inf · 0 is the NaN that says so
-        per_length = tl.where(length == 0, 0.0, (1.0 / length) / unit)
+        per_length = tl.where(length == 0, 0.0, 1.0 / length)
 
     squares = tl.zeros([BLOCK], tl.float64)
     for first in range(0, size, BLOCK):
         at = start + first + lanes
-        x, moved = _l2_moved(g_x_adv, g_grad, g_x, at, first + lanes < size, step, per_length, START)
+        x, moved = _l2_moved(g_x_adv, g_grad, g_x, at, first + lanes < size, step, unit, per_length, START)
         squares += (moved - x) * (moved - x)
     distance = tl.sqrt(tl.sum(squares, axis=0))
     shrink = radius / distance
@@ -169,7 +176,7 @@ def _l2_kernel(
     for first in range(0, size, BLOCK):
         at = start + first + lanes
         mask = first + lanes < size
-        x, moved = _l2_moved(g_x_adv, g_grad, g_x, at, mask, step, per_length, START)
+        x, moved = _l2_moved(g_x_adv, g_grad, g_x, at, mask, step, unit, per_length, START)
         out = tl.where(distance <= radius, moved, x + (moved - x) * shrink)
         out = _clip(out, scalar(clip_min, tl.float64), scalar(clip_max, tl.float64), HAS_MIN, HAS_MAX)
         tl.store(g_out + at, stored_as(out, g_out.dtype.element_ty), mask=mask)

@@ -106,7 +106,7 @@ class Resources(NamedTuple):
     """What a compiled kernel takes. Access widths are in bytes; 0 where there is no such access."""
 
     registers: int  # a lane
-    spills: int  # bytes of local memory a lane (NVIDIA), registers spilled (AMD)
+    spills: int  # bytes of local (NVIDIA) or scratch (AMD) memory a lane
     shared: int  # bytes
     widest_load: int
     widest_store: int
@@ -154,10 +154,10 @@ def _read_amdgcn(assembly: str) -> Resources:
             raise RuntimeError(f"no {key} in the AMD assembly")
         return int(found.group(1))
 
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
     return Resources(
         number("vgpr_count"),
-        spills,
+        # scalar registers are spilled to lanes of vector registers; what is left to spill goes to scratch memory
+        number("private_segment_fixed_size"),
         number("group_segment_fixed_size"),
         _widest_amdgcn(assembly, "load"),
         _widest_amdgcn(assembly, "store"),
@@ -300,6 +300,8 @@ MORE_CALLS = (
     _kl("forward_grad", 1024, 1000, BFLOAT, "jeffreys"),
     _kl("forward_grad", 1024, 1000, BFLOAT, "js"),
     _kl("forward_grad", 1024, 1000, torch.float64),
+    _kl("forward_grad", 1024, 1000, torch.float64, "js"),
+    _kl("forward_grad", 1024, 2048, torch.float64),
     _kl("forward_grad", 4096, 4096, BFLOAT, "js"),
     _kl("forward_grad", 4096, 4096, FLOAT, "js"),
     _kl("forward_grad", 4096, 8192, FLOAT),

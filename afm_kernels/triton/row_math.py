@@ -7,10 +7,10 @@ near the mean of d under p, with x = d - c,
 
 Note [Near and far]
 ~~~~~~~~~~~~~~~~~~~
-expm1(x) - x is evaluated by its series where |x| < 1/2 (*near*), because the closed form cancels there; elsewhere
-(*far*) by the closed form, in which p·eˣ is known already: it is the student's exponential times the row's factor
-exp(max_s' - max_t' - c) · z_t/z_s-free. No third exponential is taken. A row with KL >= 1 takes its value from the
-normalisers (*direct* form), which is exact there and cannot overflow.
+expm1(x) - x is evaluated by its series where |x| < 1/2 (*near*), because the closed form cancels there, and elsewhere
+(*far*) by the closed form, which takes no third exponential: exp(t' - max_t')·eˣ = exp(s' - max_s')·f with the row's
+factor f = exp(max_s' - max_t' - c). A row with KL >= 1 takes its value from the normalisers (*direct* form), which is
+exact there and cannot overflow.
 
 Note [Excluded classes]
 ~~~~~~~~~~~~~~~~~~~~~~~

@@ -104,7 +104,12 @@ class Problem:
         self.acc = launch.triton_dtype(self.dtype)
         self.vector = launch.vector_elements(student, teacher)
         self.lane_block = launch.LIMITS.lanes * self.vector
-        on_chip = launch.LIMITS.on_chip_js if divergence == JS.value else launch.LIMITS.on_chip
+        limits = launch.LIMITS
+        self.is_js = divergence == JS.value
+        on_chip = limits.on_chip if mixture is None and not self.is_js else limits.on_chip_more
+        # float64 takes twice the registers a value, and longer series
+        self.double = 2 if self.dtype == torch.float64 else 1
+        on_chip //= self.double * self.double
         # a streamed row has at least one whole tile between its edges
         self.on_chip = rows.classes <= max(on_chip, 2 * self.lane_block - 1)
 
@@ -149,9 +154,8 @@ class Problem:
         """Runs ``tile_kernel``; ``reduction`` None wants no loss."""
         rows = self.rows
         block = max(16, launch.next_power_of_2(rows.classes))
-        tile_rows = max(1, launch.LIMITS.tile // block)
+        tile_rows = max(1, launch.LIMITS.tile // self.double // block)
         programs = triton.cdiv(rows.num_rows, tile_rows)
-        elements = block * tile_rows
         loss = None
         if reduction == 0:
             loss = self.new(rows.num_rows)
@@ -192,18 +196,23 @@ class Problem:
                 ACC=self.acc,
                 ROWS=tile_rows,
                 BLOCK=block,
-                num_warps=_tile_warps(elements),
+                num_warps=self.tile_warps(block * tile_rows),
             )
         if reduction == 1 and loss is not None:
             return self.sum(loss)
         return loss
+
+    def tile_warps(self, elements: int) -> int:
+        """256 lanes with 8 elements of each side, half of them in float64, or 16 if little else is kept of a row."""
+        many = elements > (2048 if self.is_js else 4096)
+        return launch.warps(512 if many else min(256, elements * self.double // 8))
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of ``values``, which one value already is."""
         if values.numel() == 1:
             return values.view(())
         total = self.new()
-        sum_kernel[(1,)](values, total, values.numel(), BLOCK=1024, num_warps=launch.warps(128))
+        sum_kernel[(1,)](values, total, values.numel(), BLOCK=4096, num_warps=launch.warps(512))
         return total
 
     # Streaming.
@@ -228,11 +237,10 @@ class Problem:
             return loss, stats
         splits, tiles_per_split = self.splits()
         labels, ignore_index, alpha, smoothing = self.mixture_arguments()
-        is_js = self.divergence == JS.value
-        parts = self.new(rows.num_rows * splits, PARTS.value) if splits > 1 or is_js else None
+        parts = self.new(rows.num_rows * splits, PARTS.value) if splits > 1 or self.is_js else None
         s_outer, s_inner, t_outer, t_inner = self.strides(self.student, self.teacher)
         scalars = (self.temperature, 1.0 / self.temperature, self.scale, alpha, smoothing)
-        first_loss = None if is_js else loss
+        first_loss = None if self.is_js else loss
         phase, two_levels = self.phase(), rows.two_levels
         stream_kernel[(rows.num_rows * splits,)](
             self.student,
@@ -286,7 +294,7 @@ class Problem:
                 SPLITS=MAX_SPLITS,
                 num_warps=launch.warps(MAX_SPLITS),
             )
-        if is_js:
+        if self.is_js:
             js_stream_kernel[(rows.num_rows * splits,)](
                 self.student,
                 self.teacher,
@@ -329,7 +337,7 @@ class Problem:
         rows = self.rows
         if rows.num_rows == 0 or (self.grad_student is None and self.grad_teacher is None):
             return
-        block = launch.LIMITS.grad_block
+        block = launch.LIMITS.grad_block // self.double
         tiles = triton.cdiv(rows.classes + self.vector - 1, block)
         labels, ignore_index, alpha, smoothing = self.mixture_arguments()
         stream_grad_kernel[(rows.num_rows * tiles,)](
@@ -413,11 +421,6 @@ class Problem:
 def _grad_loss_kind(grad_loss: Tensor | None) -> int:
     """GRAD_LOSS of the kernels."""
     return 0 if grad_loss is None else 1 if grad_loss.ndim == 0 else 2
-
-
-def _tile_warps(elements: int) -> int:
-    """8 elements of each side a lane, 16 in the widest rows: with the row's intermediates more would spill."""
-    return launch.warps(512 if elements > 4096 else min(256, elements // 8))
 
 
 def outputs(

@@ -1,0 +1,146 @@
+"""Triton kernels under the interpreter: the shared tests of every operator, once down each path of the kernels.
+
+The interpreter is chosen when Python starts, and ahead-of-time compilation fails under it, so each run is a process
+of its own. It takes about 10 ms a kernel program; ``RUNS`` picks, for each path, the tests that could break there, and
+lowers the block sizes until a few hundred classes take the path. Everything is run by the test that is marked slow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+HERE = Path(__file__).parent
+
+
+class Run(NamedTuple):
+    """Shared tests to run with the given ``Limits``. ``least`` of them have to exist and pass."""
+
+    tests: tuple[str, ...]  # files
+    choose: str  # a pytest -k expression
+    limits: dict[str, int]
+    least: int
+
+
+# 8 lanes of one vector: 64 classes in half precision and 32 in single are a tile, twice that is streamed.
+_SMALL = {"on_chip": 16, "on_chip_more": 16, "lanes": 8, "grad_block": 64}
+# The divergences that keep all the sums (jeffreys) and pass twice (js); a pair of half, and of mixed dtypes.
+_STREAMED = (
+    "(test_rows_and_gradients and (sliced or (hard_values and (jeffreys or js))))"
+    " or (test_dtypes and sliced and (dtype2- or dtype4-))"
+)
+
+RUNS = {
+    # the row on chip: tiles of many rows, of one row, remainders, every hard row
+    "on_chip": Run(
+        ("test_softmax_kl.py",),
+        "(test_rows_and_gradients and (classes_1- or classes_10- or classes_33 or classes_1003 or many_rows or weighted"
+        " or channels_last or mixed_layouts or transposed or expanded or permuted or hard_rows or near_offset"
+        " or no_rows))"
+        " or test_each_hard_row or test_grad_function or (test_dtypes and (hard_rows or channels_last))",
+        {},
+        180,
+    ),
+    # one program a row
+    "streamed": Run(("test_softmax_kl.py",), _STREAMED, {**_SMALL, "programs_per_multiprocessor": 1}, 7),
+    # several programs a row, and the kernel that joins them
+    "split": Run(
+        ("test_softmax_kl.py",),
+        "test_rows_and_gradients and classes_100-",
+        {**_SMALL, "programs_per_multiprocessor": 80},
+        4,
+    ),
+    "distillation": Run(
+        ("test_distillation.py",),
+        "(test_rows_and_gradients and (classes_10- or hard_rows or weighted)) or test_ends or test_table_by_hand"
+        " or test_label_that or test_no_rows",
+        {},
+        30,
+    ),
+    "distillation_streamed": Run(
+        ("test_distillation.py",),
+        "test_rows_and_gradients and classes_100-",
+        {**_SMALL, "programs_per_multiprocessor": 80},
+        2,
+    ),
+    # Not what takes long and holds nothing new for a kernel: large images, and layers above the operators.
+    "attack_and_networks": Run(
+        ("test_pgd_step.py", "test_scale_shift_relu.py"),
+        "not large_samples and not gradcheck and not transforms and not compiles and not opcheck and not memory_format"
+        " and not is_batch_norm",
+        {},
+        35,
+    ),
+}
+
+
+def run_shared_tests(tests: tuple[str, ...], choose: str, limits: dict[str, int], least: int) -> None:
+    """Runs shared tests for the backend triton in a process with the interpreter on."""
+    root = HERE.parents[1]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "AFM_TRITON_LIMITS": json.dumps(limits),
+        "PYTHONPATH": os.pathsep.join(
+            [str(HERE), str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")]
+        ),
+        # numpy says, each time, that NaN and infinity are among the numbers
+        "PYTHONWARNINGS": "ignore::RuntimeWarning",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "triton_limits", "-p", "no:cacheprovider"]
+    command += ["-k", f"triton-cpu and ({choose})", *(str(HERE / test) for test in tests)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None, done.stdout[-2000:]
+    assert int(passed.group(1)) >= least, f"only {passed.group(1)} tests were found"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_shared_tests(run: str) -> None:
+    run_shared_tests(*RUNS[run])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limits", ["default", "streamed", "split"])
+def test_all_shared_tests(limits: str) -> None:
+    everything = (
+        "test_softmax_kl.py",
+        "test_distillation.py",
+        "test_pgd_step.py",
+        "test_scale_shift_relu.py",
+    )
+    changes = {} if limits == "default" else RUNS[limits].limits
+    too_long = "not determinism and not never_negative and not small_divergences"
+    run_shared_tests(everything, "test" if limits == "default" else too_long, changes, 500)
+
+
+def test_offsets_are_64_bits_wide() -> None:
+    """Row 3 of rows 2^31 + 8 elements apart, on one level and on two: a tensor too large for an ordinary test."""
+    program = """
+import torch, triton, triton.language as tl
+from afm_kernels.triton.row_memory import row_start
+
+@triton.jit
+def starts(g_out, rows_inner: tl.int64, outer: tl.int64, inner: tl.int64):
+    row = tl.program_id(0).to(tl.int64)
+    tl.store(g_out + 2 * row, row_start(row, rows_inner, outer, inner, 8, False))
+    tl.store(g_out + 2 * row + 1, row_start(row, rows_inner, outer, inner, 8, True))
+
+out = torch.zeros(4, 2, dtype=torch.int64)
+starts[(4,)](out, 2, (2**31 + 8) // 8, 5)
+assert out[3].tolist() == [3 * (2**31 + 8), 2**31 + 8 + 40], out
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parents[1])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
