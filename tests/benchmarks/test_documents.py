@@ -48,6 +48,12 @@ def test_tables_are_those_of_the_committed_results(path):
     assert fill(text) == text, "run python -m benchmarks.report"
 
 
+@pytest.mark.parametrize("path", documents(), ids=name)
+def test_figures_of_the_documents_exist(path):
+    for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), f"{name(path)} shows {target}"
+
+
 def test_an_unknown_table_is_named():
     with pytest.raises(ValueError, match="there is no table 'kernel'"):
         fill("<!-- table:kernel -->\n<!-- /table -->")
