@@ -48,8 +48,7 @@ def prefers_recompute(student: Tensor, teacher: Tensor, backend: str) -> bool:
     """What ``recompute=None`` means for these logits.
 
     float16 always recomputes: a gradient made in the forward is rounded to float16 before a loss scale
-        multiplies it,
-    and what the scale was there to save has underflowed by then.
+    multiplies it, and what the scale was there to save has underflowed by then.
     """
     if student.dtype is torch.float16 or teacher.dtype is torch.float16:
         return True

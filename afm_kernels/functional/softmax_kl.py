@@ -66,8 +66,7 @@ def softmax_kl_div(
         temperature: T, positive.
         reduction: "none" (a value for each row), "sum", "mean" (divides by the number of elements, as
             ``F.kl_div``) or "batchmean" (divides by the number of rows: the product of all dimensions but the
-            class one). Without
-            rows, none keeps its shape, sum is 0, mean and batchmean are NaN.
+            class one). Without rows, none keeps its shape, sum is 0, mean and batchmean are NaN.
         row_weight: multiplies the rows; broadcasts to their shape. It never changes the divisor. A row of
             weight 0 contributes exactly 0 to loss and gradients, whatever it holds.
         dim: the class dimension. Channels-last (N, C, H, W) logits with ``dim=1`` are not copied.
@@ -156,8 +155,8 @@ def softmax_kl_div_grad(
 ) -> tuple[Tensor, ...]:
     """The gradients of the *summed* divergence by the logits, with no loss, no graph and no autograd engine.
 
-    This is what an attack needs at each step: hand the result to ``torch.autograd.grad(...,
-        grad_outputs=...)``.
+    This is what an attack needs at each step: hand the result to
+    ``torch.autograd.grad(..., grad_outputs=...)``.
 
     Args:
         student_logits, teacher_logits, temperature, row_weight, dim, divergence, beta: as ``softmax_kl_div``.

@@ -6,8 +6,8 @@ namespace afm::cpu {
 
 namespace {
 
-// Below this many classes in all, a second thread costs more than it saves: waking one takes as
-// long as about this much work. Measured by benchmarks/kernels/softmax_kl.py --grain.
+// Below this many classes in all a second thread is not woken: by estimate, waking one takes as
+// long as about this much work (10 to 50 µs at about 1 ns a class). Not tuned by measurement yet.
 constexpr int64_t kClassesPerThread = 16384;
 
 constexpr int64_t kStreamedBytes = 8 << 20;

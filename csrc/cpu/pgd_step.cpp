@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kLinf = 0;  // index into ops.NORMS
 
-// Elements below which a second thread costs more than it saves; benchmarks/kernels/pgd_step.py.
+// Elements below which a second thread costs more than it saves, by estimate.
 constexpr int64_t kGrain = 16384;
 // Elements that one partial sum of an l2 norm covers, whoever computes it. Three operands of it fit
 // the second-level cache.

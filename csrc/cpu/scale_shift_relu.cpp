@@ -20,8 +20,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Elements below which a second thread costs more than it saves;
-// benchmarks/kernels/scale_shift_relu.py.
+// Elements below which a second thread costs more than it saves, by estimate.
 constexpr int64_t kGrain = 16384;
 
 // Long enough that a period is no shorter than a kernel's block.
