@@ -64,7 +64,10 @@ def logits(sizes: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 
     student = 3 * torch.randn(sizes, generator=generator)
     teacher = student + torch.randn(sizes, generator=generator)
     layout = torch.channels_last if len(sizes) == 4 else torch.contiguous_format
-    return tuple(x.to(device, dtype).to(memory_format=layout) for x in (student, teacher))  # type: ignore
+    return (
+        student.to(device, dtype).to(memory_format=layout),
+        teacher.to(device, dtype).to(memory_format=layout),
+    )
 
 
 def eager_divergence(student: Tensor, teacher: Tensor, divergence: str, rows: int, dim: int) -> Tensor:
