@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from afm_kernels.autograd.fused import refuse_forward_mode
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
+NUMBERS = (int, float, torch.SymFloat, torch.SymInt)  # Sym: what torch.compile makes of a varying number
 _INFINITY = float("inf")
 
 
@@ -111,25 +113,34 @@ def constant_like_rows(name: str, value: Tensor, logits: Logits, shape: torch.Si
     return value.to(torch.float64 if double else torch.float32).expand(shape).contiguous()
 
 
+def check_real(name: str, value: float, expected: str = "a number") -> float:
+    """A number of the kinds the operators take; NumPy's scalars become Python's."""
+    if isinstance(value, NUMBERS):
+        return value
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"{name} is {_described(value)}; {expected} is expected")
+
+
 def check_positive(name: str, value: float) -> float:
-    if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name} is {_described(value)}; a positive number is expected")
+    if not isinstance(value, NUMBERS):
+        value = check_real(name, value, "a positive number")
     if not 0 < value < _INFINITY:
         raise ValueError(f"{name} is {value}; a positive, finite number is expected")
     return value * 1.0
 
 
 def check_not_negative(name: str, value: float) -> float:
-    if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name} is {_described(value)}; a number is expected")
+    if not isinstance(value, NUMBERS):
+        value = check_real(name, value)
     if not 0 <= value < _INFINITY:
         raise ValueError(f"{name} is {value}; a finite number of at least 0 is expected")
     return value * 1.0
 
 
 def check_between(name: str, value: float, low: float, high: float, open_ends: bool = False) -> float:
-    if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name} is {_described(value)}; a number is expected")
+    if not isinstance(value, NUMBERS):
+        value = check_real(name, value)
     if not ((low < value < high) if open_ends else (low <= value <= high)):
         raise ValueError(
             f"{name} is {value}; allowed: {'between' if open_ends else 'from'} {low:g} {'and' if open_ends else 'to'} "
@@ -171,6 +182,45 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor, same_dt
         )
     if same_dtype and value.dtype != other.dtype:
         raise TypeError(f"{name} has dtype {value.dtype} and {other_name} {other.dtype}; they must be equal")
+
+
+def check_writable(name: str, out: Tensor, **others: Tensor) -> None:
+    """``out`` can be written: each element once, and each other tensor is ``out`` itself or apart from it."""
+    if torch.compiler.is_compiling():  # a traced tensor has no address; the compiler keeps overlaps apart
+        return
+    if out.numel() > 1 and any(
+        stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)
+    ):
+        raise ValueError(
+            f"{name} is expanded, with strides {out.stride()}: elements that are written share memory"
+        )
+    for other_name, other in others.items():
+        if other is not out and not _same_elements(other, out) and _spans_overlap(other, out):
+            raise ValueError(
+                f"{name} overlaps {other_name} in memory; it must be {other_name} itself, or apart from it"
+            )
+
+
+def check_apart(name: str, a: Tensor, other_name: str, b: Tensor) -> None:
+    """Two tensors that are both written share no memory."""
+    if a is b or (not torch.compiler.is_compiling() and _spans_overlap(a, b)):
+        raise ValueError(f"{name} and {other_name} overlap in memory; they must be apart")
+
+
+def _same_elements(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+def _spans_overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the address ranges of two tensors overlap; views that interleave count as overlapping."""
+    if a.numel() == 0 or b.numel() == 0:
+        return False
+    return a.data_ptr() < _end(b) and b.data_ptr() < _end(a)
+
+
+def _end(tensor: Tensor) -> int:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _described(value: Any) -> str:

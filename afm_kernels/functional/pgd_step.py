@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from afm_kernels import ops
-from afm_kernels.functional.checks import check_choice, check_floating, check_like, check_positive
+from afm_kernels.functional.checks import (
+    check_choice,
+    check_floating,
+    check_like,
+    check_positive,
+    check_real,
+    check_writable,
+)
 
 Clip = tuple[float | None, float | None] | None
 
@@ -59,7 +66,8 @@ def pgd_step(
     check_like("grad", grad, "x_adv", x_adv)
     check_like("x", x, "x_adv", x_adv, same_dtype=True)
     if out is not None:
-        _check_out(out, x_adv, grad, x)
+        check_like("out", out, "x_adv", x_adv, same_dtype=True)
+        check_writable("out", out, x_adv=x_adv, grad=grad, x=x)
     step_size = check_positive("step_size", step_size)
     eps = check_positive("eps", eps)
     norm_index = _check_norm(norm, x)
@@ -165,45 +173,12 @@ def _check_clip(clip: Clip) -> tuple[float | None, float | None]:
         return None, None
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise TypeError(f"clip is {clip!r}; a pair (min, max) or None is expected")
-    clip_min, clip_max = clip
-    for bound in clip:
-        if bound is not None and not isinstance(bound, (int, float, torch.SymFloat, torch.SymInt)):
-            raise TypeError(f"clip is {clip!r}; its bounds must be numbers or None")
-        if bound is not None and bound != bound:
-            raise ValueError(f"clip is {clip!r}; its bounds must not be NaN")
+    clip_min, clip_max = (
+        None if bound is None else check_real("a bound of clip", bound, "a number or None") * 1.0
+        for bound in clip
+    )
+    if clip_min != clip_min or clip_max != clip_max:
+        raise ValueError(f"clip is {clip!r}; its bounds must not be NaN")
     if clip_min is not None and clip_max is not None and clip_min > clip_max:
         raise ValueError(f"clip is {clip!r}; its minimum must not exceed its maximum")
-    return (
-        clip_min if clip_min is None else clip_min * 1.0,
-        clip_max if clip_max is None else clip_max * 1.0,
-    )
-
-
-def _check_out(out: Tensor, x_adv: Tensor, grad: Tensor, x: Tensor) -> None:
-    check_like("out", out, "x_adv", x_adv, same_dtype=True)
-    if torch.compiler.is_compiling():  # a traced tensor has no address; the compiler keeps overlaps apart
-        return
-    if out.numel() > 1 and any(
-        stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)
-    ):
-        raise ValueError("out is expanded: its elements share memory, and each is written")
-    for name, tensor in (("x_adv", x_adv), ("grad", grad), ("x", x)):
-        if tensor is out or _same_elements(tensor, out) or not _spans_overlap(tensor, out):
-            continue
-        raise ValueError(f"out overlaps {name} in memory; it must be {name} itself, or apart from it")
-
-
-def _same_elements(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype
-
-
-def _spans_overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the address ranges of two tensors overlap; views that interleave count as overlapping."""
-    if a.numel() == 0 or b.numel() == 0:
-        return False
-    return a.data_ptr() < _end(b) and b.data_ptr() < _end(a)
-
-
-def _end(tensor: Tensor) -> int:
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr() + (last + 1) * tensor.element_size()
+    return clip_min, clip_max

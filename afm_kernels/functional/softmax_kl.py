@@ -33,12 +33,14 @@ from afm_kernels import ops
 from afm_kernels.autograd.fused import Call, prefers_recompute, refuse_forward_mode, transformed_loss
 from afm_kernels.autograd.softmax_kl import SoftmaxKLDivFunction
 from afm_kernels.functional.checks import (
+    check_apart,
     check_between,
     check_choice,
     check_logits,
     check_positive,
     check_recompute,
     check_row_weight,
+    check_writable,
 )
 from afm_kernels.functional.reduction import divides_outside, divisor, loss_of_no_rows, reduction_and_scale
 
@@ -162,7 +164,7 @@ def softmax_kl_div_grad(
         student_logits, teacher_logits, temperature, row_weight, dim, divergence, beta: as ``softmax_kl_div``.
         wrt: the sides to differentiate by, "student" and "teacher", in the order of the result.
         out: one tensor for each side of ``wrt``, of its logits' shape, dtype and device, written in place of
-            new ones.
+            new ones. It may be logits themselves, and must otherwise share no memory with them or with each other.
 
     Returns:
         A tuple of gradients, one for each side of ``wrt``, with the dtype, shape and dense strides of the
@@ -242,9 +244,12 @@ def _checked_out(
                 f"out for {side!r} is {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}; expected "
                 f"{tuple(like.shape)}, {like.dtype} on {like.device}"
             )
-        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-            raise ValueError(f"out for {side!r} has strides {tensor.stride()}, so that it overlaps itself")
         if tensor.requires_grad:
             raise ValueError(f"out for {side!r} requires a gradient; pass a tensor that does not")
+        check_writable(
+            f"out for {side!r}", tensor, student_logits=logits["student"], teacher_logits=logits["teacher"]
+        )
+    if len(out) == 2:
+        check_apart("out for 'student'", out[0], "out for 'teacher'", out[1])
     by_side = dict(zip(wrt, out, strict=True))
     return by_side.get("student"), by_side.get("teacher")

@@ -10,6 +10,7 @@ import torch
 from afm_kernels import distillation_loss, dkl_loss, softmax_kl_div, softmax_kl_div_grad
 
 GOOD = torch.zeros(4, 5)
+SHARED = torch.zeros(5, 5)
 LABELS = torch.zeros(4, dtype=torch.long)
 
 
@@ -214,7 +215,21 @@ OWN = {
             GOOD,
             {"out": (GOOD[:1].clone().expand(4, 5), GOOD.clone())},
             ValueError,
-            r"out for 'student' .* overlaps itself",
+            r"out for 'student' is expanded",
+        ),
+        (
+            GOOD,
+            GOOD,
+            {"out": (SHARED[:4], SHARED[1:])},
+            ValueError,
+            r"out for 'student' and out for 'teacher' overlap in memory; they must be apart",
+        ),
+        (
+            SHARED[:4],
+            GOOD,
+            {"out": (SHARED[1:], GOOD)},
+            ValueError,
+            r"out for 'student' overlaps student_logits in memory; it must be student_logits itself",
         ),
     ],
     "distillation_loss": [
