@@ -25,15 +25,17 @@ class TrainingProgress:
         label: what is being trained.
         total: images in the whole run.
         done: images of it that an earlier run has done.
+        show: False says nothing.
     """
 
-    def __init__(self, label: str, total: int, done: int = 0) -> None:
+    def __init__(self, label: str, total: int, done: int = 0, *, show: bool = True) -> None:
         self.label, self.total, self.first = label, total, done
         self.done, self.note = done, ""
+        self.show = show
         self.console = Console(stderr=True)
         self.started = self.last_line = time.monotonic()
         self.bar: Progress | None = None
-        if self.console.is_terminal:
+        if show and self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
@@ -73,6 +75,8 @@ class TrainingProgress:
             self.bar.update(self.task, note=note)
 
     def _line(self) -> None:
+        if not self.show:
+            return
         now = time.monotonic()
         self.last_line = now
         rate = (self.done - self.first) / max(now - self.started, 1e-9)

@@ -42,7 +42,7 @@ CHECK_EVERY = 25  # steps between looks at the loss: each look waits for the dev
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def train(config: TrainConfig, *, label: str | None = None) -> dict[str, Any]:
+def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -> dict[str, Any]:
     """Train one network, and write DIR/checkpoint.pt, DIR/metrics.jsonl and DIR/result.json.
 
     Everything that can be wrong with the configuration, the data and the teacher is found before DIR is touched.
@@ -50,6 +50,7 @@ def train(config: TrainConfig, *, label: str | None = None) -> dict[str, Any]:
     Args:
         config: what to train, on what and how; unset fields take the method's defaults.
         label: what the progress bar calls this run; the method and the model if not given.
+        show: whether there is a progress bar.
 
     Returns:
         What result.json holds: accuracies in percent on the test split, fidelity to the teacher, and the time taken.
@@ -117,7 +118,10 @@ def train(config: TrainConfig, *, label: str | None = None) -> dict[str, Any]:
         config.epochs * len(train_set),
         state.step * len(train_set) // steps_per_epoch,
     )
-    with _board(config, out) as board, TrainingProgress(label, images_in_run, images_done) as progress:
+    with (
+        _board(config, out) as board,
+        TrainingProgress(label, images_in_run, images_done, show=show) as progress,
+    ):
         for epoch in range(state.step // steps_per_epoch, config.epochs):
             started = time.perf_counter()
             student.train()
