@@ -150,6 +150,7 @@ class PGDAttack:
         labels: Tensor | None = None,
         *,
         teacher_logits: Tensor | None = None,
+        x_start: Tensor | None = None,
     ) -> Tensor:
         """Attack the images x.
 
@@ -161,13 +162,14 @@ class PGDAttack:
             labels: int64 (N,), for the objectives that need them.
             teacher_logits: for objectives with the teacher on clean images, its logits, where the caller has
                 them already.
+            x_start: where the first run starts, for a caller that drew it itself; ``init`` decides otherwise.
 
         Returns:
             x_adv: x's shape, dtype, device and memory format; within eps of x and within the clip range to one ulp.
         """
         student = unwrap(student)
         teacher = None if teacher is None else unwrap(teacher)
-        self._check_call(student, teacher, x, labels, teacher_logits)
+        self._check_call(student, teacher, x, labels, teacher_logits, x_start)
         if x.numel() == 0:
             return x.detach().clone()
         if self._teacher_use(teacher) == "none" or teacher_logits is not None:
@@ -177,11 +179,17 @@ class PGDAttack:
             x = x.detach()
             if x.is_inference():
                 x = x.clone()
+            x_start = None if x_start is None else x_start.detach().clone()
             if self.early_stop:
-                return self._attack_until_success(student, teacher, x, labels, teacher_logits)
+                return self._attack_until_success(student, teacher, x, labels, teacher_logits, x_start)
             if self._captures(student, teacher, x):
-                return self._attack_captured(student, teacher, x, labels, teacher_logits)
-            return self._attack(student, teacher, x, labels, teacher_logits, self._generator(x.device))
+                return self._attack_captured(student, teacher, x, labels, teacher_logits, x_start)
+            generator = self._generator(x.device)
+            return self._attack(student, teacher, x, labels, teacher_logits, x_start, generator)
+
+    def draw_start(self, x: Tensor) -> Tensor:
+        """A point of the ball for each image, as ``init`` says: what ``x_start`` takes."""
+        return self._start(x, self._generator(x.device))
 
     def get_rng_state(self) -> dict[str, Tensor]:
         """The state of the attack's own generators by device, for an exact resume; empty without a seed."""
@@ -212,6 +220,7 @@ class PGDAttack:
         x: Tensor,
         labels: Tensor | None,
         teacher_logits: Tensor | None,
+        x_start: Tensor | None,
         generator: torch.Generator | None,
     ) -> Tensor:
         """Starts, steps and restarts: all that a captured graph holds."""
@@ -221,11 +230,14 @@ class PGDAttack:
             with torch.no_grad():
                 teacher_logits = _logits(student if teacher is None else teacher, x_inner)
             teacher = None
-        best = self._one_run(student, teacher, x, x_inner, labels, teacher_logits, generator)
+        if x_start is None:
+            x_start = self._start(x, generator)
+        best = self._one_run(student, teacher, x_start, x_inner, labels, teacher_logits)
         if self.restarts > 1:
             best_score = self._score(student, teacher, best, labels, teacher_logits)
         for _ in range(self.restarts - 1):
-            x_adv = self._one_run(student, teacher, x, x_inner, labels, teacher_logits, generator)
+            x_start = self._start(x, generator)
+            x_adv = self._one_run(student, teacher, x_start, x_inner, labels, teacher_logits)
             score = self._score(student, teacher, x_adv, labels, teacher_logits)
             better = score > best_score
             best = torch.where(better.view(-1, *[1] * (x.dim() - 1)), x_adv, best)
@@ -236,15 +248,13 @@ class PGDAttack:
         self,
         student: nn.Module,
         teacher: nn.Module | None,
-        x: Tensor,
+        x_start: Tensor,
         x_inner: Tensor,
         labels: Tensor | None,
         teacher_logits: Tensor | None,
-        generator: torch.Generator | None,
     ) -> Tensor:
-        """One start and K steps."""
-        # From the caller's x: noise is drawn in memory order, so a seed means one start however x is converted.
-        x_adv = _networks_format(self._start(x, generator), student, teacher)
+        """K steps from one start."""
+        x_adv = _networks_format(x_start, student, teacher)
         for _ in range(self.steps):
             gradient = self._input_gradient(student, teacher, x_adv, labels, teacher_logits)
             x_adv = self._step(x_adv, gradient, x_inner)
@@ -257,6 +267,7 @@ class PGDAttack:
         x: Tensor,
         labels: Tensor | None,
         teacher_logits: Tensor | None,
+        x_start: Tensor | None,
     ) -> Tensor:
         """The same with the broken images taken out of the batch as they break."""
         x_inner = _networks_format(x, student, teacher)
@@ -268,7 +279,8 @@ class PGDAttack:
         active = torch.arange(len(x), device=x.device)
         for _ in range(self.restarts):
             rows = _rows(active, x_inner, labels, teacher_logits)
-            x_adv = self._start(rows[0], self._generator(x.device))
+            x_adv = self._start(rows[0], self._generator(x.device)) if x_start is None else x_start
+            x_start = None  # the first run's alone
             for step in range(self.steps + 1):
                 x_rows, label_rows, teacher_rows = rows
                 # The logits that the gradient needs also say which images are broken: no extra forward.
@@ -288,6 +300,7 @@ class PGDAttack:
         return _in_format_of(result, x)
 
     def _start(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        # From the caller's x: noise is drawn in memory order, so a seed means one start however x is converted.
         return pgd_start(x, eps=self.eps, init=self.init, norm=self.norm, clip=self.clip, generator=generator)
 
     def _step(self, x_adv: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
@@ -372,8 +385,9 @@ class PGDAttack:
         x: Tensor,
         labels: Tensor | None,
         teacher_logits: Tensor | None,
+        x_start: Tensor | None,
     ) -> Tensor:
-        inputs = (x, labels, teacher_logits)
+        inputs = (x, labels, teacher_logits, x_start)
         key = (_addresses(student), _addresses(teacher), *map(_layout, inputs), *_autocast_state(x.device))
         captured = self._graphs.get(
             key, lambda: CapturedAttack(self, student, teacher, inputs, self._generator(x.device))
@@ -404,6 +418,7 @@ class PGDAttack:
         x: Tensor,
         labels: Tensor | None,
         teacher_logits: Tensor | None,
+        x_start: Tensor | None,
     ) -> None:
         name = type(self.objective).__name__
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -423,6 +438,11 @@ class PGDAttack:
         if teacher_logits is not None and len(teacher_logits) != len(x):
             raise ValueError(
                 f"teacher_logits must have a row for each of the {len(x)} images, got {tuple(teacher_logits.shape)}"
+            )
+        if x_start is not None and (x_start.shape, x_start.dtype) != (x.shape, x.dtype):
+            raise ValueError(
+                f"x_start must be like x, {x.dtype} of shape {tuple(x.shape)}, got {x_start.dtype} of shape "
+                f"{tuple(x_start.shape)}"
             )
         if labels is None and getattr(self.objective, "needs_labels", False):
             raise ValueError(f"objective {name} needs labels, got None")
@@ -476,9 +496,9 @@ class CapturedAttack:
         self.static_inputs = tuple(None if t is None else t.clone() for t in inputs)
 
         def run() -> Tensor:
-            x, labels, teacher_logits = self.static_inputs
+            x, labels, teacher_logits, x_start = self.static_inputs
             assert x is not None
-            return attack._attack(student, teacher, x, labels, teacher_logits, generator)
+            return attack._attack(student, teacher, x, labels, teacher_logits, x_start, generator)
 
         device = inputs[0].device if inputs[0] is not None else torch.device("cuda")
         self.static_output, self.replay = capture_graph(run, device, generator)

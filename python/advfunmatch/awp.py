@@ -14,19 +14,25 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .distributed import World
+
 TINY = 1e-20  # the official code's guard against a gradient of zero
 
 
 @contextmanager
 def perturbed_weights(
-    student: nn.Module, loss_of: Callable[[Callable[[Tensor], Tensor]], Tensor], gamma: float
+    student: nn.Module,
+    loss_of: Callable[[Callable[[Tensor], Tensor]], Tensor],
+    gamma: float,
+    world: World,
 ) -> Iterator[None]:
     """Move the weights up the loss, and back when the block ends.
 
     Args:
         student: the network, in train mode.
-        loss_of: the loss of the batch as a function of a student.
+        loss_of: this process's part of the batch's loss as a function of a student.
         gamma: length of each weight's move, relative to its norm.
+        world: the processes that share the batch.
     """
     weights: list[Tensor] = [
         p for name, p in student.named_parameters() if p.dim() > 1 and name.endswith("weight")
@@ -37,6 +43,7 @@ def perturbed_weights(
         return functional_call(student, buffers, (x,))
 
     gradients = torch.autograd.grad(loss_of(proxy), weights)
+    world.sum_(gradients)
     with torch.no_grad():
         moves = [
             gamma * weight.norm() / (gradient.norm() + TINY) * gradient

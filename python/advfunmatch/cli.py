@@ -3,7 +3,8 @@
 Note [Exit codes]
 ~~~~~~~~~~~~~~~~~
 0: done. 2: what was asked for cannot be done (a name, a value, a file, a full disk); one sentence on stderr says why.
-1: training diverged. 130: interrupted. Anything else is a bug and shows its traceback.
+1: training diverged. 130: interrupted. Anything else is a bug and shows its traceback. Of the processes that torchrun
+started, all end with that code, and the first one says why.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -26,7 +28,8 @@ from . import demo as demo_module
 from .checkpoint import load_foreign, model_of, read_checkpoint, require_fit
 from .config import FRACTIONS, TrainConfig, config_from, parse_number, read_settings
 from .data import ImageDataset, as_float, load_dataset
-from .errors import InputError, TrainingDiverged, one_of
+from .distributed import leave_world
+from .errors import InputError, ProcessLost, TrainingDiverged, one_of
 from .evaluate import ATTACKS, attack_images, check_attacks, mismatched_examples
 from .evaluate import evaluate as evaluate_model
 from .files import make_folder, write_atomically, write_json
@@ -86,7 +89,12 @@ def train(preset: str | None, config: str | None, **flags: Any) -> None:
     settings |= read_settings(config) if config else {}
     settings |= {name: value for name, value in flags.items() if value is not None}
     resolved = config_from(settings)
-    result = train_model(resolved)
+    try:
+        result = train_model(resolved)
+    finally:
+        leave_world()
+    if not result:  # the first process reports
+        return
     line = f"clean {result['clean']:.2f} %   PGD-20 {result['pgd20']:.2f} %"
     if "agreement" in result:
         line += f"   agreement {result['agreement']:.2f} %"
@@ -266,6 +274,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except TrainingDiverged as error:
         return _fail(str(error), 1)
+    except ProcessLost:
+        return 2
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted; the last checkpoint is whole", 130)
     except Exception as error:
@@ -273,10 +283,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             return _fail(error.format_message(), 2)
         if isinstance(error, torch.OutOfMemoryError):
-            return _fail(f"the device is out of memory; a smaller --batch-size needs less ({error})", 2)
+            sentence = f"the device is out of memory; a smaller --batch-size needs less ({error})"
+            return _fail(sentence, 2, everywhere=True)
         raise
 
 
-def _fail(sentence: str, code: int) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
+def _fail(sentence: str, code: int, *, everywhere: bool = False) -> int:
+    """Say what is wrong; of several processes only the first does, unless each fails for itself."""
+    if everywhere or os.environ.get("RANK", "0") == "0":
+        print(f"error: {sentence}", file=sys.stderr)
     return code

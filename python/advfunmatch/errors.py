@@ -1,4 +1,4 @@
-"""The two errors that a user can cause, each carrying one sentence that says what to do."""
+"""The errors that a user can cause, each carrying one sentence that says what to do."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ class InputError(ValueError):
 
 class TrainingDiverged(RuntimeError):
     """A training loss stopped being finite; the message names the step, the last good checkpoint and the cause."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process of a run has ended, and has itself said why."""
 
 
 def one_of(what: str, given: object, allowed: Iterable[str]) -> InputError:

@@ -27,6 +27,7 @@ from .checkpoint import load_foreign, model_of, read_checkpoint, require_fit, sa
 from .config import TrainConfig
 from .data import ImageDataset, as_float, choose, load_dataset
 from .data.augment import augmented, parse_augmentation
+from .distributed import World, join_world, synchronise_batch_norm
 from .environment import environment
 from .errors import InputError, TrainingDiverged
 from .evaluate import evaluate
@@ -45,7 +46,8 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -> dict[str, Any]:
     """Train one network, and write DIR/checkpoint.pt, DIR/metrics.jsonl and DIR/result.json.
 
-    Everything that can be wrong with the configuration, the data and the teacher is found before DIR is touched.
+    Everything that can be wrong with the configuration, the data and the teacher is found before DIR is touched. Under
+    torchrun, the processes share each batch; see Note [Processes].
 
     Args:
         config: what to train, on what and how; unset fields take the method's defaults.
@@ -54,43 +56,52 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
 
     Returns:
         What result.json holds: accuracies in percent on the test split, fidelity to the teacher, and the time taken.
+        Nothing in a process other than the first.
 
     Raises:
         InputError: a setting, the data, the teacher or DIR cannot be used.
         TrainingDiverged: the loss became NaN or infinite.
     """
     config = config.resolve()
-    device = choose_device(config.device)
-    method = get_method(config.method)
-    train_set = load_dataset(config.data, split="train", limit=config.limit).to(device)
-    test_set = load_dataset(config.data, split="test", limit=config.eval_limit).to(device)
-    extra_set = load_dataset(config.extra_data, split="train").to(device) if config.extra_data else None
-    for other in (test_set, extra_set):
-        _require_same_kind(train_set, other)
-    teacher = _load_teacher(config, train_set, device) if config.teacher else None
-    torch.manual_seed(config.seed)
-    student = create_model(config.model, num_classes=train_set.num_classes, in_channels=train_set.in_channels)
-    student.to(device)
-    _require_forward(student, train_set, config)
-    if config.channels_last:
-        student.to(memory_format=torch.channels_last)
-    state = _new_state(config, student, device)
-
+    world, device = join_world(choose_device(config.device))
     out = Path(config.out)
     checkpoint_path = out / "checkpoint.pt"
-    if config.resume:
-        if stored := checkpoint_to_resume(checkpoint_path, config):
-            state.restore(stored)
-    elif checkpoint_path.exists() and not config.overwrite:
-        raise InputError(
-            f"out {config.out!r} already holds a run; --resume continues it, and --overwrite replaces it"
+    method = get_method(config.method)
+    with world.together():
+        if world.size > 1 and config.reduction == "sum":
+            raise InputError("reduction is 'sum', but several processes need a mean: batchmean or mean")
+        train_set = load_dataset(config.data, split="train", limit=config.limit).to(device)
+        test_set = load_dataset(config.data, split="test", limit=config.eval_limit).to(device)
+        extra_set = load_dataset(config.extra_data, split="train").to(device) if config.extra_data else None
+        for other in (test_set, extra_set):
+            _require_same_kind(train_set, other)
+        teacher = _load_teacher(config, train_set, device) if config.teacher else None
+        torch.manual_seed(config.seed)
+        student = create_model(
+            config.model, num_classes=train_set.num_classes, in_channels=train_set.in_channels
         )
-    make_folder(out, "out")
-    made_with = environment(device)
-    write_json(out / "run.json", {"config": config.to_dict(), "environment": made_with})
+        student.to(device)
+        _require_forward(student, train_set, config)
+        if config.channels_last:
+            student.to(memory_format=torch.channels_last)
+        state = _new_state(config, student, device)
+        if config.resume:
+            if stored := checkpoint_to_resume(checkpoint_path, config):
+                state.restore(stored)
+        elif checkpoint_path.exists() and not config.overwrite:
+            raise InputError(
+                f"out {config.out!r} already holds a run; --resume continues it, and --overwrite replaces it"
+            )
+        lean_student, lean_teacher = _prepare(config, method, student, teacher)
+        if world.size > 1:  # after the attack's copies were made, which fold batch norm away
+            synchronise_batch_norm(student, config.model)
+    made_with = {**environment(device), "processes": world.size}
+    with world.together():
+        if world.leads:
+            make_folder(out, "out")
+            write_json(out / "run.json", {"config": config.to_dict(), "environment": made_with})
 
     attack = make_attack(config)
-    lean_student, lean_teacher = _prepare(config, method, student, teacher)
     batch_size = config.batch_size - (round(config.extra_ratio * config.batch_size) if extra_set else 0)
     steps_per_epoch = math.ceil(len(train_set) / max(batch_size, 1))
     monitor_set = test_set.subset(choose(len(test_set), config.monitor_images))
@@ -100,7 +111,6 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
         return torch.autocast(device.type, autocast_dtype) if autocast_dtype else nullcontext()
 
     def save() -> None:
-        write_json_lines(out / "metrics.jsonl", state.metrics)
         fixed = {
             "model": config.model,
             "num_classes": train_set.num_classes,
@@ -111,7 +121,10 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
             "environment": made_with,
             "epoch": state.step // steps_per_epoch,
         }
-        save_checkpoint(checkpoint_path, {**fixed, **state.to_checkpoint()})
+        with world.together():
+            if world.leads:
+                write_json_lines(out / "metrics.jsonl", state.metrics)
+                save_checkpoint(checkpoint_path, {**fixed, **state.to_checkpoint()})
 
     label = label or f"{config.method} {config.model}"
     images_in_run, images_done = (
@@ -119,8 +132,8 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
         state.step * len(train_set) // steps_per_epoch,
     )
     with (
-        _board(config, out) as board,
-        TrainingProgress(label, images_in_run, images_done, show=show) as progress,
+        _board(config, out, world) as board,
+        TrainingProgress(label, images_in_run, images_done, show=show and world.leads) as progress,
     ):
         for epoch in range(state.step // steps_per_epoch, config.epochs):
             started = time.perf_counter()
@@ -135,14 +148,17 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
                     continue
                 torch.manual_seed(derive_seed(config.seed, "step", state.step))
                 x, labels = _batch(train_set, indices.to(device), extra_set, config)
+                x_start, weight = None, 1.0
+                if world.size > 1:
+                    x_start = attack.draw_start(x) if attack else x
+                    (x, labels, x_start), weight = world.share(x, labels, x_start)
                 for group in state.optimizer.param_groups:
                     group["lr"] = learning_rate(state.step, steps_per_epoch, config)
                 logits = Logits(student, teacher, x, labels, epoch)
                 if attack is not None:
                     with autocast():
-                        logits.x_adv = run_attack(attack, method, logits, lean_student, lean_teacher).to(
-                            x.dtype
-                        )
+                        x_adv = run_attack(attack, method, logits, lean_student, lean_teacher, x_start)
+                    logits.x_adv = x_adv.to(x.dtype)
 
                 # Batches index - index % accumulate ... of this epoch share one optimizer step.
                 opens = index % config.accumulate == 0
@@ -150,19 +166,21 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
                 shared_by = min(config.accumulate, steps_per_epoch - (index - index % config.accumulate))
                 if opens:
                     state.optimizer.zero_grad(set_to_none=True)
-                with worst_weights(student, method, logits, config):
+                with worst_weights(student, method, logits, config, world, weight):
                     with autocast():
-                        loss = method.loss(logits, config)
+                        loss = weight * method.loss(logits, config)
                     state.scaler.scale(loss / shared_by).backward()
                     if closes:
-                        _optimizer_step(state, config)
+                        _optimizer_step(state, config, world)
                 if closes:
                     if lean_student is not None:
                         lean_student.refresh_()
                     if state.average and config.ema:
                         state.average.update(student)
-                state.loss_sum += loss.detach()
-                recent.append(loss.detach())
+                loss = loss.detach()
+                world.sum_([loss])
+                state.loss_sum += loss
+                recent.append(loss)
                 state.step += 1
                 progress.advance(len(indices))
                 last = index + 1 == steps_per_epoch
@@ -187,7 +205,11 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
                 "seconds": round(state.seconds, 3),
                 "images_per_second": round((epoch + 1) * len(train_set) / state.seconds, 1),
             }
-            if config.eval_every and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs):
+            if (
+                world.leads
+                and config.eval_every
+                and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs)
+            ):
                 measured = evaluate(
                     state.evaluated, monitor_set, ["clean", "pgd10"], eps=config.eps, norm=config.norm
                 )
@@ -200,6 +222,8 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
             state.loss_sum.zero_()
             save()
 
+    if not world.leads:
+        return {}
     final = evaluate(
         state.evaluated, test_set, ["clean", "pgd20"], eps=config.eps, norm=config.norm, teacher=teacher
     )
@@ -225,27 +249,31 @@ def run_attack(
     logits: Logits,
     lean_student: PreparedModel | None = None,
     lean_teacher: PreparedModel | None = None,
+    x_start: Tensor | None = None,
 ) -> Tensor:
     """Adversarial examples of one batch, found on the prepared copies of the networks where there are any."""
     student = lean_student or logits.student
     assert isinstance(student, nn.Module)
     if not method.needs_teacher:  # a teacher that the method does not match is only there to be compared with
-        return attack(student, None, logits.x, logits.labels)
+        return attack(student, None, logits.x, logits.labels, x_start=x_start)
     teacher = lean_teacher or logits.teacher
     assert isinstance(teacher, nn.Module)
     # The loss needs the teacher's clean logits too where the attack does; they are computed once.
     known = logits.teacher_clean if method.objective == "fixed_teacher" else None
-    return attack(student, teacher, logits.x, logits.labels, teacher_logits=known)
+    return attack(student, teacher, logits.x, logits.labels, teacher_logits=known, x_start=x_start)
 
 
 def worst_weights(
-    student: nn.Module, method: Method, logits: Logits, config: TrainConfig
+    student: nn.Module, method: Method, logits: Logits, config: TrainConfig, world: World, weight: float
 ) -> AbstractContextManager[None]:
     """Where --awp is on and warmed up: the weights moved against this batch; otherwise nothing."""
     if not config.awp or logits.epoch < config.awp_warmup:
         return nullcontext()
     return perturbed_weights(
-        student, lambda proxy: method.loss(logits.for_student(proxy), config), config.awp_gamma
+        student,
+        lambda proxy: weight * method.loss(logits.for_student(proxy), config),
+        config.awp_gamma,
+        world,
     )
 
 
@@ -314,7 +342,8 @@ def _batch(
     return (x.contiguous(memory_format=torch.channels_last) if config.channels_last else x), labels
 
 
-def _optimizer_step(state: TrainingState, config: TrainConfig) -> None:
+def _optimizer_step(state: TrainingState, config: TrainConfig, world: World) -> None:
+    world.sum_([p.grad for p in state.student.parameters() if p.grad is not None])
     if config.clip_grad is not None:
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.student.parameters(), config.clip_grad)
@@ -326,8 +355,8 @@ def _refresh_average(average: WeightAverage, data: ImageDataset, config: TrainCo
     refresh_batch_norm(average.model, [as_float(images) for images in data.images.split(config.batch_size)])
 
 
-def _board(config: TrainConfig, out: Path) -> AbstractContextManager[Any]:
-    if not config.tensorboard:
+def _board(config: TrainConfig, out: Path, world: World) -> AbstractContextManager[Any]:
+    if not (config.tensorboard and world.leads):
         return nullcontext()
     from torch.utils.tensorboard import SummaryWriter
 

@@ -377,7 +377,7 @@ def test_no_weight_gradient_no_read_of_the_device_and_shapes_without_data(
     for x in (images, torch.zeros_like(images)):
         attack = PGDAttack(objective, eps=EPS, step_size=STEP, steps=2, restarts=2, seed=SEED, clip=(0, 1))
         with Recorder() as recorder:
-            attack._attack(student, teacher, x, LABELS, None, attack._generator(x.device))
+            attack._attack(student, teacher, x, LABELS, None, None, attack._generator(x.device))
         # oneDNN's pointwise operators are the forward of a prepared network's convolutions
         assert recorder.masks
         assert all(mask == [True, False, False] for mask in recorder.masks)
@@ -555,3 +555,18 @@ def test_input_gradient_is_one_steps_gradient(student, teacher, images) -> None:
     log_q, log_p = student(x).log_softmax(1), teacher(x).log_softmax(1)
     (want,) = torch.autograd.grad((log_p.exp() * (log_p - log_q)).sum(), x)
     torch.testing.assert_close(input_gradient(student, teacher, images), want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_start_of_the_callers_own(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
+    settings = {"eps": EPS, "step_size": STEP, "steps": 2}
+    start = PGDAttack(init="uniform", seed=SEED, **settings).draw_start(images)
+    expected = PGDAttack(init="uniform", seed=SEED, **settings)(student, teacher, images)
+    # Whole or in parts: an image's attack depends on its own start alone.
+    parts = zip(images.split(3), start.split(3), strict=True)
+    attacked = [PGDAttack(**settings)(student, teacher, part, x_start=own) for part, own in parts]
+    torch.testing.assert_close(torch.cat(attacked), expected)
+    with pytest.raises(ValueError, match="x_start must be like x"):
+        PGDAttack(**settings)(student, teacher, images, x_start=start[:2])
+    unmoved = PGDAttack(**{**settings, "steps": 0})(student, teacher, images, x_start=start)
+    assert torch.equal(unmoved, start)
+    assert unmoved.data_ptr() != start.data_ptr()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from advfunmatch import TrainConfig, create_model
 from advfunmatch.awp import perturbed_weights
 from advfunmatch.config import setting_names
+from advfunmatch.distributed import World
 from advfunmatch.methods import METHODS, Logits, make_attack
 from advfunmatch.trainer import run_attack
 from torch import Tensor, nn
@@ -247,7 +248,7 @@ def test_awp_step_against_the_official_arithmetic(setting) -> None:  # type: ign
         logits.x_adv = x_adv
         return METHODS["trades"].loss(logits, config)
 
-    with perturbed_weights(student, loss_of, 5e-3):
+    with perturbed_weights(student, loss_of, 5e-3, World()):
         assert torch.equal(student.features[1].running_mean, before["features.1.running_mean"])  # type: ignore[index]
         ours = loss_and_gradients(student, loss_of(student))
     for mine, theirs in zip(ours, expected, strict=True):

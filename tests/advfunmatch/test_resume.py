@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from advfunmatch import InputError, TrainConfig, train
+from saved import same, state_of
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -25,28 +26,6 @@ STATEFUL = {
     "schedule": "one_cycle",
     "batch_size": 50,
 }
-
-
-def same(first: object, second: object) -> bool:
-    """Whether two nested checkpoints are equal to the last bit."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)  # type: ignore[arg-type]
-    if isinstance(first, dict):
-        return set(first) == set(second) and all(same(first[k], second[k]) for k in first)  # type: ignore[call-overload, index]
-    if isinstance(first, list):
-        return len(first) == len(second) and all(map(same, first, second))  # type: ignore[arg-type, call-overload]
-    return first == second
-
-
-def state_of(config: TrainConfig) -> dict[str, object]:
-    """What the last checkpoint holds, but for the time it took and the folder's name."""
-    stored = torch.load(Path(config.out) / "checkpoint.pt", weights_only=True)
-    kept = {name: stored[name] for name in ("state_dict", "step", "epoch", "training")}
-    kept["training"].pop("seconds")
-    for row in kept["training"]["metrics"]:
-        row.pop("seconds")
-        row.pop("images_per_second")
-    return kept
 
 
 def test_killed_at_any_moment_and_continued(make_config: MakeConfig, teacher: str, tmp_path: Path) -> None:
@@ -85,7 +64,7 @@ def test_killed_at_any_moment_and_continued(make_config: MakeConfig, teacher: st
     assert not (tmp_path / "killed" / "result.json").exists()
 
     train(make_config(out=tmp_path / "killed", resume=True, **settings))
-    assert same(state_of(killed), state_of(whole))
+    assert same(state_of(killed.out), state_of(whole.out))
     rows = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["epoch"] for row in rows] == list(range(1, 26))
 
@@ -118,7 +97,7 @@ def test_stopped_in_the_middle_of_an_epoch(  # type: ignore[no-untyped-def]
             train(stopped)
     assert torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)["step"] == 6
     train(make_config(out=tmp_path / "stopped", resume=True, **settings))
-    assert same(state_of(stopped), state_of(whole))
+    assert same(state_of(stopped.out), state_of(whole.out))
 
 
 def test_resume_where_there_is_nothing_yet_starts(make_config: MakeConfig) -> None:

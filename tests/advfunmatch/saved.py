@@ -1,0 +1,29 @@
+"""What a run left behind, to compare runs by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+
+def same(first: object, second: object) -> bool:
+    """Whether two nested checkpoints are equal to the last bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)  # type: ignore[arg-type]
+    if isinstance(first, dict):
+        return set(first) == set(second) and all(same(first[k], second[k]) for k in first)  # type: ignore[call-overload, index]
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(same, first, second))  # type: ignore[arg-type, call-overload]
+    return first == second
+
+
+def state_of(out: str | Path) -> dict[str, object]:
+    """What the last checkpoint holds, but for the time it took and the folder's name."""
+    stored = torch.load(Path(out) / "checkpoint.pt", weights_only=True)
+    kept = {name: stored[name] for name in ("state_dict", "step", "epoch", "training")}
+    kept["training"].pop("seconds")
+    for row in kept["training"]["metrics"]:
+        row.pop("seconds")
+        row.pop("images_per_second")
+    return kept
