@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "common/shim_check.h"
+
 namespace afm::cpu {
 
 namespace {
@@ -30,8 +32,7 @@ int32_t code_of(torch::headeronly::ScalarType type) {
 Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   static const int32_t kCpu = aoti_torch_device_type_cpu();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, kCpu, 0, &handle));
+  AFM_SHIM_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, kCpu, 0, &handle));
   return Tensor(handle);
 }
 
@@ -76,9 +77,9 @@ Layout::Layout(const Tensor& tensor) {
   dims = static_cast<int>(tensor.dim());
   numel = tensor.numel();
   int64_t* data;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &data));
+  AFM_SHIM_CHECK(aoti_torch_get_sizes(tensor.get(), &data));
   sizes = data;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &data));
+  AFM_SHIM_CHECK(aoti_torch_get_strides(tensor.get(), &data));
   strides = data;
 }
 

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/shim_check.h"
 #include "cuda/device.h"
 #include "cuda/tensors.h"
 
@@ -39,7 +40,7 @@ class Place {
 #if !defined(AFM_CUDA_EMULATION)
     // Most calls are on the current device already, and a guard costs an allocation.
     if (torch::stable::accelerator::getCurrentDeviceIndex() != device_) guard_.emplace(device_);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
+    AFM_SHIM_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
 #endif
   }
   void* stream() const { return stream_; }
@@ -72,9 +73,9 @@ inline DType dtype_of(const Tensor& tensor) {
 inline Tensor new_empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
                                 const std::vector<int64_t>& strides, ScalarType dtype) {
   int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AFM_SHIM_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  AFM_SHIM_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       like.get_device_index(), &handle));
