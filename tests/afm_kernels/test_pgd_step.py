@@ -279,7 +279,8 @@ def test_compiles_to_one_graph(device: torch.device) -> None:
     for batch in (2, 5, 7, 11):
         operands = case(device, (batch, 3, 4, 4), torch.float32, torch.float32)
         for actual, expected in zip(compiled(*operands), step(*operands), strict=True):
-            assert torch.equal(actual, expected)
+            # A traced reference may take a sample's norm in another order of summation.
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
     assert counter.frame_count <= 2
 
     def in_place(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
