@@ -217,11 +217,12 @@ def test_compiles_to_one_graph(device: torch.device) -> None:
         outputs = [
             f(a, scale, shift, b) for f, (a, b) in zip((compiled, scale_shift_relu), leaves, strict=True)
         ]
-        assert torch.equal(*outputs)
+        # A traced reference may round the product before the sum, where eager's addcmul does not, or the reverse.
+        torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
         for output in outputs:
             output.square().sum().backward()
         for ours, theirs in zip(*leaves, strict=True):
-            assert torch.equal(ours.grad, theirs.grad)
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
     assert counter.frame_count <= 2
 
 
