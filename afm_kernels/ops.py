@@ -40,6 +40,10 @@ What every backend may assume, because ``functional`` has checked it, and must d
 * scale_shift_relu: ``x`` (N, C, ...) of any strides; ``scale``, ``shift`` (C,) of any stride and dtype;
   ``residual`` like ``x``, of any dtype. ``output`` is what the forward returned; where it is not <= 0 the
   gradient passes.
+* conv3x3: stride 1, padding 1, ``x`` (N, in, H, W), ``weight`` (out, in, 3, 3). The compiled kernel takes float32,
+  numbers of channels that are multiples of 16, dense channels-last images, and a weight that is dense along ``out``
+  (forward) or ``in`` (gradient); it raises on anything else. In the gradient, ``grad_output`` counts as 0 where
+  ``output``, what a forward with ReLU returned, is <= 0.
 * In the hard rows "p > 0" means that the logit is above -inf: an underflowed probability is still positive.
 * Nothing is written but the outputs, nothing synchronises with the device, the current stream is used.
 """
@@ -109,6 +113,9 @@ SCHEMAS = {
     "scale_shift_relu_forward": "(Tensor x, Tensor scale, Tensor shift, Tensor? residual) -> Tensor",
     "scale_shift_relu_backward": "(Tensor grad_output, Tensor output, Tensor scale, bool wrt_x, bool wrt_residual)"
     " -> (Tensor grad_x, Tensor grad_residual)",
+    # relu(conv2d(x, weight, bias, padding=1) + residual), 3x3, and its gradient by x
+    "conv3x3_forward": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu) -> Tensor",
+    "conv3x3_input_grad": "(Tensor grad_output, Tensor? output, Tensor weight) -> Tensor",
     # the instruction set that serves the CPU ops: "portable", "avx2", "avx512"
     "cpu_capability": "() -> str",
 }
@@ -181,6 +188,21 @@ def _fake_scale_shift_relu_backward(
     )
 
 
+def _fake_conv3x3(image: torch.Tensor, channels: int) -> torch.Tensor:
+    n, _, height, width = image.shape
+    return image.new_empty((n, channels, height, width)).to(memory_format=torch.channels_last)
+
+
+def _fake_conv3x3_forward(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
+    return _fake_conv3x3(x, weight.shape[0])
+
+
+def _fake_conv3x3_input_grad(
+    grad_output: torch.Tensor, output: torch.Tensor | None, weight: torch.Tensor
+) -> torch.Tensor:
+    return _fake_conv3x3(grad_output, weight.shape[1])
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "softmax_kl_forward": _fake_forward,
     "softmax_kl_backward": _fake_backward,
@@ -198,6 +220,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "pgd_start": _fake_like_first,
     "scale_shift_relu_forward": _fake_like_first,
     "scale_shift_relu_backward": _fake_scale_shift_relu_backward,
+    "conv3x3_forward": _fake_conv3x3_forward,
+    "conv3x3_input_grad": _fake_conv3x3_input_grad,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"afm_kernels::{_name}", _fake, lib=_library)
@@ -389,11 +413,12 @@ def backend_info() -> dict[str, Any]:
         "cpu_capability": torch.ops.afm_kernels.cpu_capability() if STATUS["cpp"] == "loaded" else None,
         "selected": _selection.name,
         "serves": {
-            f"{op}/{device}": _served_by(op, device) for (op, device), served in TABLE.items() if served
+            f"{op}/{device}": served_by(op, device) for (op, device), served in TABLE.items() if served
         },
     }
 
 
-def _served_by(op: str, device_type: str) -> str | None:
+def served_by(op: str, device_type: str) -> str | None:
+    """The backend that serves ``op`` in this thread, or None where the chosen one does not."""
     name = _selection.name
     return _AUTO[op, device_type] if name == "auto" else name if name in TABLE[op, device_type] else None

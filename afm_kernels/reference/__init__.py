@@ -1,5 +1,6 @@
 """Every operator in plain PyTorch: its definition, and the backend where no compiled kernel serves."""
 
+from afm_kernels.reference.conv3x3 import conv3x3_forward, conv3x3_input_grad
 from afm_kernels.reference.distillation import (
     distillation_backward,
     distillation_forward,
@@ -22,6 +23,8 @@ from afm_kernels.reference.softmax_kl import (
 )
 
 __all__ = [
+    "conv3x3_forward",
+    "conv3x3_input_grad",
     "distillation_backward",
     "distillation_forward",
     "distillation_forward_grad",

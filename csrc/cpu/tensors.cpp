@@ -143,6 +143,11 @@ Tensor empty(int64_t dims, const int64_t* sizes, bool is_double) {
                        code_of(is_double ? ScalarType::Double : ScalarType::Float));
 }
 
+Tensor empty_channels_last(const int64_t (&sizes)[4]) {
+  const int64_t strides[4] = {sizes[1] * sizes[2] * sizes[3], 1, sizes[1] * sizes[3], sizes[1]};
+  return empty_strided(4, sizes, strides, code_of(torch::headeronly::ScalarType::Float));
+}
+
 Tensor nothing_like(const Tensor& tensor) {
   const int64_t size = 0, stride = 1;
   return empty_strided(1, &size, &stride, code_of(tensor.scalar_type()));

@@ -50,6 +50,7 @@ class RowsBuilder {
 // As torch.empty_like: strides of a dense tensor are kept, others are as torch infers them.
 Tensor empty_like(const Tensor& tensor, const Layout& layout);
 Tensor empty(int64_t dims, const int64_t* sizes, bool is_double);  // float64 or float32, contiguous
+Tensor empty_channels_last(const int64_t (&sizes)[4]);             // float32, from (N, C, H, W)
 Tensor nothing_like(const Tensor& tensor);                         // shape (0,)
 
 // Memory for a worker's scratch, kept by its thread from call to call up to a few megabytes.

@@ -8,7 +8,7 @@ shift into its bias, exactly (up to rounding). A BatchNorm behind anything else 
 pre-activation network) cannot go there: the ReLU after it takes it instead, as one ``scale_shift_relu``. What the
 traced graph then holds:
 
-    convolution [+ BN] [+ residual] [+ ReLU]   ->  FoldedConv
+    convolution [+ BN] [+ residual] [+ ReLU]   ->  FoldedConv; on CPUs one primitive, 3x3 ones by Winograd
     BN [+ residual] + ReLU                     ->  ScaleShiftReLU
     everything else                            ->  as it was
 
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from afm_kernels import scale_shift_relu
+from afm_kernels import ops, scale_shift_relu
 
 __all__ = ["PreparedModel", "prepare_for_attack", "unwrap"]
 
@@ -153,6 +153,8 @@ class PreparedModel(nn.Module):
         for module in self.network.modules():
             if isinstance(module, (FoldedConv, nn.Conv2d)) and isinstance(module.weight, Tensor):
                 module.weight.data = _in_memory_format(module.weight.data, memory_format)
+            if isinstance(module, FoldedConv) and memory_format == torch.channels_last:
+                module.prepare_conv3x3()
         self._copies = self._pairs_to_copy()
         self.train(False)
         self.refresh_()
@@ -221,6 +223,7 @@ class FoldedConv(nn.Module):
     bias: Tensor
     ones: Tensor
     shift: Tensor
+    weight_dense_out: Tensor | None
 
     def __init__(self, conv: nn.Conv2d, live: nn.Conv2d, bn: _BatchNormSource | None, relu: bool) -> None:
         super().__init__()
@@ -235,11 +238,28 @@ class FoldedConv(nn.Module):
         # For scale_shift_relu behind the convolution; these stay float32 in a network of lower precision.
         self.register_buffer("ones", _at_least_float32(weight.new_ones(conv.out_channels)))
         self.register_buffer("shift", _at_least_float32(weight.new_zeros(conv.out_channels)))
+        self.register_buffer("weight_dense_out", None)
+
+    def prepare_conv3x3(self) -> None:
+        """Keep the weight in a second layout for ``conv3x3``, where that can serve this layer."""
+        geometry = (self.weight.shape[2:], self.stride, self.padding, self.dilation, self.groups)
+        if (
+            geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+            and all(channels % 16 == 0 for channels in self.weight.shape[:2])
+            and self.weight.dtype == torch.float32
+            and self.weight.device.type == "cpu"
+        ):
+            out_channels, in_channels = self.weight.shape[:2]
+            taps_first = self.weight.new_empty(3, 3, in_channels, out_channels)
+            self.weight_dense_out = taps_first.permute(3, 2, 0, 1)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        fits = residual is None or self._same_shape(x, residual)
+        if self.weight_dense_out is not None and fits and _conv3x3_serves(x):
+            return _Conv3x3.apply(x, self.weight, self.weight_dense_out, self.bias, residual, self.relu)
         if not (self.relu or residual is not None):
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        if _onednn_serves(x, self.weight) and (residual is None or self._same_shape(x, residual)):
+        if fits and _onednn_serves(x, self.weight):
             return _ConvEpilogue.apply(
                 x,
                 self.weight,
@@ -273,6 +293,11 @@ class FoldedConv(nn.Module):
         return residual.shape == (x.shape[0], self.weight.shape[0], *sizes) and residual.dtype == x.dtype
 
     def refresh_(self) -> None:
+        self._refresh_folded()
+        if self.weight_dense_out is not None:
+            self.weight_dense_out.copy_(self.weight)
+
+    def _refresh_folded(self) -> None:
         conv = self._live[0]
         if self._bn is None:
             self.weight.copy_(conv.weight)
@@ -386,6 +411,47 @@ class _ConvEpilogue(torch.autograd.Function):
                 grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
             )[0]
         return grad_x, None, None, grad if ctx.needs_input_grad[3] else None, None, None, None, None, None
+
+
+class _Conv3x3(torch.autograd.Function):
+    """3x3 convolution + bias (+ residual) (+ ReLU) through ``conv3x3``, with the input gradient only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        weight_dense_out: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+    ) -> Tensor:
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        out = ops.kernel("conv3x3_forward", "cpu", "cpp")(x, weight_dense_out, bias, residual, relu)
+        ctx.save_for_backward(weight, out if relu else None)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, gate = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        wrt_x, wrt_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        if gate is not None and wrt_residual:
+            # The residual's gradient is the gated one, so it is made once for both.
+            grad, gate = torch.ops.aten.threshold_backward(grad, gate, 0), None
+        grad_x = ops.kernel("conv3x3_input_grad", "cpu", "cpp")(grad, gate, weight) if wrt_x else None
+        return grad_x, None, None, None, grad if wrt_residual else None, None
+
+
+def _conv3x3_serves(x: Tensor) -> bool:
+    """Whether ``conv3x3`` takes this image, and is the faster one: from 8 tiles of 4x4 pixels up, it was for 16 to
+    512 channels and every size from 4x4 to 56x56; below, reading the weights is all there is to do."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    tiles = x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
+    return tiles >= 8 and ops.served_by("conv3x3_forward", "cpu") == "cpp"
 
 
 def _onednn_serves(x: Tensor, weight: Tensor) -> bool:

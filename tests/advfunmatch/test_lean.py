@@ -15,6 +15,8 @@ from advfunmatch.lean import PreparedModel, prepare_for_attack
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from afm_kernels import ops, use_backend
+
 SEED = 0
 
 
@@ -447,6 +449,27 @@ def test_refresh_keeps_the_memory_a_captured_graph_reads() -> None:
     settle(net, SEED + 1)
     prepared.refresh_()
     assert before == {name: value.data_ptr() for name, value in prepared.state_dict().items()}
+
+
+@pytest.mark.skipif("cpp" not in ops.TABLE["conv3x3_forward", "cpu"], reason="the CPU module is not built")
+def test_wide_3x3_convolutions_are_winograds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and gradient in float32, with and without a residual; on few tiles and other backends they are not."""
+    calls = []
+    kernel = ops.kernel
+    monkeypatch.setattr(ops, "kernel", lambda op, *args: (calls.append(op), kernel(op, *args))[1])
+    torch.manual_seed(SEED)
+    prepared = prepare_for_attack(settle(torchvision.models.resnet18(num_classes=10)))
+    x = torch.rand(2, 3, 64, 64)
+    out_and_gradient(prepared, x)
+    # 4 at 16x16 and 3 at 8x8; the 3 at 4x4 and those below have two tiles.
+    assert calls == ["conv3x3_forward"] * 7 + ["conv3x3_input_grad"] * 7
+    winograd = out_and_gradient(prepared, x)[0]
+    calls.clear()
+    with use_backend("reference"):
+        assert_near(prepared(x), winograd, 1e-5)
+    prepared(x[:1, :, :16, :16])
+    prepare_for_attack(prepared._live[0], torch.float64)(x)
+    assert not [op for op in calls if op.startswith("conv3x3")]
 
 
 def test_refresh_follows_replaced_parameters() -> None:

@@ -51,7 +51,7 @@ def test_every_instruction_set_is_right(capability: str) -> None:
         pytest.skip(f"this machine runs no more than {best}")
     if capability == backend_info()["cpu_capability"]:
         pytest.skip("the tests of the stems in this very run are on it")
-    tests = [f"tests/afm_kernels/test_{stem}.py" for stem in ("pgd_step", "scale_shift_relu")]
+    tests = [f"tests/afm_kernels/test_{stem}.py" for stem in ("pgd_step", "scale_shift_relu", "conv3x3")]
     run = python("-m", "pytest", "-q", "-k", "cpp and truth", *tests, AFM_CPU_CAPABILITY=capability)
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout
