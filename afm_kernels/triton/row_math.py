@@ -126,8 +126,6 @@ def row_offset(max_s, max_t):
 @triton.jit
 def clamp_far(d):
     """d within ±FAR, and +FAR where it is NaN. See Note [Excluded classes]."""
-    if INTERPRETED:  # whose minimum keeps a NaN in Triton 3.6
-        d = tl.where(d < FAR, d, FAR)
     return tl.maximum(tl.minimum(d, FAR), -FAR)
 
 

@@ -12,13 +12,28 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+def _unfit_interpreter() -> str | None:
+    """Why kernels cannot be interpreted here, or None."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    release = tuple(int(part) for part in version("triton").split(".")[:2])
+    # Its tl.minimum and tl.maximum keep a NaN, which a GPU's drop. See Note [Excluded classes] in row_math.py.
+    return (
+        f"Triton {version('triton')} interprets minimum otherwise than GPUs; 3.8 is needed"
+        if release < (3, 8)
+        else None
+    )
+
+
+pytestmark = pytest.mark.skipif(_unfit_interpreter() is not None, reason=str(_unfit_interpreter()))
 
 HERE = Path(__file__).parent
 
