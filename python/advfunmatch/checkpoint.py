@@ -28,7 +28,15 @@ from .models import create_model, load_weights
 
 FORMAT = "advfunmatch"
 VERSION = 1
-REQUIRED = ("model", "num_classes", "in_channels", "image_size", "class_names", "state_dict", "config")
+REQUIRED = {
+    "model": str,
+    "num_classes": int,
+    "in_channels": int,
+    "image_size": list,
+    "class_names": list,
+    "state_dict": dict,
+    "config": dict,
+}
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -48,7 +56,7 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict[str, Any
     checkpoint = _load(path, what)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise InputError(f"{what} {str(path)!r} was not written by advfunmatch train")
-    missing = [name for name in REQUIRED if name not in checkpoint]
+    missing = [name for name, kind in REQUIRED.items() if not isinstance(checkpoint.get(name), kind)]
     if missing or checkpoint.get("version") != VERSION:
         reason = f"lacks {missing[0]!r}" if missing else f"has format version {checkpoint.get('version')}"
         raise InputError(f"{what} {str(path)!r} {reason}, and cannot be read by this version of advfunmatch")

@@ -26,13 +26,13 @@ from rich.console import Console
 
 from . import demo as demo_module
 from .checkpoint import load_foreign, model_of, read_checkpoint, require_fit
-from .config import FRACTIONS, TrainConfig, config_from, parse_number, read_settings
+from .config import FRACTIONS, TrainConfig, check_seed, config_from, parse_number, read_settings
 from .data import ImageDataset, as_float, load_dataset
 from .distributed import leave_world
 from .errors import InputError, ProcessLost, TrainingDiverged, one_of
 from .evaluate import ATTACKS, attack_images, check_attacks, mismatched_examples
 from .evaluate import evaluate as evaluate_model
-from .files import make_folder, write_atomically, write_json
+from .files import prepare_file, write_atomically, write_json
 from .methods import methods_text
 from .presets import PRESETS
 from .presets import preset as make_preset
@@ -43,8 +43,8 @@ from .trainer import train as train_model
 
 app = typer.Typer(
     name="advfunmatch",
-    help="Adversarial distillation: train, attack and evaluate robust students.",
-    no_args_is_help=True,
+    help="Adversarial distillation: train, attack and evaluate robust students.\n\nStart with `advfunmatch demo`, or "
+    "`advfunmatch train --data digits --model small_cnn --method pgd_at --eps 0.15 --out runs/teacher`.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -63,9 +63,10 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     }
     for setting in dataclasses.fields(TrainConfig):
         text = setting.metadata["help"]
-        if setting.default not in (None, False, "", dataclasses.MISSING):
-            default = "8/255" if setting.name == "eps" else setting.default
-            text += f" [default: {default}]"
+        if setting.default is dataclasses.MISSING:
+            text += " [required]"
+        elif setting.default is not None and setting.default is not False and setting.default != "":
+            text += f" [default: {'8/255' if setting.name == 'eps' else setting.default}]"
         options[setting.name] = (str if setting.name in FRACTIONS else types[setting.name], text)
     parameters = [
         inspect.Parameter(
@@ -84,7 +85,12 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
 @app.command()
 @_with_settings
 def train(preset: str | None, config: str | None, **flags: Any) -> None:
-    """Train a network; writes checkpoint.pt, metrics.jsonl and result.json into --out."""
+    """Train a network.
+
+    Writes checkpoint.pt, metrics.jsonl (a row an epoch), result.json and run.json into --out. A setting comes from its
+    flag, else from --config, else from --preset, else from the method (see `advfunmatch methods`). Several processes:
+    torchrun --nproc-per-node=N -m advfunmatch train ...
+    """
     settings = make_preset(preset) if preset else {}
     settings |= read_settings(config) if config else {}
     settings |= {name: value for name, value in flags.items() if value is not None}
@@ -104,7 +110,7 @@ def train(preset: str | None, config: str | None, **flags: Any) -> None:
 @app.command()
 def evaluate(
     checkpoint: Annotated[str, typer.Option(help="checkpoint.pt of advfunmatch train")],
-    data: Annotated[str, typer.Option(help="digits, folder:PATH or npz:PATH; its test split is used")],
+    data: Annotated[str, typer.Option(help="as for train; its test split is used")],
     out: Annotated[Path, typer.Option(help="JSON file to write")],
     attacks: Annotated[str, typer.Option(help="names with commas: " + ", ".join(ATTACKS))] = "clean,pgd20",
     eps: Annotated[
@@ -122,12 +128,16 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="seeds the attacks")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto")] = "auto",
 ) -> None:
-    """Measure a checkpoint on the test split, and write the figures as JSON."""
+    """Measure a checkpoint on the test split.
+
+    Writes the figures as JSON. A student is compared with its teacher too, if that is where it was.
+    """
     names = [name.strip() for name in attacks.split(",") if name.strip()]
     check_attacks(names)
-    radius = parse_number(eps)
+    radius = parse_number(eps, "eps")
     _check_radius(radius, norm)
     _check_batch_size(batch_size)
+    check_seed(seed)
     target = choose_device(device)
     stored: dict[str, Any] = {"model": model, "config": {}} if model else read_checkpoint(checkpoint)
     test_set = load_dataset(data, split="test", limit=limit).to(target)
@@ -141,7 +151,7 @@ def evaluate(
     if teacher is None and remembered and Path(remembered).is_file():
         teacher = remembered
     teacher_model = _load(teacher, test_set, "teacher").to(target) if teacher else None
-    make_folder(out.parent, "the folder of out")
+    prepare_file(out, "out")
     result = evaluate_model(
         network,
         test_set,
@@ -179,17 +189,22 @@ def attack(
     seed: Annotated[int, typer.Option(help="seeds the attack")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto")] = "auto",
 ) -> None:
-    """Write adversarial examples as an .npz archive, which --data npz:FILE also reads."""
+    """Write adversarial examples as .npz.
+
+    The archive can be read with --data npz:FILE.
+    """
     if attack != "mismatch" and attack not in ATTACKS:
         raise one_of("attack", attack, ["mismatch", *ATTACKS])
     if attack == "mismatch" and teacher is None:
         raise InputError("attack 'mismatch' needs --teacher, a checkpoint to differ from")
-    radius = parse_number(eps)
+    radius = parse_number(eps, "eps")
     _check_radius(radius, norm)
     _check_batch_size(batch_size)
+    check_seed(seed)
     target = choose_device(device)
     test_set = load_dataset(data, split="test", limit=limit).to(target)
     model = _load(checkpoint, test_set, "checkpoint").to(target)
+    prepare_file(out, "out")
     x = as_float(test_set.images)
     if attack == "mismatch":
         assert teacher is not None
@@ -201,7 +216,6 @@ def attack(
         )
     with torch.no_grad():
         correct = torch.cat([model(part).argmax(1) for part in x_adv.split(batch_size)]) == test_set.labels
-    make_folder(out.parent, "the folder of out")
     buffer = io.BytesIO()
     arrays = {"x_test": x_adv, "y_test": test_set.labels, "x_clean": x}
     np.savez_compressed(buffer, **{name: value.cpu().numpy() for name, value in arrays.items()})  # type: ignore[arg-type]
@@ -216,14 +230,20 @@ def report(
         "report.html"
     ),
 ) -> None:
-    """Compare runs in one self-contained HTML page: figures, curves, adversarial examples, throughput."""
+    """Compare runs in one HTML page.
+
+    Figures, curves, adversarial examples and throughput; the page needs no other file.
+    """
     write_report(runs, out)
     print(f"{out} and {out.with_suffix('.png')}")
 
 
 @app.command()
 def methods() -> None:
-    """Print the methods: what each attack maximises, its loss, and its defaults with their sources."""
+    """Print the table of methods.
+
+    What each attack maximises, its loss, and its defaults with their sources.
+    """
     print(methods_text())
 
 
@@ -233,7 +253,10 @@ def demo(
     seed: Annotated[int, typer.Option(help="of all four runs")] = 0,
     epochs: Annotated[int, typer.Option(help="of all four runs")] = demo_module.EPOCHS,
 ) -> None:
-    """Distil a robust student on digits and compare it with two that are not, in a few minutes on a CPU."""
+    """Run everything once, on digits.
+
+    Distils a robust student and compares it with two that are not, in a few minutes on a CPU.
+    """
     result = demo_module.run_demo(out, seed=seed, epochs=epochs)
     console = Console()
     console.print(demo_table(result))
@@ -267,8 +290,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        code = app(args=arguments, prog_name="advfunmatch", standalone_mode=False)
+        code = app(args=arguments or ["--help"], prog_name="advfunmatch", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except InputError as error:
         return _fail(str(error), 2)

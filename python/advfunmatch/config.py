@@ -131,12 +131,15 @@ class TrainConfig:
             filled["step_size"] = self.eps / 4
         config = replace(self, **filled)
 
+        if not config.out:
+            raise InputError("out is empty, but must name a folder")
         for name in ("epochs", "batch_size", "steps", "monitor_images", "accumulate"):
             _at_least(name, getattr(config, name), 1)
         for name in ("limit", "eval_limit", "early_steps"):
             if getattr(config, name) is not None:
                 _at_least(name, getattr(config, name), 1)
-        for name in ("seed", "eval_every", "begin_epoch", "awp_warmup", "warmup_epochs", "save_every"):
+        check_seed(config.seed)
+        for name in ("eval_every", "begin_epoch", "awp_warmup", "warmup_epochs", "save_every"):
             _at_least(name, getattr(config, name), 0)
         for name in ("lr", "eps", "step_size", "temperature", "awp_gamma"):
             _positive(name, getattr(config, name))
@@ -185,9 +188,9 @@ class TrainConfig:
         try:
             milestones = parse_milestones(config.milestones)
         except ValueError:
-            raise InputError(
-                f"milestones is {config.milestones!r}, but must be epochs such as 100,150"
-            ) from None
+            milestones = [math.nan]
+        if not all(0 < milestone < math.inf for milestone in milestones):
+            raise InputError(f"milestones is {config.milestones!r}, but must be epochs such as 100,150")
         if config.schedule == "piecewise" and not milestones:
             raise InputError("milestones is empty, but the piecewise schedule needs epochs such as 100,150")
         for name in parse_augmentation(config.augment):
@@ -226,7 +229,7 @@ def config_from(settings: Mapping[str, Any]) -> TrainConfig:
 def _typed(name: str, value: Any, kind: Any) -> Any:
     allowed = get_args(kind) or (kind,)
     if float in allowed and isinstance(value, str | int) and not isinstance(value, bool):
-        return parse_number(value)
+        return parse_number(value, name)
     if name == "milestones" and isinstance(value, list):
         return ",".join(str(milestone) for milestone in value)
     if name == "augment" and isinstance(value, list):
@@ -246,24 +249,30 @@ def read_settings(path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             settings = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise InputError(f"config {path!r} cannot be read as YAML: {reason}") from error
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise InputError(f"config {path!r} must hold lines such as 'epochs: 30'")
     return settings
 
 
-def parse_number(text: str | float) -> float:
-    """A number, or a fraction such as 8/255.
+def parse_number(text: str | float, name: str) -> float:
+    """A number, or a fraction such as 8/255, for the setting of that name.
 
-    >>> parse_number("8/255") == 8 / 255
+    >>> parse_number("8/255", "eps") == 8 / 255
     True
     """
     try:
         numerator, slash, denominator = str(text).partition("/")
         return float(numerator) / float(denominator) if slash else float(text)
     except (ValueError, ZeroDivisionError):
-        raise InputError(f"{text!r} is not a number or a fraction such as 8/255") from None
+        raise InputError(f"{name} is {text!r}, but must be a number or a fraction such as 8/255") from None
+
+
+def check_seed(seed: int) -> None:
+    """InputError for a seed that PyTorch's generators do not take."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed is {seed}, but must be at least 0 and below 2^63")
 
 
 def _at_least(name: str, value: int, lowest: int) -> None:

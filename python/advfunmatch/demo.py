@@ -15,7 +15,7 @@ from .checkpoint import load_model
 from .config import TrainConfig
 from .data import load_dataset
 from .evaluate import evaluate
-from .files import make_folder, write_json
+from .files import write_json
 from .report import draw_demo
 from .trainer import train
 
@@ -49,7 +49,6 @@ def run_demo(out: Path, *, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any
     Returns:
         What ``demo.json`` holds.
     """
-    make_folder(out, "out")
     started = time.perf_counter()
     teacher_checkpoint = str(out / "teacher" / "checkpoint.pt")
     runs: dict[str, dict[str, Any]] = {}

@@ -189,7 +189,10 @@ def evaluate(
         for name in attacks:
             started = time.perf_counter()
             x_adv = ATTACKS[name][1](model, images, labels, setup)
-            correct = _logits(model, x_adv, batch_size).argmax(1) == labels
+            logits = _logits(model, x_adv, batch_size)
+            if broken := int((~logits.isfinite().all(1)).sum()):
+                result.warnings.append(f"{name}: the logits of {broken} images are not finite")
+            correct = logits.argmax(1) == labels
             result.accuracies[name] = _percent(correct)
             result.per_class[name] = _per_class(correct, labels, data.class_names)
             result.attack_seconds[name] = round(time.perf_counter() - started, 3)

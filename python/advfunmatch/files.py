@@ -44,6 +44,17 @@ def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
+def prepare_file(path: Path, what: str) -> None:
+    """Create the folder of a file that is to be written, before work is spent on what goes into it.
+
+    Raises:
+        InputError: it cannot be, or `path` is a folder itself.
+    """
+    if path.is_dir():
+        raise InputError(f"{what} is {str(path)!r}, which is a folder, but must be a file to write")
+    make_folder(path.parent, f"the folder of {what}")
+
+
 def make_folder(path: Path, what: str) -> None:
     """Create a folder and its parents; InputError says why it cannot be."""
     try:

@@ -441,7 +441,14 @@ def methods_text() -> str:
             f"  needs   {' and '.join(needs)}",
         ]
         for name, default in method.defaults.items():
-            value = f"{default.value:.4g}" if isinstance(default.value, float) else default.value
-            lines.append(f"  --{name.replace('_', '-')} {value}".ljust(34) + default.source)
+            lines.append(f"  {_as_flag(name, default.value)}".ljust(34) + default.source)
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def _as_flag(name: str, value: Any) -> str:
+    """A setting as it is typed on the command line."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value:.4g}" if isinstance(value, float) else f"--{name} {value}"

@@ -17,7 +17,7 @@ from .checkpoint import load_model
 from .data import as_float, load_dataset
 from .errors import InputError
 from .evaluate import attack_images
-from .files import make_folder, write_atomically
+from .files import prepare_file, write_atomically
 from .report import COLOURS
 
 EXAMPLES = 8  # images a run, the first of as many classes
@@ -44,6 +44,7 @@ COLUMNS = (
     ("images_per_second", "images/s", "{:,.0f}"),
     ("seconds", "seconds", "{:,.0f}"),
 )
+REQUIRED = ("method", "model", "clean", "pgd20", "images_per_second")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def write_report(folders: list[Path], out: Path) -> None:
     Raises:
         InputError: a folder that holds no finished run, or an `out` that cannot be written.
     """
+    prepare_file(out, "out")
     names = _names(folders)
     runs = [
         _read(folder, names[index], COLOURS[index % len(COLOURS)]) for index, folder in enumerate(folders)
@@ -79,7 +81,6 @@ def write_report(folders: list[Path], out: Path) -> None:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>advfunmatch report</title><style>{STYLE}</style>'
         f"<h1>advfunmatch: {len(runs)} run{'s' * (len(runs) > 1)}</h1>{''.join(sections)}</html>\n"
     )
-    make_folder(out.parent, "the folder of out")
     write_atomically(out, page.encode())
     write_atomically(out.with_suffix(".png"), curves)
 
@@ -95,11 +96,19 @@ def _read(folder: Path, name: str, colour: str) -> Run:
     try:
         result = json.loads((folder / "result.json").read_text())
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return Run(name, folder, {**result, "config": dict(result["config"])}, metrics, colour)
+        for key, _, form in COLUMNS:
+            if key in (*REQUIRED, *result):
+                form.format(result[key])
+        for key in ("data", "eps", "norm"):
+            result["config"][key]
+        for row in metrics:
+            float(row["epoch"] + row["loss"])
     except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__} {error}"
         raise InputError(
-            f"run {str(folder)!r} holds no finished run (result.json, metrics.jsonl): {error}"
+            f"run {str(folder)!r} holds no finished run (result.json, metrics.jsonl): {reason}"
         ) from error
+    return Run(name, folder, result, metrics, colour)
 
 
 def _table(runs: list[Run]) -> str:
@@ -112,7 +121,7 @@ def _table(runs: list[Run]) -> str:
             cells.append(html.escape(form.format(run.result[key])) if key in run.result else "–")
         mark = ' class="best"' if run.result["pgd20"] == best else ""
         rows.append(f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-        for text in run.result["warnings"]:
+        for text in run.result.get("warnings", ()):
             warnings.append(f'<p class="warning">{html.escape(run.name)}: {html.escape(text)}</p>')
     head = "".join(f"<th>{title}</th>" for title in ("run", *(title for _, title, _ in COLUMNS)))
     images = " or ".join(map(str, sorted({run.result["images"] for run in runs})))

@@ -61,16 +61,21 @@ class TrainingState:
         return {"state_dict": self.evaluated.state_dict(), "step": self.step, "training": training}
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Continue from what `to_checkpoint` gave."""
-        training = checkpoint["training"]
-        self.student.load_state_dict(training.get("student", checkpoint["state_dict"]))
-        if self.average:
-            self.average.load_state_dict(training["average"], checkpoint["state_dict"])
-        self.optimizer.load_state_dict(training["optimizer"])
-        self.scaler.load_state_dict(training["scaler"])
-        self.loss_sum.copy_(training["loss_sum"])
-        self.step = checkpoint["step"]
-        self.metrics, self.seconds = training["metrics"], training["seconds"]
+        """Continue from what `to_checkpoint` gave; InputError if something is not there or does not fit."""
+        try:
+            training = checkpoint["training"]
+            self.student.load_state_dict(training.get("student", checkpoint["state_dict"]))
+            if self.average:
+                self.average.load_state_dict(training["average"], checkpoint["state_dict"])
+            self.optimizer.load_state_dict(training["optimizer"])
+            self.scaler.load_state_dict(training["scaler"])
+            self.loss_sum.copy_(training["loss_sum"])
+            self.step = checkpoint["step"]
+            self.metrics, self.seconds = training["metrics"], training["seconds"]
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise InputError(
+                f"checkpoint to resume lacks what a continued run needs, or it does not fit: {error}"
+            ) from error
 
 
 def checkpoint_to_resume(path: Any, config: TrainConfig) -> dict[str, Any] | None:

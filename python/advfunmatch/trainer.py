@@ -9,6 +9,7 @@ attack's start draw. So a continued run needs no generator states, and a step ca
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import time
@@ -29,7 +30,7 @@ from .data import ImageDataset, as_float, choose, load_dataset
 from .data.augment import augmented, parse_augmentation
 from .distributed import World, join_world, synchronise_batch_norm
 from .environment import environment
-from .errors import InputError, TrainingDiverged
+from .errors import InputError, TrainingDiverged, one_of
 from .evaluate import evaluate
 from .files import make_folder, write_json, write_json_lines
 from .lean import PreparedModel, prepare_for_attack
@@ -72,7 +73,11 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
             raise InputError("reduction is 'sum', but several processes need a mean: batchmean or mean")
         train_set = load_dataset(config.data, split="train", limit=config.limit).to(device)
         test_set = load_dataset(config.data, split="test", limit=config.eval_limit).to(device)
-        extra_set = load_dataset(config.extra_data, split="train").to(device) if config.extra_data else None
+        extra_set = (
+            load_dataset(config.extra_data, split="train", what="extra_data").to(device)
+            if config.extra_data
+            else None
+        )
         for other in (test_set, extra_set):
             _require_same_kind(train_set, other)
         teacher = _load_teacher(config, train_set, device) if config.teacher else None
@@ -297,6 +302,8 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device is {name!r}, but it cannot be used here; use cpu, cuda or auto") from error
+    if device.type not in ("cpu", "cuda"):
+        raise one_of("device", name, ("cpu", "cuda", "auto"))
     return device
 
 
@@ -383,7 +390,9 @@ def _require_same_kind(train_set: ImageDataset, other: ImageDataset | None) -> N
         ("number of classes", train_set.num_classes, other.num_classes),
     ):
         if ours != theirs:
-            raise InputError(f"data {train_set.name!r} has {what} {ours}, but {other.name!r} has {theirs}")
+            raise InputError(
+                f"data {train_set.name!r} has {what} {ours}, but {other.name!r} ({other.split}) has {theirs}"
+            )
 
 
 def _require_forward(model: nn.Module, data: ImageDataset, config: TrainConfig) -> None:
@@ -393,6 +402,14 @@ def _require_forward(model: nn.Module, data: ImageDataset, config: TrainConfig) 
     except RuntimeError as error:
         height, width = data.image_size
         raise InputError(f"model {config.model!r} cannot take images of {height}×{width} pixels") from error
+    if config.extra_data is None and (len(data) % config.batch_size == 1 or config.batch_size == 1):
+        try:
+            copy.deepcopy(model).train()(as_float(data.images[:1]))
+        except ValueError as error:
+            raise InputError(
+                f"batch_size is {config.batch_size}, which leaves a batch of one of the {len(data)} images, and the "
+                f"batch norm of {config.model!r} cannot be trained on that; choose another batch_size or limit"
+            ) from error
 
 
 def _require_finite(

@@ -103,9 +103,22 @@ def test_as_a_module_in_a_process_of_its_own(tmp_path: Path) -> None:
         (["--epochs", "0"], "epochs is 0"),
         (["--epochs", "many"], "'--epochs'"),
         (["--eps", "0"], "eps is 0"),
-        (["--eps", "big"], "'big' is not a number"),
-        (["--eps", "1/0"], "'1/0' is not a number"),
+        (["--eps", "big"], "eps is 'big', but must be a number"),
+        (["--eps", "1/0"], "eps is '1/0', but must be a number"),
         (["--no-such-flag"], "No such option: --no-such-flag"),
+        (["--seed", "9" * 30], "seed is 9999"),
+        (["--milestones", "nan"], "milestones is 'nan'"),
+        (["--device", "meta"], "device is 'meta', but must be one of: cpu, cuda, auto"),
+        (["--model", "small_cnn-99999999999"], "too large to be made here"),
+        (
+            ["--model", "torchvision:fasterrcnn_resnet50_fpn"],
+            "model is 'torchvision:fasterrcnn_resnet50_fpn', but",
+        ),
+        (
+            ["--model", "resnet18", "--limit", "9", "--batch-size", "8"],
+            "leaves a batch of one of the 9 images",
+        ),
+        (["--config", "."], "config '.' cannot be read as YAML: Is a directory"),
     ],
 )
 def test_train_refuses(
@@ -114,6 +127,18 @@ def test_train_refuses(
     out = tmp_path / "run"
     assert expected in refused([*TRAIN, *changes, "--out", str(out)], capsys)
     assert not out.exists()
+
+
+def test_out_without_a_name(tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "out is empty" in refused([*TRAIN, "--out", ""], capsys)
+    for command in (evaluate(teacher, tmp_path), ["attack", *evaluate(teacher, tmp_path)[1:]]):
+        assert "which is a folder, but must be a file" in refused(command, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    assert "evaluate" in capsys.readouterr().out
 
 
 def test_missing_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +187,8 @@ def test_checkpoints_that_are_none(tmp_path: Path, teacher: str, capsys: pytest.
     assert "does not hold the weights of a resnet18" in refused(evaluate(tmp_path / "other.pt", out), capsys)
     torch.save({name: value for name, value in stored.items() if name != "config"}, tmp_path / "lacking.pt")
     assert "lacks 'config'" in refused(evaluate(tmp_path / "lacking.pt", out), capsys)
+    torch.save({**stored, "model": 5}, tmp_path / "odd.pt")
+    assert "lacks 'model'" in refused(evaluate(tmp_path / "odd.pt", out), capsys)
     assert not out.exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -51,6 +52,27 @@ def test_report_is_one_page_with_every_run(
 def test_report_of_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["report", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 2
     assert "holds no finished run" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"pgd20": "much"}, "'f'"), ({"config": {}}, "'data'"), ({"seconds": None}, "NoneType")],
+)
+def test_report_of_a_damaged_run(
+    make_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, object],
+    reason: str,
+) -> None:
+    config = make_config(epochs=1)
+    result = train(config)
+    (Path(config.out) / "result.json").write_text(json.dumps({**result, **changes}))
+    assert run(["report", config.out, "--out", str(tmp_path / "report.html")]) == 2
+    complaint = capsys.readouterr().err.strip().splitlines()[-1]
+    assert complaint.startswith("error: run ")
+    assert reason in complaint
     assert not (tmp_path / "report.html").exists()
 
 

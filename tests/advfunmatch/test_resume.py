@@ -105,6 +105,17 @@ def test_resume_where_there_is_nothing_yet_starts(make_config: MakeConfig) -> No
     assert train(config)["epochs"] == 1
 
 
+def test_resume_of_a_checkpoint_without_a_training_state_is_refused(make_config: MakeConfig) -> None:
+    config = make_config(epochs=1)
+    train(config)
+    path = Path(config.out) / "checkpoint.pt"
+    stored = torch.load(path, weights_only=True)
+    for training in ({}, {**stored["training"], "optimizer": {}}):
+        torch.save({**stored, "training": training}, path)
+        with pytest.raises(InputError, match="lacks what a continued run needs"):
+            train(make_config(epochs=1, resume=True))
+
+
 def test_resume_of_another_run_is_refused(make_config: MakeConfig) -> None:
     train(make_config(epochs=1))
     with pytest.raises(InputError, match=r"lr is 0\.05, but the run in .* was started with 0\.1"):

@@ -170,7 +170,7 @@ def test_an_existing_run_is_not_replaced_unasked(make_config: MakeConfig) -> Non
         ({"clip_grad": 0.0}, "clip_grad is 0"),
         ({"awp": True, "accumulate": 2}, "accumulate is 2"),
         ({"resume": True, "overwrite": True}, "resume and overwrite"),
-        ({"extra_data": "digit"}, "data is 'digit'"),
+        ({"extra_data": "digit"}, "extra_data is 'digit'"),
         ({"extra_ratio": 1.0}, "extra_ratio is 1"),
         ({"schedule": "step"}, "schedule is 'step'"),
         ({"device": "tpu"}, "device is 'tpu'"),

@@ -254,7 +254,7 @@ def test_presets_are_complete(name: str) -> None:
         ("epoch: 3", "setting is 'epoch', but must be one of: data, model"),
         ("epochs: many", "epochs is 'many', but must be of type int"),
         ("epochs: true", "epochs is True, but must be of type int"),
-        ("lr: fast", "'fast' is not a number"),
+        ("lr: fast", "lr is 'fast', but must be a number"),
         ("awp: 1", "awp is 1, but must be of type bool"),
     ],
 )

@@ -24,13 +24,14 @@ AT_PATH: dict[str, Callable[[str, str, int | None], ImageDataset]] = {
 }
 
 
-def load_dataset(name: str, *, split: str, limit: int | None = None) -> ImageDataset:
+def load_dataset(name: str, *, split: str, limit: int | None = None, what: str = "data") -> ImageDataset:
     """Read one split of a data set into memory.
 
     Args:
         name: ``digits``, ``folder:PATH``, ``npz:PATH``, ``cifar10:PATH`` or ``cifar100:PATH``.
         split: ``"train"`` or ``"test"``.
         limit: keep this many images, drawn at random with a fixed seed; None keeps all.
+        what: the setting that named it, for an error's sentence.
 
     Returns:
         The images (uint8, N×C×H×W), labels and class names.
@@ -52,4 +53,4 @@ def load_dataset(name: str, *, split: str, limit: int | None = None) -> ImageDat
     kind, colon, path = name.partition(":")
     if colon and kind in AT_PATH:
         return AT_PATH[kind](path, split, limit)
-    raise one_of("data", name, [*BUNDLED, *(f"{kind}:PATH" for kind in AT_PATH)])
+    raise one_of(what, name, [*BUNDLED, *(f"{kind}:PATH" for kind in AT_PATH)])

@@ -10,14 +10,17 @@ import torch
 from ..errors import InputError
 from .dataset import ImageDataset, choose
 
+MOST_CLASSES = 1_000_000  # more is a mistake, such as indices in place of labels
+
 
 def load_npz(path: str, split: str, limit: int | None) -> ImageDataset:
     """Read one split: images (N, H, W), (N, H, W, C) or (N, C, H, W), as uint8 or as floats in [0, 1]."""
     wanted = (f"x_{split}", f"y_{split}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{path!r} is a single array, but an .npz archive is needed")
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise InputError(f"{path!r} is a single array, but an .npz archive is needed")
+        with loaded as archive:
             missing = [name for name in wanted if name not in archive.files]
             if missing:
                 raise InputError(
@@ -41,8 +44,10 @@ def load_npz(path: str, split: str, limit: int | None) -> ImageDataset:
             f"{wanted[0]} has shape {images.shape} and {wanted[1]} has {len(labels)} labels in {path!r}; "
             "images must be (N, H, W), (N, H, W, C) or (N, C, H, W) with as many labels"
         )
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise InputError(f"{wanted[1]} in {path!r} must hold integer class numbers from 0 on")
+    if not np.issubdtype(labels.dtype, np.integer) or not 0 <= labels.min() <= labels.max() < MOST_CLASSES:
+        raise InputError(
+            f"{wanted[1]} in {path!r} must hold integer class numbers from 0 on, below {MOST_CLASSES}"
+        )
     if images.dtype != np.uint8:
         if not np.issubdtype(images.dtype, np.floating):
             raise InputError(

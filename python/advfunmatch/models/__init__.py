@@ -91,7 +91,13 @@ def create_model(name: str, *, num_classes: int, in_channels: int) -> nn.Module:
         return OUTSIDE[source](outside, num_classes, in_channels)
     for family in FAMILIES:
         if match := re.fullmatch(family.pattern, name):
-            return family.build(num_classes, in_channels, *(int(number) for number in match.groups()))
+            try:
+                return family.build(num_classes, in_channels, *(int(number) for number in match.groups()))
+            except (
+                RuntimeError,
+                OverflowError,
+            ) as error:  # more memory than there is, or than can be addressed
+                raise InputError(f"model is {name!r}, but it is too large to be made here") from error
     raise one_of(
         "model", name, [family.spelling for family in FAMILIES] + [f"{source}:NAME" for source in OUTSIDE]
     )

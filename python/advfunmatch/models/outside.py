@@ -47,12 +47,12 @@ def torchvision_model(name: str, num_classes: int, in_channels: int) -> nn.Modul
     """torchvision's network of that name, untrained."""
     import torchvision
 
-    try:
-        network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-    except (ValueError, TypeError) as error:
+    names = torchvision.models.list_models(module=torchvision.models)  # classifiers only
+    if name not in names:
         raise InputError(
-            f"model is 'torchvision:{name}', but torchvision has no such classifier: {error}"
-        ) from error
+            f"model is 'torchvision:{name}', but torchvision has no such classifier; it has: {', '.join(names)}"
+        )
+    network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     _require_channels(f"torchvision:{name}", network, in_channels)
     return network
 
