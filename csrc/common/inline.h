@@ -18,3 +18,6 @@
 #else
 #define AFM_MEMBER inline __attribute__((always_inline))
 #endif
+
+// A lambda whose loop is worth vectorising in its caller.
+#define AFM_LAMBDA_INLINE __attribute__((always_inline))

@@ -15,9 +15,6 @@
 #include "common/inline.h"
 #include "cpu/strided_loop.h"
 
-// A lambda whose loop is worth vectorising in its caller.
-#define AFM_LAMBDA_INLINE __attribute__((always_inline))
-
 // The arrays of a loop do not overlap, or coincide: x_adv and out of an in-place step.
 #define AFM_INDEPENDENT _Pragma("GCC ivdep")
 

@@ -68,7 +68,7 @@ struct Part {
 // The loops stay functions of their own: a row's worth of work pays for the call, and their copies
 // add up.
 #define AFM_LOOP static __attribute__((noinline))
-#define AFM_STEP __attribute__((always_inline))
+#define AFM_STEP AFM_LAMBDA_INLINE
 
 // Calls step(access, first class, accumulator) over n classes.
 template <class V, class Access = Whole, class F>
@@ -345,76 +345,6 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
                    access.store(grad_teacher + j, grad);
                  }
                });
-}
-
-// Short rows, KL only: everything stays in registers. Returns false, and writes nothing that
-// matters, for rows that are better off in the loops above: not finite, far out of range, or
-// centred badly.
-template <int kVectors, class T>
-AFM_LOOP bool run_short(const T* s, const T* t, int64_t classes, RowConstants<T> row,
-                        double gradient_scale, T* grad_student, T* grad_teacher,
-                        double& divergence) {
-  using V = Vec<T>;
-  const V zero(T(0)), limit(static_cast<T>(kNearLimit));
-  V a[kVectors], b[kVectors], e_s[kVectors], e_t[kVectors], x[kVectors], f[kVectors];
-  int lanes[kVectors];
-  V s_max = no_class<T>(), t_max = no_class<T>();
-#pragma GCC unroll 8
-  for (int k = 0; k < kVectors; ++k) {
-    const int64_t rest = classes - k * V::width;
-    lanes[k] = static_cast<int>(rest < 0 ? 0 : rest > V::width ? V::width : rest);
-    a[k] = V::load(s + (rest > 0 ? k * V::width : 0), lanes[k], no_class<T>());
-    b[k] = V::load(t + (rest > 0 ? k * V::width : 0), lanes[k], no_class<T>());
-    s_max = max(a[k], s_max), t_max = max(b[k], t_max);
-  }
-  row.student_shift = s_max.max(), row.teacher_shift = t_max.max();
-  // In double precision: between large offsets the gap is all that is left of the difference.
-  const double difference =
-      static_cast<double>(row.student_shift) - static_cast<double>(row.teacher_shift);
-  const T gap = coarse_gap(static_cast<T>(difference));
-  const bool large_student = __builtin_fabs(row.student_shift) >= __builtin_fabs(row.teacher_shift);
-  row.student_gap = large_student ? gap : T(0), row.teacher_gap = large_student ? T(0) : -gap;
-  row.centre = static_cast<T>((difference - gap) * row.inv_t);
-  const double rounding = (difference - gap) * row.inv_t - row.centre;
-  V zs = zero, zt = zero, linear = zero, excess = zero;
-#pragma GCC unroll 8
-  for (int k = 0; k < kVectors; ++k) {
-    e_s[k] = row.student_exp(a[k]), e_t[k] = row.teacher_exp(b[k]);
-    x[k] = select(V::first(lanes[k]), row.x(a[k], b[k]), zero);
-    const V above = excess_of_exp<T>(x[k]);
-    const auto is_near = abs(x[k]) <= limit;
-    f[k] = x[k] + above;
-    zs = zs + e_s[k], zt = zt + e_t[k], linear = fma(e_t[k], x[k], linear);
-    excess = excess + select(is_near, e_t[k] * above, e_s[k] - fma(e_t[k], x[k], e_t[k]));
-  }
-  const double student_sum = zs.sum(), teacher_sum = zt.sum(), inv_teacher = 1 / teacher_sum;
-  const double r = linear.sum() * inv_teacher, b_mean = excess.sum() * inv_teacher,
-               a_mean = r + b_mean;
-  const bool is_small = a_mean < 1 && a_mean > -0.5;
-  divergence =
-      is_small ? near_kl(r, b_mean) : __builtin_log(student_sum * inv_teacher) + rounding - r;
-  if (!__builtin_isfinite(divergence) || near_centre_is_off(divergence, r)) return false;
-  if (grad_student == nullptr && grad_teacher == nullptr) return true;
-
-  const double p = gradient_scale * row.inv_t * inv_teacher,
-               q = gradient_scale * row.inv_t / student_sum;
-  const double near_q = p / (1 + a_mean);
-  const V p_factor(static_cast<T>(-p)), p_mean(static_cast<T>(p * r)), q_factor(static_cast<T>(q));
-  const V near_f(static_cast<T>(near_q)), near_1(static_cast<T>(-near_q * a_mean));
-  const V near_limit = is_small ? limit : V(T(-1));
-#pragma GCC unroll 8
-  for (int k = 0; k < kVectors; ++k) {
-    if (lanes[k] == 0) continue;
-    if (grad_student != nullptr) {
-      const V near_grad = e_t[k] * fma(f[k], near_f, near_1),
-              far_grad = fma(e_s[k], q_factor, e_t[k] * p_factor);
-      select(abs(x[k]) <= near_limit, near_grad, far_grad)
-          .store(grad_student + k * V::width, lanes[k]);
-    }
-    if (grad_teacher != nullptr)
-      (e_t[k] * fma(x[k], p_factor, p_mean)).store(grad_teacher + k * V::width, lanes[k]);
-  }
-  return true;
 }
 
 }  // namespace

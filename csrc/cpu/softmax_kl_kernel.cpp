@@ -8,7 +8,9 @@
 
 #include "cpu/js_terms.h"
 #include "cpu/kl_sweeps.h"
+#include "cpu/lane_tiles.h"
 #include "cpu/row_tiles.h"
+#include "cpu/short_rows.h"
 
 namespace afm::cpu::AFM_CAPABILITY {
 namespace {
@@ -544,28 +546,14 @@ struct Worker {
     return params.row_weight == nullptr ? 1 : static_cast<const T*>(params.row_weight)[i];
   }
 
-  // A short row of plain KL. Whether a row is one depends on its length alone: any layout, and any
-  // way of asking for the same numbers, gives the same bits.
-  bool run_as_short(int64_t i, double weight) {
-    const int64_t n = params.classes, vectors = (n + Vec<T>::width - 1) / Vec<T>::width;
-    if (vectors > 8 || params.divergence != Divergence::kKl ||
-        params.cross_entropy.labels != nullptr)
-      return false;
-    double divergence;
-    const double scale = weight * params.scale * given_gradient(i);
-    const T *s = student.read(0, n, student_tile), *t = teacher.read(0, n, teacher_tile);
-    T* to_student = grad_student.data ? grad_student.writable(0, grad_student_tile) : nullptr;
-    T* to_teacher = grad_teacher.data ? grad_teacher.writable(0, grad_teacher_tile) : nullptr;
-    const auto run = [&](auto loop) {
-      return loop(s, t, n, constants(RowSummary()), scale, to_student, to_teacher, divergence);
-    };
-    const bool done = vectors == 1   ? run(run_short<1, T>)
-                      : vectors == 2 ? run(run_short<2, T>)
-                      : vectors <= 4 ? run(run_short<4, T>)
-                                     : run(run_short<8, T>);
-    if (!done) return false;
-    if (to_student) grad_student.write(0, n, to_student);
-    if (to_teacher) grad_teacher.write(0, n, to_teacher);
+  bool is_plain_kl() const {
+    return params.divergence == Divergence::kKl && params.cross_entropy.labels == nullptr;
+  }
+
+  // Keeps what lanes made of row i, unless they did not serve it.
+  bool take_short(int64_t i, double divergence) const {
+    const double weight = weight_of(i);
+    if (weight == 0 || __builtin_isnan(divergence)) return false;
     if (params.row_values != nullptr)
       params.row_values[i] = (divergence < 0 ? 0 : divergence) * weight * params.scale;
     RowSummary again;  // a backward does as the forward did
@@ -573,6 +561,8 @@ struct Worker {
     save(again, i, HardLabel());
     return true;
   }
+
+  double gradient_scale(int64_t i) const { return weight_of(i) * params.scale * given_gradient(i); }
 
   double given_gradient(int64_t i) const {
     return params.grad_loss == nullptr
@@ -592,7 +582,6 @@ struct Worker {
       fill(grad_student, grad_student_tile, T(0));
       return fill(grad_teacher, grad_teacher_tile, T(0));
     }
-    if (run_as_short(i, weight)) return;
     const CrossEntropyParams& ce = params.cross_entropy;
     if (ce.labels != nullptr && ce.weight != 0 && ce.labels[i] != ce.ignore_index)
       hard.is_present = true, hard.label = ce.labels[i];
@@ -630,9 +619,89 @@ struct Worker {
   }
 };
 
+// Rows of plain KL side by side. What lanes do not serve (hard values, masked rows, a badly centred
+// one) the worker takes from the tiles, and leaves its gradients there. Whether a row is run here
+// depends on its length alone: any layout, and any batch, gives the same bits.
+template <class T>
+struct LaneWorker {
+  static constexpr int kLanes = Vec<T>::width;
+  const SoftmaxKlParams& params;
+  Worker<T>& worker;
+  const int64_t classes = params.classes;
+  const bool wants_student = params.grad_student.data != nullptr,
+             wants_teacher = params.grad_teacher.data != nullptr;
+  // One factor for all rows, or each its own.
+  const bool is_uniform = params.row_weight == nullptr && params.grad_loss_stride == 0;
+  const T uniform_scale = is_uniform ? static_cast<T>(worker.gradient_scale(0)) : T(0);
+
+  RowPointer lane(const T* tile, int r, bool is_wanted) const {
+    char* data = reinterpret_cast<char*>(const_cast<T*>(tile) + r);
+    return {is_wanted ? data : nullptr, kNative<T>, kLanes};
+  }
+
+  // Rows [i, i + count), in tiles.
+  void run_block(const LaneTiles<T>& tiles, int64_t i, int count) const {
+    T each[kLanes];
+    Vec<T> scale(uniform_scale);
+    if (!is_uniform) {
+      for (int r = 0; r < kLanes; ++r)
+        each[r] = static_cast<T>(worker.gradient_scale(i + (r < count ? r : 0)));
+      scale = Vec<T>::load(each);
+    }
+    const LaneSums<T> sums =
+        sum_lanes(tiles, classes, worker.exp, static_cast<T>(worker.inv_t), scale);
+    sums.divergence.store(each);
+    if (wants_student && wants_teacher)
+      gradient_lanes<true, true>(tiles, classes, sums);
+    else if (wants_student)
+      gradient_lanes<true, false>(tiles, classes, sums);
+    else if (wants_teacher)
+      gradient_lanes<false, true>(tiles, classes, sums);
+    for (int r = 0; r < count; ++r) {
+      if (worker.take_short(i + r, each[r])) continue;
+      worker.student = lane(tiles.student, r, true), worker.teacher = lane(tiles.teacher, r, true);
+      worker.grad_student = lane(tiles.student_part, r, wants_student);
+      worker.grad_teacher = lane(tiles.gap, r, wants_teacher);
+      worker.run(i + r);
+    }
+  }
+
+  void run(int64_t begin, int64_t end, T* scratch) const {
+    const int64_t most = lane_blocks(classes) * kLanes, size = most * classes;
+    T *student_tile = scratch, *teacher_tile = scratch + size, *stage = scratch + 5 * size;
+    LaneTiles<T> tiles = {student_tile, teacher_tile, scratch + 2 * size, scratch + 3 * size,
+                          scratch + 4 * size};
+    LaneRows<T> student(params.student, classes), teacher(params.teacher, classes);
+    LaneRows<T> grad_student(params.grad_student, classes, params.stream),
+        grad_teacher(params.grad_teacher, classes, params.stream);
+    LaneRows<T>* const sides[] = {&student, &teacher, &grad_student, &grad_teacher};
+    RowCursor cursor(params.shape, begin);
+    for (int64_t i = begin; i < end;) {
+      int64_t count = most - i % most;  // visits begin at the same rows in every thread
+      count = count < end - i ? count : end - i;
+      const bool adjacent = cursor.run() >= count;
+      for (LaneRows<T>* rows : sides) rows->locate(cursor, static_cast<int>(count), adjacent);
+      cursor.skip(count, adjacent);
+      student.load(student_tile, stage), teacher.load(teacher_tile, stage);
+      for (int64_t r = 0; r < count; r += kLanes) {
+        const int64_t at = r * classes, rest = count - r;
+        run_block({student_tile + at, teacher_tile + at, tiles.student_part + at,
+                   tiles.teacher_exp + at, tiles.gap + at},
+                  i + r, static_cast<int>(rest < kLanes ? rest : kLanes));
+      }
+      grad_student.store(tiles.student_part, stage), grad_teacher.store(tiles.gap, stage);
+      i += count;
+    }
+    end_of_streams();
+  }
+};
+
 template <class T>
 AFM_INLINE void run_rows(const SoftmaxKlParams& params, int64_t begin, int64_t end, void* scratch) {
   Worker<T> worker(params, scratch);
+  if (params.classes <= kLaneClasses && worker.is_plain_kl())
+    return LaneWorker<T>{params, worker}.run(
+        begin, end, static_cast<T*>(scratch) + softmax_kl_row_scratch(params.classes));
   RowCursor cursor(params.shape, begin);
   // See Note [Strided classes].
   T* blocks = static_cast<T*>(scratch) + softmax_kl_row_scratch(params.classes);

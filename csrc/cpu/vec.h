@@ -24,6 +24,7 @@
 #endif
 
 #include "common/inline.h"
+#include "cpu/half.h"
 
 namespace afm::cpu::AFM_CAPABILITY {
 namespace {
@@ -127,13 +128,16 @@ AFM_INLINE __mmask8 both(__mmask8 a, __mmask8 b) { return static_cast<__mmask8>(
 AFM_INLINE Vec<float> widen(__m256i x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
-AFM_INLINE __m256i narrow(Vec<float> x) {
+// The upper half of each lane is the rounded number.
+AFM_INLINE __m512i rounded_to_bfloat16(Vec<float> x) {
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   const __mmask16 is_nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000)), 16));
+  return _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000));
+}
+AFM_INLINE __m256i narrow(Vec<float> x) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_to_bfloat16(x), 16));
 }
 AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -150,6 +154,66 @@ AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p, int n) {
 }
 AFM_INLINE void stream_bfloat16(Vec<float> x, BFloat16* p) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(x));
+}
+
+// What transposes rows into lanes. See Note [Rows across lanes] in lane_tiles.h.
+
+// 16 bytes of every fourth row: part k of the vector is of rows[4 * k].
+AFM_INLINE Vec<float> load_parts(const char* const* rows, int64_t offset) {
+  const auto part = [&](int k) AFM_LAMBDA_INLINE {
+    return _mm_loadu_ps(reinterpret_cast<const float*>(rows[4 * k] + offset));
+  };
+  const __m512 low = _mm512_insertf32x4(_mm512_castps128_ps512(part(0)), part(1), 1);
+  return _mm512_insertf32x4(_mm512_insertf32x4(low, part(2), 2), part(3), 3);
+}
+AFM_INLINE void store_parts(Vec<float> x, char* const* rows, int64_t offset) {
+  const auto to = [&](int k)
+                      AFM_LAMBDA_INLINE { return reinterpret_cast<float*>(rows[4 * k] + offset); };
+  _mm_storeu_ps(to(0), _mm512_castps512_ps128(x.v));
+  _mm_storeu_ps(to(1), _mm512_extractf32x4_ps(x.v, 1));
+  _mm_storeu_ps(to(2), _mm512_extractf32x4_ps(x.v, 2));
+  _mm_storeu_ps(to(3), _mm512_extractf32x4_ps(x.v, 3));
+}
+// Every part of the four vectors is a matrix of 4 x 4 lanes.
+AFM_INLINE void transpose_parts(Vec<float>* x) {
+  const __m512 a = _mm512_unpacklo_ps(x[0].v, x[1].v), b = _mm512_unpackhi_ps(x[0].v, x[1].v);
+  const __m512 c = _mm512_unpacklo_ps(x[2].v, x[3].v), d = _mm512_unpackhi_ps(x[2].v, x[3].v);
+  const auto low = [](__m512 p, __m512 q) AFM_LAMBDA_INLINE {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(p), _mm512_castps_pd(q)));
+  };
+  const auto high = [](__m512 p, __m512 q) AFM_LAMBDA_INLINE {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(p), _mm512_castps_pd(q)));
+  };
+  x[0] = low(a, c), x[1] = high(a, c), x[2] = low(b, d), x[3] = high(b, d);
+}
+// A lane of `pairs` holds two 16-bit numbers, the lower one first.
+AFM_INLINE void unpack_bfloat16(Vec<float> pairs, Vec<float>& first, Vec<float>& second) {
+  const __m512i bits = _mm512_castps_si512(pairs.v);
+  first = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  second = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-65536)));
+}
+AFM_INLINE void unpack_float16(Vec<float> pairs, Vec<float>& first, Vec<float>& second) {
+  const __m512i bits = _mm512_castps_si512(pairs.v);
+  first = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits));
+  second = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+}
+AFM_INLINE Vec<float> pack_bfloat16(Vec<float> first, Vec<float> second) {
+  return _mm512_castsi512_ps(_mm512_mask_blend_epi16(
+      0xaaaaaaaa, _mm512_srli_epi32(rounded_to_bfloat16(first), 16), rounded_to_bfloat16(second)));
+}
+AFM_INLINE __m256i to_halves(Vec<float> x) {
+  return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+AFM_INLINE Vec<float> load_float16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+AFM_INLINE void store_float16(Vec<float> x, uint16_t* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_halves(x));
+}
+AFM_INLINE Vec<float> pack_float16(Vec<float> first, Vec<float> second) {
+  return _mm512_castsi512_ps(
+      _mm512_or_si512(_mm512_cvtepu16_epi32(to_halves(first)),
+                      _mm512_slli_epi32(_mm512_cvtepu16_epi32(to_halves(second)), 16)));
 }
 #elif AFM_CAPABILITY_AVX2
 
@@ -270,14 +334,16 @@ AFM_INLINE Vec<double>::Mask both(Vec<double>::Mask a, Vec<double>::Mask b) { re
 AFM_INLINE Vec<float> widen(__m128i x) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
 }
-AFM_INLINE __m128i narrow(Vec<float> x) {
+// The upper half of each lane is the rounded number.
+AFM_INLINE __m256i rounded_to_bfloat16(Vec<float> x) {
   const __m256i bits = _mm256_castps_si256(x.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   const __m256 is_nan = _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q);
-  const __m256i chosen =
-      _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(is_nan));
-  const __m256i halves = _mm256_srli_epi32(chosen, 16);
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(is_nan));
+}
+AFM_INLINE __m128i narrow(Vec<float> x) {
+  const __m256i halves = _mm256_srli_epi32(rounded_to_bfloat16(x), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
 }
 AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p) {
@@ -299,6 +365,56 @@ AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p, int n) {
 }
 AFM_INLINE void stream_bfloat16(Vec<float> x, BFloat16* p) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(x));
+}
+
+// What transposes rows into lanes, as above.
+AFM_INLINE Vec<float> load_parts(const char* const* rows, int64_t offset) {
+  const __m128 low = _mm_loadu_ps(reinterpret_cast<const float*>(rows[0] + offset));
+  const __m128 high = _mm_loadu_ps(reinterpret_cast<const float*>(rows[4] + offset));
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
+}
+AFM_INLINE void store_parts(Vec<float> x, char* const* rows, int64_t offset) {
+  _mm_storeu_ps(reinterpret_cast<float*>(rows[0] + offset), _mm256_castps256_ps128(x.v));
+  _mm_storeu_ps(reinterpret_cast<float*>(rows[4] + offset), _mm256_extractf128_ps(x.v, 1));
+}
+AFM_INLINE void transpose_parts(Vec<float>* x) {
+  const __m256 a = _mm256_unpacklo_ps(x[0].v, x[1].v), b = _mm256_unpackhi_ps(x[0].v, x[1].v);
+  const __m256 c = _mm256_unpacklo_ps(x[2].v, x[3].v), d = _mm256_unpackhi_ps(x[2].v, x[3].v);
+  x[0] = _mm256_shuffle_ps(a, c, 0x44), x[1] = _mm256_shuffle_ps(a, c, 0xee);
+  x[2] = _mm256_shuffle_ps(b, d, 0x44), x[3] = _mm256_shuffle_ps(b, d, 0xee);
+}
+AFM_INLINE void unpack_bfloat16(Vec<float> pairs, Vec<float>& first, Vec<float>& second) {
+  const __m256i bits = _mm256_castps_si256(pairs.v);
+  first = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  second = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-65536)));
+}
+AFM_INLINE Vec<float> from_low_halves(__m256i bits) {
+  const __m128i halves =
+      _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+  return _mm256_cvtph_ps(halves);
+}
+AFM_INLINE void unpack_float16(Vec<float> pairs, Vec<float>& first, Vec<float>& second) {
+  const __m256i bits = _mm256_castps_si256(pairs.v);
+  first = from_low_halves(_mm256_and_si256(bits, _mm256_set1_epi32(0xffff)));
+  second = from_low_halves(_mm256_srli_epi32(bits, 16));
+}
+AFM_INLINE Vec<float> pack_bfloat16(Vec<float> first, Vec<float> second) {
+  return _mm256_castsi256_ps(_mm256_blend_epi16(_mm256_srli_epi32(rounded_to_bfloat16(first), 16),
+                                                rounded_to_bfloat16(second), 0xaa));
+}
+AFM_INLINE __m128i to_halves(Vec<float> x) {
+  return _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+AFM_INLINE Vec<float> load_float16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+AFM_INLINE void store_float16(Vec<float> x, uint16_t* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_halves(x));
+}
+AFM_INLINE Vec<float> pack_float16(Vec<float> first, Vec<float> second) {
+  return _mm256_castsi256_ps(
+      _mm256_or_si256(_mm256_cvtepu16_epi32(to_halves(first)),
+                      _mm256_slli_epi32(_mm256_cvtepu16_epi32(to_halves(second)), 16)));
 }
 #else
 
@@ -414,32 +530,83 @@ AFM_PORTABLE_VEC(double)
 
 // bfloat16 in memory, float32 in registers. Stores round to nearest, ties to even.
 AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p, int n, Vec<float> fill) {
-  for (int i = 0; i < n; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(p[i].bits) << 16;
-    float x;
-    memcpy(&x, &bits, sizeof(x));
-    fill.v[i] = x;
-  }
+  for (int i = 0; i < n; ++i) fill.v[i] = from_bfloat16(p[i].bits);
   return fill;
 }
 AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p) {
   return load_bfloat16(p, Vec<float>::width, Vec<float>(0.0f));
 }
 AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p, int n) {
-  for (int i = 0; i < n; ++i) {
-    const float lane = x.v[i];
-    uint32_t bits;
-    memcpy(&bits, &lane, sizeof(bits));
-    p[i].bits =
-        static_cast<uint16_t>(lane != lane ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-  }
+  for (int i = 0; i < n; ++i) p[i].bits = to_bfloat16(x.v[i]);
 }
 AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p) {
   store_bfloat16(x, p, Vec<float>::width);
 }
 AFM_INLINE void stream_bfloat16(Vec<float> x, BFloat16* p) { store_bfloat16(x, p); }
+AFM_INLINE Vec<float> load_float16(const uint16_t* p) {
+  Vec<float> x;
+  for (int i = 0; i < Vec<float>::width; ++i) x.v[i] = from_float16(p[i]);
+  return x;
+}
+AFM_INLINE void store_float16(Vec<float> x, uint16_t* p) {
+  for (int i = 0; i < Vec<float>::width; ++i) p[i] = to_float16(x.v[i]);
+}
+
+// What transposes rows into lanes, as above: one part.
+AFM_INLINE Vec<float> load_parts(const char* const* rows, int64_t offset) {
+  return Vec<float>::load(reinterpret_cast<const float*>(rows[0] + offset));
+}
+AFM_INLINE void store_parts(Vec<float> x, char* const* rows, int64_t offset) {
+  x.store(reinterpret_cast<float*>(rows[0] + offset));
+}
+AFM_INLINE void transpose_parts(Vec<float>* x) {
+  const Vec<float> from[4] = {x[0], x[1], x[2], x[3]};
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) x[i].v[j] = from[j].v[i];
+}
+template <class Convert>
+AFM_INLINE void unpack_pairs(Vec<float> pairs, Vec<float>& first, Vec<float>& second,
+                             const Convert& to_float) {
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t bits = bits_of_float(pairs.v[i]);
+    first.v[i] = to_float(static_cast<uint16_t>(bits & 0xffff));
+    second.v[i] = to_float(static_cast<uint16_t>(bits >> 16));
+  }
+}
+template <class Convert>
+AFM_INLINE Vec<float> pack_pairs(Vec<float> first, Vec<float> second, const Convert& from_float) {
+  Vec<float> pairs;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t low = from_float(first.v[i]), high = from_float(second.v[i]);
+    pairs.v[i] = float_of_bits(low | high << 16);
+  }
+  return pairs;
+}
+AFM_INLINE void unpack_bfloat16(Vec<float> pairs, Vec<float>& first, Vec<float>& second) {
+  unpack_pairs(pairs, first, second, from_bfloat16);
+}
+AFM_INLINE void unpack_float16(Vec<float> pairs, Vec<float>& first, Vec<float>& second) {
+  unpack_pairs(pairs, first, second, from_float16);
+}
+AFM_INLINE Vec<float> pack_bfloat16(Vec<float> first, Vec<float> second) {
+  return pack_pairs(first, second, to_bfloat16);
+}
+AFM_INLINE Vec<float> pack_float16(Vec<float> first, Vec<float> second) {
+  return pack_pairs(first, second, to_float16);
+}
 
 #endif
+
+// Whole cache lines, past the caches.
+AFM_INLINE bool can_stream(const void* to, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(to) % 64 == 0 && bytes % 64 == 0;
+}
+AFM_INLINE void stream_lines(void* to, const void* from, int64_t bytes) {
+  constexpr int64_t kStep = Vec<float>::width;
+  float* out = static_cast<float*>(to);
+  const float* in = static_cast<const float*>(from);
+  for (int64_t j = 0; j < bytes / 4; j += kStep) Vec<float>::load(in + j).stream(out + j);
+}
 
 }  // namespace
 }  // namespace afm::cpu::AFM_CAPABILITY

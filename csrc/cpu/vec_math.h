@@ -103,17 +103,36 @@ AFM_INLINE Vec<T> excess_of_exp(Vec<T> x) {
   return x * x * polynomial(Float<T>::excess, x);
 }
 
-// log(1 + y) for y > -1 with |log(1 + y)| <= 1 or so: 2 artanh(y / (2 + y)) by its series.
+// artanh(z) / z - 1 by its series, for z^2 up to 0.22: the first term left out is below 1e-8,
+// 1e-17.
+template <class T>
+AFM_INLINE Vec<T> artanh_tail(Vec<T> square) {
+  constexpr int kTerms = sizeof(T) == 4 ? 11 : 24;
+  Vec<T> series(T(0));
+#pragma GCC unroll 32
+  for (int n = kTerms; n >= 1; --n) series = fma(series, square, Vec<T>(T(1) / T(2 * n + 1)));
+  return series * square;
+}
+
+// log(1 + y) for y > -1 with |log(1 + y)| <= 1 or so: 2 artanh(z), z = y / (2 + y).
 template <class T>
 AFM_INLINE Vec<T> log1p(Vec<T> y) {
-  using V = Vec<T>;
-  constexpr int kTerms =
-      sizeof(T) == 4 ? 11 : 24;  // the first term left out is below 1e-8, 1e-17 at z^2 = 0.22
-  const V z = y / (V(T(2)) + y), square = z * z;
-  V series(T(0));
-#pragma GCC unroll 32
-  for (int n = kTerms; n >= 1; --n) series = fma(series, square, V(T(1) / T(2 * n + 1)));
-  return fma(z * square, series, z) * V(T(2));
+  const Vec<T> z = y / (Vec<T>(T(2)) + y);
+  return fma(z, artanh_tail(z * z), z) * Vec<T>(T(2));
+}
+
+// log(1 + y) - y for the same y: 2 z = y - y z takes the y off before anything is rounded.
+template <class T>
+AFM_INLINE Vec<T> log1p_minus(Vec<T> y) {
+  const Vec<T> z = y / (Vec<T>(T(2)) + y), twice = z + z;
+  return fma(twice, artanh_tail(z * z), Vec<T>(T(0)) - y * z);
+}
+
+// The integer nearest to x, |x| below 2^22 (2^51 for double).
+template <class T>
+AFM_INLINE Vec<T> nearest_integer(Vec<T> x) {
+  constexpr T kMagic = static_cast<T>(3LL << (Float<T>::mantissa_bits - 1));
+  return (x + Vec<T>(kMagic)) - Vec<T>(kMagic);
 }
 
 // log(x) for normal x > 0.
