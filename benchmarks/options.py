@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
+
+from benchmarks.schedule import Costed
+
+C = TypeVar("C", bound=Costed)
 
 
 @dataclass(frozen=True)
@@ -16,5 +23,11 @@ class Options:
     """Seconds, not minutes: answers are checked, times are not worth reading."""
     only: str | None = None
     """A regular expression that names of cases must match."""
-    seconds: float = 2.0
-    """What one interleaved measurement may take."""
+    compile: bool = True
+    """Whether torch.compile is among the peers; it takes most of the time."""
+
+    def named(self, cases: Iterable[C]) -> list[C] | None:
+        """The cases that ``only`` asks for by name; None where it is not given."""
+        if self.only is None:
+            return None
+        return [case for case in cases if re.search(self.only, case.name)]

@@ -11,7 +11,10 @@ measured beside the limits it carries. A record is one way of doing one thing:
     error      against float64: relative L2 error of the loss and of each gradient; null where it is not finite
     limits     seconds that one bound alone would take: "copy" (the minimal bytes, copied), "exp", "matmul", "call"
     bytes      the fewest bytes that must move; peak_bytes: the most that was allocated at once
-    details    whatever else the benchmark wants to say
+    details    whatever else the benchmark wants to say; "other_load" is the share of the processors that other programs
+               used while this was timed
+
+A run's settings say what fairness rests on: "steady_allocator" (Note [Fair timing]) and the worst "other_load".
 
 Times of different runs are not comparable on a shared machine; speedups are, and ``benchmarks.compare`` uses those.
 """
@@ -68,6 +71,12 @@ class Record:
     def group(self) -> str:
         """What the variants of one interleaved measurement share."""
         return self.name.rpartition("/")[0]
+
+    def bound(self) -> tuple[str, float]:
+        """The limit that binds, and the share of it that was reached."""
+        assert self.time is not None
+        name = max(self.limits, key=lambda limit: self.limits[limit])
+        return name, self.limits[name] / self.time["median"]
 
 
 def finite(value: float) -> float | None:
@@ -152,7 +161,12 @@ def commit() -> str:
 
 
 def new_run(limits: Json, records: list[Record], **settings: Any) -> Json:
-    """One run, ready for ``save``."""
+    """One run, ready for ``save``.
+
+    Its ``other_load`` is the worst of the timed stretches alone: between them torch.compile's own workers are "other
+    programs" too.
+    """
+    loads = [record.details.get("other_load") for record in records]
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
@@ -160,6 +174,7 @@ def new_run(limits: Json, records: list[Record], **settings: Any) -> Json:
         "versions": versions(),
         "settings": {
             "steady_allocator": all(os.environ.get(k) == v for k, v in ALLOCATOR_SETTINGS.items()),
+            "other_load": max((load for load in loads if load is not None), default=None),
             **settings,
         },
         "limits": limits,
@@ -219,6 +234,7 @@ def validate(content: Json) -> None:
         _fields(run, where, {"date": str, "commit": str, "machine": dict, "versions": dict})
         _fields(run, where, {"settings": dict, "limits": dict, "records": list})
         _fields(run["machine"], f"{where}.machine", {"cpu": str, "cores": int, "threads": int})
+        _fields(run["settings"], f"{where}.settings", {"steady_allocator": bool})
         _fields(run["versions"], f"{where}.versions", {"python": str, "torch": str})
         for j, record in enumerate(run["records"]):
             _validate_record(record, f"{where}.records[{j}]")

@@ -63,9 +63,12 @@ def provenance(content: Json) -> str:
     runs = content["runs"]
     machine, versions = runs[-1]["machine"], runs[-1]["versions"]
     commits = sorted({run["commit"][:8] for run in runs})
+    dates = sorted({run["date"] for run in runs})
+    load = max(run["settings"].get("other_load") or 0 for run in runs)
     return (
         f"{machine['cpu']}, {machine['instruction_set']}, {machine['threads']} threads; torch {versions['torch']}; "
-        f"commit {', '.join(commits)}. Ratios of interleaved calls, medians."
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(commits)}; other programs used at "
+        f"most {load:.0%} of the processors. Ratios of interleaved calls, medians."
     )
 
 
@@ -89,13 +92,6 @@ def error_(value: float | None) -> str:
     return "NaN" if value is None else "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")
 
 
-def bound_by(record: Record) -> tuple[str, float]:
-    """The limit that binds, and the share of it that was reached."""
-    assert record.time is not None
-    name = max(record.limits, key=lambda limit: record.limits[limit])
-    return name, record.limits[name] / record.time["median"]
-
-
 def shape_of(record: Record) -> tuple[str, str, str, str]:
     """(op, mode, shape, dtype) of a kernel record."""
     op, mode, shape, dtype = record.group.split("/")
@@ -104,6 +100,17 @@ def shape_of(record: Record) -> tuple[str, str, str, str]:
 
 def pretty_shape(shape: str) -> str:
     return shape.replace("-cl", " channels-last").replace("x", " × ")
+
+
+def step_words(group: str) -> str:
+    """A case of the attack or of the training step, in words."""
+    method, networks, shape, steps = group.split("/")
+    method = "AdaAD" if method == "adaad" else method.upper()
+    count = steps.removesuffix("steps")
+    return (
+        f"{method}: {networks.replace('<-', ' ← ')}, {pretty_shape(shape)}, "
+        f"{count} step{'' if count == '1' else 's'}"
+    )
 
 
 def order_of(record: Record) -> tuple[Any, ...]:
@@ -128,7 +135,7 @@ def kernels(folder: Path) -> str:
         if dtype not in ("float32", "bfloat16"):
             continue
         grad = found.get(f"softmax_kl/grad/{shape}/{dtype}/ours")
-        name, share = bound_by(record)
+        name, share = record.bound()
         rows.append(
             (
                 f"{pretty_shape(shape)}{'' if dtype == 'float32' else ' ' + dtype}",
@@ -162,7 +169,7 @@ def kernels_full(folder: Path) -> str:
     ours = [r for r in found.values() if r.variant == "ours"]
     for record in sorted(ours, key=lambda r: (shape_of(r)[0], order_of(r))):
         op, mode, shape, dtype = shape_of(record)
-        name, share = bound_by(record)
+        name, share = record.bound()
         eager = found[f"{record.group}/eager"]
         others = {p: s["median"] for p, s in record.speedup.items() if p not in ("eager", "compile")}
         memory = "–"
@@ -244,12 +251,11 @@ def attack(folder: Path) -> str:
     for record in found.values():
         if record.variant != "engine":
             continue
-        loop, networks, shape, steps = record.group.split("/")
+        loop = record.group.split("/")[0]
         bf16 = found.get(f"{record.group}/engine_bf16")
         rows.append(
             (
-                f"{loop.upper() if loop != 'adaad' else 'AdaAD'}: {networks.replace('<-', ' ← ')}, "
-                f"{pretty_shape(shape)}, {steps.replace('steps', ' steps')}",
+                step_words(record.group),
                 times_(record, loop),
                 times_(record, f"{loop}+autocast"),
                 times_(record, f"{loop}+compile"),
@@ -334,26 +340,35 @@ def limits(folder: Path) -> str:
 def training(folder: Path) -> str:
     """The training step against the official loops."""
     content = load(folder / "training-cpu.json")
+    found = {record.name: record for record in records(content)}
     rows = []
-    for record in records(content):
+    for record in found.values():
         if record.variant != "ours":
             continue
-        method, networks, shape, _ = record.group.split("/")
+        official = found[f"{record.group}/official"]
         share = record.details["share"]
+        assert record.peak_bytes is not None
+        assert official.peak_bytes is not None
         rows.append(
             (
-                f"{method}: {networks.replace('<-', ' ← ')}, {pretty_shape(shape)}",
+                step_words(record.group),
                 times_(record, "official"),
                 times_(record, "official autocast"),
                 times_(record, "official compile"),
+                times_(found.get(f"{record.group}/ours bf16"), "official"),
+                f"{record.details['objective'] / official.details['objective']:.1%}",
+                f"{record.peak_bytes / official.peak_bytes:.2f}",
                 *(f"{share[name]:.0%}" for name in ("teacher", "student", "loss", "step", "data")),
             )
         )
     head = (
-        "training step: student ← teacher",
+        "training step: student ← teacher, images",
         "× official",
         "× + autocast, channels-last",
         "× + compile",
+        "bf16 × official",
+        "objective / official",
+        "memory / official",
         "teacher",
         "student",
         "loss",

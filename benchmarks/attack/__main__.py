@@ -65,6 +65,11 @@ class Case:
         pair = self.student if self.loop == "trades" else f"{self.student}<-{self.teacher}"
         return f"{self.loop}/{pair}/{self.batch}x{self.channels}x{self.size}x{self.size}/{self.steps}steps"
 
+    @property
+    def cost(self) -> float:
+        """Seconds beside the timed rounds, roughly, on two cores: mostly torch.compile, and calls to warm up."""
+        return 15.0 if self.size == 8 else 90.0
+
 
 # Steps are all alike, so two are enough where one takes half a second.
 CPU_CASES = (

@@ -64,29 +64,30 @@ class Case:
     build: Callable[[str], Built] = field(repr=False, compare=False)
     standard: bool = True
     """Whether `make bench` has time for it; ``--full`` runs all."""
+    elements: int = 0
+    """Of one tensor: what making them and checking the answers in float64 takes."""
+    compiles: int = 1
+    """How many of its peers torch.compile makes."""
 
     @property
     def name(self) -> str:
         return f"{self.op}/{self.mode}/{self.shape}/{self.dtype}"
 
+    @property
+    def cost(self) -> float:
+        """Seconds beside the timed rounds, roughly, on two cores."""
+        return 0.2 + 4.0 * self.compiles + 6e-7 * self.elements
 
-def measure(
-    case: Case,
-    device: str,
-    limits: Any,
-    *,
-    budget: float,
-    without: tuple[str, ...] = (),
-    attempts: int = 1,
-) -> list[Record]:
-    """Time a case's candidates, less those in ``without``, in turns and compare their answers with float64.
+
+def measure(case: Case, device: str, limits: Any, *, budget: float, attempts: int = 1) -> list[Record]:
+    """Time a case's candidates in turns and compare their answers with float64.
 
     Where other programs were busy meanwhile, it is timed again, up to ``attempts`` times; the quietest counts.
     """
     torch._dynamo.reset()  # one case's compiled code must not count towards the next one's recompile limit
     built = case.build(device)
-    for name in without:
-        built.candidates.pop(name, None)
+    if not case.compiles:
+        built.candidates = {name: call for name, call in built.candidates.items() if "compile" not in name}
     errors = {name: errors_of(call(), built) for name, call in built.candidates.items()}
     copy = copy_call(built.bytes, device)
     load, times = _undisturbed({**built.candidates, "copy": copy}, budget, device, attempts)

@@ -10,8 +10,10 @@ addition, F.relu; and torch.compile of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -148,18 +150,27 @@ def _timed(
 
 
 def cases() -> Iterator[Case]:
-    """Every case of the image ops."""
-    for label, sizes, family in IMAGES:
-        for dtype in ("float32", "bfloat16"):
-            for norm in ("linf", "l2"):
-                standard = dtype == "float32" and label == "128x3x32x32"
-                build = partial(pgd_step, sizes, dtype, norm)
-                yield Case("pgd_step", norm, label, dtype, family, build, standard)
-    for label, sizes, family in ACTIVATIONS:
-        for dtype in ("float32", "bfloat16"):
-            for residual in (False, True):
-                for mode in ("forward", "input_grad"):
-                    op = "scale_shift_relu" + ("-residual" if residual else "")
-                    standard = dtype == "float32" and label == "16x64x32x32-cl" and mode == "input_grad"
-                    build = partial(scale_shift_relu, sizes, dtype, residual, mode)
-                    yield Case(op, mode, label, dtype, family, build, standard)
+    """Every case of the image ops; `make bench` takes one image batch and one activation of each, in float32."""
+    for (label, sizes, family), dtype, norm in product(IMAGES, DTYPES, ("linf", "l2")):
+        yield Case(
+            "pgd_step",
+            norm,
+            label,
+            dtype,
+            family,
+            partial(pgd_step, sizes, dtype, norm),
+            standard=(label, dtype) == ("128x3x32x32", "float32"),
+            elements=math.prod(sizes),
+        )
+    modes = ("forward", "input_grad")
+    for (label, sizes, family), dtype, residual, mode in product(ACTIVATIONS, DTYPES, (False, True), modes):
+        yield Case(
+            "scale_shift_relu" + ("-residual" if residual else ""),
+            mode,
+            label,
+            dtype,
+            family,
+            partial(scale_shift_relu, sizes, dtype, residual, mode),
+            standard=(label, dtype) == ("16x64x32x32-cl", "float32"),
+            elements=math.prod(sizes),
+        )

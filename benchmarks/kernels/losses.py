@@ -2,7 +2,10 @@
 
 Logits are 3·randn, and the teacher's differ from the student's by randn: a student in the middle of its training, KL
 about 0.4. Modes: "loss" (no gradient wanted), "student" (loss and its gradient by the student's logits), "both" (by
-both sides' logits) and "grad" (both gradients, the loss not wanted: what each step of an attack needs).
+both sides' logits) and "grad" (both gradients, the loss not wanted: what each step of an attack needs). The last is
+an operator of its own for softmax_kl and its divergences; distillation and dkl have none, "both" is what they cost.
+
+Losses are summed over the rows: with the mean over a quarter of a million pixels, gradients in float16 would underflow.
 
 The fewest bytes: both logits read once, each gradient written once. The fewest exponentials: one an element a side.
 """
@@ -12,9 +15,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -52,8 +57,6 @@ SHAPES = (
     Shape("64x128256", (64, 128256), "vocabulary"),
 )
 MODES = ("loss", "student", "both", "grad")
-# `make bench` has ten minutes, most of which torch.compile would take: these shapes stand for their families.
-STANDARD = ("128x10", "256x100", "512x1000", "256x32000", "8x19x128x256-cl")
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -70,18 +73,18 @@ def logits(sizes: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 
     )
 
 
-def eager_divergence(student: Tensor, teacher: Tensor, divergence: str, rows: int, dim: int) -> Tensor:
-    """The log-space form: what careful people write today."""
+def eager_divergence(student: Tensor, teacher: Tensor, divergence: str, dim: int) -> Tensor:
+    """The log-space form, summed: what careful people write today."""
     log_q, log_p = F.log_softmax(student, dim), F.log_softmax(teacher, dim)
     kl = partial(F.kl_div, log_target=True, reduction="sum")
     if divergence == "kl":
-        return kl(log_q, log_p) / rows
+        return kl(log_q, log_p)
     if divergence == "reverse_kl":
-        return kl(log_p, log_q) / rows
+        return kl(log_p, log_q)
     if divergence == "jeffreys":
-        return (kl(log_q, log_p) + kl(log_p, log_q)) / rows
+        return kl(log_q, log_p) + kl(log_p, log_q)
     log_m = torch.logaddexp(log_q, log_p) - math.log(2)
-    return 0.5 * (kl(log_m, log_p) + kl(log_m, log_q)) / rows
+    return 0.5 * (kl(log_m, log_p) + kl(log_m, log_q))
 
 
 def gradient_formula(student: Tensor, teacher: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -93,11 +96,16 @@ def gradient_formula(student: Tensor, teacher: Tensor, dim: int) -> tuple[Tensor
     return log_q.exp() - p, p * (difference - kl)
 
 
-def liger_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Liger-Kernel's KL on log-probabilities, which it does not make itself."""
+def _liger(divergence: str) -> Loss | None:
+    """Liger-Kernel's loss of log-probabilities, which it does not make itself; None where it has none, or is absent."""
+    if divergence not in ("kl", "js") or importlib.util.find_spec("liger_kernel") is None:
+        return None
     liger = importlib.import_module("liger_kernel.transformers")
-    loss = liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)
-    return loss(F.log_softmax(student, -1), F.log_softmax(teacher, -1).detach())
+    if divergence == "kl":
+        kl = liger.LigerKLDIVLoss(reduction="sum", log_target=True)
+        return lambda s, t: kl(F.log_softmax(s, -1), F.log_softmax(t, -1).detach())
+    js = liger.LigerJSD(beta=0.5)  # divides by the number of rows
+    return lambda s, t: s.shape[0] * js(F.log_softmax(s, -1), F.log_softmax(t, -1).detach())
 
 
 def upcast(loss: Loss) -> Loss:
@@ -158,172 +166,155 @@ def _by_backend(call: Call, backend: str) -> Call:
     return selected
 
 
-def _outputs(mode: str) -> tuple[str, ...]:
-    return {
-        "loss": ("loss",),
-        "student": ("loss", "grad_student"),
-        "both": ("loss", "grad_student", "grad_teacher"),
-        "grad": ("grad_student", "grad_teacher"),
-    }[mode]
-
-
-def _truth(loss: Loss, student: Tensor, teacher: Tensor, mode: str) -> tuple[Tensor, ...]:
-    got = differentiated(loss, student.double(), teacher.double(), mode)()
-    return tuple(t.detach() for t in ((got,) if isinstance(got, Tensor) else got))
-
-
-def _bytes(student: Tensor, mode: str) -> int:
-    tensors = {"loss": 2, "student": 3, "both": 4, "grad": 4}[mode]
-    return tensors * student.numel() * student.element_size()
-
-
-def softmax_kl(shape: Shape, dtype: str, mode: str, divergence: str, device: str) -> Built:
+def softmax_kl(shape: Shape, dtype: str, mode: str, device: str, divergence: str) -> Built:
     """softmax_kl_div and softmax_kl_div_grad."""
     student, teacher = logits(shape.sizes, DTYPES[dtype], device)
-    low = DTYPES[dtype].itemsize < 4
-
-    def eager(s: Tensor, t: Tensor) -> Tensor:
-        # Of the summed loss where gradients alone are wanted, as softmax_kl_div_grad defines them.
-        rows = 1 if mode == "grad" else shape.rows
-        return eager_divergence(s, t, divergence, rows, shape.dim)
-
+    options: dict[str, Any] = {"dim": shape.dim, "divergence": divergence}
+    eager = partial(eager_divergence, **options)
     if mode == "grad":
         ours: dict[str, Call] = {
-            "ours": lambda: afm_kernels.softmax_kl_div_grad(
-                student, teacher, dim=shape.dim, divergence=divergence
-            )
+            "ours": partial(afm_kernels.softmax_kl_div_grad, student, teacher, **options)
         }
-    else:
+        built = _built("softmax_kl_grad", ours, eager, student, teacher, mode)
+        if divergence == "kl":
+            formula = partial(gradient_formula, dim=shape.dim)
+            built.candidates["formula"] = partial(formula, student, teacher)
+            built.candidates["compiled formula"] = partial(compiled(formula), student, teacher)
+        return built
 
-        def fused(s: Tensor, t: Tensor, recompute: bool | None = None) -> Tensor:
-            return afm_kernels.softmax_kl_div(s, t, dim=shape.dim, divergence=divergence, recompute=recompute)
-
-        ours = {"ours": differentiated(fused, student, teacher, mode)}
-        if mode == "both":
-            again = partial(fused, recompute=True)
-            ours["ours recompute"] = differentiated(again, student, teacher, mode)
-
-    calls = with_backends(ours, "softmax_kl_grad" if mode == "grad" else "softmax_kl_forward_grad", device)
-    calls["eager"] = differentiated(eager, student, teacher, mode)
-    if low:
-        calls["eager float32"] = differentiated(upcast(eager), student, teacher, mode)
-    calls["compile"] = differentiated(compiled(eager), student, teacher, mode)
-    if mode == "grad" and divergence == "kl":
-        formula = partial(gradient_formula, dim=shape.dim)
-        calls["formula"] = partial(formula, student, teacher)
-        calls["compiled formula"] = partial(compiled(formula), student, teacher)
-    has_liger = device != "cpu" and importlib.util.find_spec("liger_kernel") is not None
-    if has_liger and mode in ("loss", "student") and divergence == "kl" and len(shape.sizes) == 2:
-        calls["liger"] = differentiated(liger_divergence, student, teacher, mode)
-    return Built(
-        candidates=calls,
-        outputs=_outputs(mode),
-        truth=_truth(eager, student, teacher, mode),
-        bytes=_bytes(student, mode),
-        exps=2 * student.numel(),
-        autograd=mode in ("student", "both"),
-    )
+    fused = partial(afm_kernels.softmax_kl_div, reduction="sum", **options)
+    ours = {"ours": differentiated(fused, student, teacher, mode)}
+    if mode == "both":
+        ours["ours recompute"] = differentiated(partial(fused, recompute=True), student, teacher, mode)
+    built = _built("softmax_kl_forward_grad", ours, eager, student, teacher, mode)
+    liger = _liger(divergence) if mode in ("loss", "student") and len(shape.sizes) == 2 else None
+    if liger is not None and device != "cpu":
+        built.candidates["liger"] = differentiated(liger, student, teacher, mode)
+    return built
 
 
 def distillation(shape: Shape, dtype: str, mode: str, device: str) -> Built:
     """distillation_loss: (1 − α)·CE + α·T²·KL, against F.cross_entropy and F.kl_div."""
-    alpha, temperature = 0.5, 4.0
-    student, teacher = logits(shape.sizes, DTYPES[dtype], device)
+    alpha, temperature, dim = 0.5, 4.0, shape.dim
     generator = torch.Generator().manual_seed(1)
-    labels = torch.randint(shape.sizes[-1], (shape.rows,), generator=generator).to(device)
+    sizes = list(shape.sizes)
+    classes = sizes.pop(dim)
+    labels = torch.randint(classes, sizes, generator=generator).to(device)
 
     def eager(s: Tensor, t: Tensor) -> Tensor:
-        hard = F.cross_entropy(s, labels)
-        log_q, log_p = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
-        soft = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+        hard = F.cross_entropy(s, labels, reduction="sum")
+        log_q, log_p = F.log_softmax(s / temperature, dim), F.log_softmax(t / temperature, dim)
+        soft = F.kl_div(log_q, log_p, log_target=True, reduction="sum")
         return (1 - alpha) * hard + alpha * temperature**2 * soft
 
-    def fused(s: Tensor, t: Tensor) -> Tensor:
-        return afm_kernels.distillation_loss(s, t, labels, alpha=alpha, temperature=temperature)
-
-    return _loss_case(fused, eager, student, teacher, mode, "distillation_forward_grad", device)
+    options = {"alpha": alpha, "temperature": temperature, "dim": dim, "reduction": "sum"}
+    fused = partial(afm_kernels.distillation_loss, labels=labels, **options)
+    student, teacher = logits(shape.sizes, DTYPES[dtype], device)
+    ours = {"ours": differentiated(fused, student, teacher, mode)}
+    return _built("distillation_forward_grad", ours, eager, student, teacher, mode)
 
 
 def dkl(shape: Shape, dtype: str, mode: str, device: str) -> Built:
     """dkl_loss, against the same O(C) sums in PyTorch and the published pairwise tensors."""
-    student, teacher = logits(shape.sizes, DTYPES[dtype], device)
+    dim = shape.dim
 
     def soft_cross_entropy(s: Tensor, p: Tensor) -> Tensor:
-        return -(p * F.log_softmax(s, -1)).sum(-1).mean()
+        return -(p * F.log_softmax(s, dim)).sum()
 
     def eager(s: Tensor, t: Tensor) -> Tensor:
-        p = F.softmax(t, -1).detach()
+        p = F.softmax(t, dim).detach()
         d = t - s
-        mean = (p * d).sum(-1, keepdim=True)
-        return soft_cross_entropy(s, p) + 0.5 * (p * (d - mean).square()).sum(-1).mean()
+        mean = (p * d).sum(dim, keepdim=True)
+        return soft_cross_entropy(s, p) + 0.5 * (p * (d - mean).square()).sum()
 
     def published(s: Tensor, t: Tensor) -> Tensor:
         p = F.softmax(t, -1).detach()
         pairs_t = t.unsqueeze(2) - t.unsqueeze(1)
         pairs_s = s.unsqueeze(2) - s.unsqueeze(1)
         weights = p.unsqueeze(2) * p.unsqueeze(1)
-        squared = 0.25 * ((pairs_t - pairs_s).square() * weights).sum() / s.shape[0]
+        squared = 0.25 * ((pairs_t - pairs_s).square() * weights).sum()
         return soft_cross_entropy(s, p) + squared
 
-    built = _loss_case(afm_kernels.dkl_loss, eager, student, teacher, mode, "dkl_forward_grad", device)
-    pairs = shape.rows * shape.sizes[-1] ** 2
-    if pairs <= 2**24:  # 64 MiB a tensor; the method's own limit in practice
+    student, teacher = logits(shape.sizes, DTYPES[dtype], device)
+    ours = {
+        "ours": differentiated(
+            partial(afm_kernels.dkl_loss, dim=dim, reduction="sum"), student, teacher, mode
+        )
+    }
+    built = _built("dkl_forward_grad", ours, eager, student, teacher, mode)
+    pairs = student.numel() * shape.sizes[dim]
+    if (
+        len(shape.sizes) == 2 and pairs <= 2**24
+    ):  # 64 MiB a tensor in float32; the method's own limit in practice
         built.candidates["published"] = differentiated(published, student, teacher, mode)
     return built
 
 
-def _loss_case(
-    fused: Loss, eager: Loss, student: Tensor, teacher: Tensor, mode: str, op: str, device: str
-) -> Built:
-    calls = with_backends({"ours": differentiated(fused, student, teacher, mode)}, op, device)
-    calls["eager"] = differentiated(eager, student, teacher, mode)
-    calls["compile"] = differentiated(compiled(eager), student, teacher, mode)
+GRADIENTS = {
+    "loss": (),
+    "student": ("grad_student",),
+    "both": ("grad_student", "grad_teacher"),
+    "grad": ("grad_student", "grad_teacher"),
+}
+"""What each mode returns, beside the loss."""
+
+
+def _built(op: str, ours: dict[str, Call], eager: Loss, student: Tensor, teacher: Tensor, mode: str) -> Built:
+    """Our calls by every backend, beside what people write, the same compiled, and the same after upcasting."""
+    device, gradients = str(student.device), GRADIENTS[mode]
+    calls = with_backends(ours, op, device)
+    peers = {"eager": eager, "compile": compiled(eager)}
+    if student.element_size() < 4:
+        peers["eager float32"] = upcast(eager)
+    calls |= {name: differentiated(peer, student, teacher, mode) for name, peer in peers.items()}
+    true = differentiated(eager, student.double(), teacher.double(), mode)()
     return Built(
         candidates=calls,
-        outputs=_outputs(mode),
-        truth=_truth(eager, student, teacher, mode),
-        bytes=_bytes(student, mode),
+        outputs=gradients if mode == "grad" else ("loss", *gradients),
+        truth=tuple(t.detach() for t in ((true,) if isinstance(true, Tensor) else true)),
+        bytes=(2 + len(gradients)) * student.numel() * student.element_size(),
         exps=2 * student.numel(),
         autograd=mode in ("student", "both"),
     )
 
 
+# What `make bench` measures of each op, as regular expressions over MODE/SHAPE/DTYPE: it has ten minutes, most of which
+# torch.compile takes. Each shape family, each mode and each dtype is there once at least.
+STANDARD = {
+    "softmax_kl": r"(both|grad)/(128x10|256x100|512x1000|8x19x128x256-cl|256x32000)/float32"
+    r"|student/(128x10|512x1000|256x32000)/float32|loss/512x1000/float32"
+    r"|(both|grad)/(8x19x128x256-cl|256x32000)/bfloat16|both/512x1000/(float16|float64)",
+    "softmax_kl-reverse_kl": r"both/512x1000/float32",
+    "softmax_kl-jeffreys": r"both/512x1000/float32",
+    "softmax_kl-js": r"both/512x1000/float32",
+    "distillation": r"student/(128x10|512x1000|256x32000)/float32",
+    "dkl": r"both/(128x10|128x100)/float32",
+}
+
+
 def cases() -> Iterator[Case]:
-    """Every case of the three losses."""
-    for shape in SHAPES:
-        for dtype in DTYPES:
-            for mode in MODES:
-                standard = shape.label in STANDARD and (dtype == "float32" and mode != "loss")
-                standard |= shape.label == "256x32000" and dtype == "bfloat16" and mode in ("both", "grad")
-                build = partial(softmax_kl, shape, dtype, mode, "kl")
-                yield Case("softmax_kl", mode, shape.label, dtype, shape.family, build, standard)
-
-    by_label = {shape.label: shape for shape in SHAPES}
-    for divergence in ("reverse_kl", "jeffreys", "js"):
-        for label in ("128x10", "512x1000", "256x32000"):
-            for mode in ("both", "grad"):
-                shape = by_label[label]
-                standard = (label, mode) == ("512x1000", "both")
-                build = partial(softmax_kl, shape, "float32", mode, divergence)
-                op = f"softmax_kl-{divergence}"
-                yield Case(op, mode, label, "float32", shape.family, build, standard)
-
-    for label in ("128x10", "128x100", "512x1000", "256x32000"):
-        shape = by_label[label]
-        for dtype in ("float32", "bfloat16"):
-            for mode in ("student", "both"):
-                standard = (dtype, mode, label) == ("float32", "student", "512x1000")
-                build = partial(distillation, shape, dtype, mode)
-                yield Case("distillation", mode, label, dtype, shape.family, build, standard)
-
-    for shape in (*SHAPES[:2], Shape("16x1000", (16, 1000), "imagenet"), by_label["256x32000"]):
-        standard = shape.label == "128x100"
-        yield Case(
-            "dkl",
-            "both",
-            shape.label,
-            "float32",
-            shape.family,
-            partial(dkl, shape, "float32", "both"),
-            standard,
-        )
+    """Every case of every loss: each op with each shape, dtype and mode."""
+    makers: dict[str, Callable[..., Built]] = {
+        "softmax_kl": partial(softmax_kl, divergence="kl"),
+        "softmax_kl-reverse_kl": partial(softmax_kl, divergence="reverse_kl"),
+        "softmax_kl-jeffreys": partial(softmax_kl, divergence="jeffreys"),
+        "softmax_kl-js": partial(softmax_kl, divergence="js"),
+        "distillation": distillation,
+        "dkl": dkl,
+    }
+    for op, maker in makers.items():
+        has_gradient_op = maker not in (distillation, dkl)
+        for shape, dtype, mode in product(SHAPES, DTYPES, MODES):
+            if mode == "grad" and not has_gradient_op:
+                continue
+            yield Case(
+                op,
+                mode,
+                shape.label,
+                dtype,
+                shape.family,
+                partial(maker, shape, dtype, mode),
+                standard=re.fullmatch(STANDARD[op], f"{mode}/{shape.label}/{dtype}") is not None,
+                elements=math.prod(shape.sizes),
+                compiles=2 if (op, mode) == ("softmax_kl", "grad") else 1,
+            )

@@ -1,17 +1,22 @@
-"""The kernel parts of the suite: which cases run, and what is printed while they do."""
+"""The kernels as a part of the suite: which cases run, and what is printed while they do."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
-from functools import partial
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
-from benchmarks.kernels import images, losses
-from benchmarks.kernels.case import Case, measure
+from benchmarks.kernels import case, images, losses
+from benchmarks.kernels.case import Case, wrong_answers
 from benchmarks.options import Options
 from benchmarks.results import Record
 
+__all__ = ["HEAD", "cases", "lines", "measure", "wrong_answers"]
+
+HEAD = f"{'case':<46} {'variant':<16} {'x eager':>8} {'x compile':>10} {'of limit':>10} {'error':>9}"
 SMOKE = re.compile(r"/(128x10|8x19x128x256-cl|512x1000|128x3x32x32|16x64x32x32-cl)/(float32|bfloat16)$")
 """Shapes small enough for two minutes that still take every code path: short rows, long rows, channels-last."""
 
@@ -22,72 +27,47 @@ def kernel_cases() -> Iterator[Case]:
     yield from images.cases()
 
 
-def sweep_cases() -> Iterator[Case]:
-    """softmax_kl over four decades of rows, and of classes."""
-    for family, sizes in (
-        ("rows", [(rows, 1000) for rows in (1, 3, 10, 30, 100, 300, 1000, 3000, 10000)]),
-        ("classes", [(64, classes) for classes in (10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000)]),
-    ):
-        for rows, classes in sizes:
-            label = f"{rows}x{classes}"
-            shape = losses.Shape(label, (rows, classes), family)
-            build = partial(losses.softmax_kl, shape, "float32", "both", "kl")
-            yield Case("softmax_kl", "both", label, "float32", family, build, standard=False)
+def cases(options: Options) -> list[Case]:
+    """The cases that the options ask for, so ordered that what time may cut off leaves some of every op."""
+    chosen = options.named(kernel_cases())
+    if chosen is None and options.smoke:
+        chosen = [case for case in kernel_cases() if case.standard and SMOKE.search(case.name)]
+    if chosen is None:
+        chosen = [case for case in kernel_cases() if options.full or case.standard]
+    return with_peers(turn_by_turn(chosen), options)
 
 
-def selected(cases: Iterator[Case], options: Options) -> list[Case]:
-    """The cases that the options ask for."""
-    chosen = []
-    for case in cases:
-        if options.only is not None:
-            wanted = re.search(options.only, case.name) is not None
-        elif options.smoke:
-            wanted = SMOKE.search(case.name) is not None
-        else:
-            wanted = options.full or case.standard
-        if wanted:
-            chosen.append(case)
-    return chosen
+def turn_by_turn(chosen: Iterable[Case]) -> list[Case]:
+    """The first case of every op, then the second of each, and so on."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for each in chosen:
+        numbered.append((seen[each.op], each))
+        seen[each.op] += 1
+    return [each for _, each in sorted(numbered, key=lambda pair: pair[0])]
 
 
-def selected_sweep(options: Options) -> list[Case]:
-    """The sweep's cases: all of them, every other one in ten minutes, three in a smoke run."""
-    cases = list(sweep_cases())
-    if options.only is not None:
-        return [case for case in cases if re.search(options.only, case.name)]
-    if options.smoke:
-        return cases[:3]
-    return cases if options.full else cases[::2]
+def with_peers(chosen: list[Case], options: Options) -> list[Case]:
+    """The cases without what torch.compile would make, where the options say so."""
+    return chosen if options.compile else [replace(case, compiles=0) for case in chosen]
 
 
-def run(cases: list[Case], options: Options, limits: Any) -> list[Record]:
-    """Measure the cases, printing a line for each of ours."""
-    records: list[Record] = []
-    print(f"{'case':<44} {'variant':<16} {'x eager':>9} {'x compile':>10} {'of limit':>9} {'error':>9}")
-    for case in cases:
-        without = ("compile", "compiled formula") if options.smoke else ()
-        measured = measure(
-            case,
-            options.device,
-            limits,
-            budget=options.seconds,
-            without=without,
-            attempts=1 if options.smoke else 4,
+def measure(each: Case, seconds: float, options: Options, limits: Any) -> list[Record]:
+    return case.measure(each, options.device, limits, budget=seconds, attempts=1 if options.smoke else 3)
+
+
+def lines(records: list[Record]) -> Iterator[str]:
+    """A line for each of our variants."""
+    for record in records:
+        if record.peer:
+            continue
+        over = [
+            f"{record.speedup[peer]['median']:.2f}" if peer in record.speedup else "-"
+            for peer in ("eager", "compile")
+        ]
+        worst = max((error for error in record.error.values() if error is not None), default=math.nan)
+        bound, share = record.bound()
+        yield (
+            f"{record.group:<46} {record.variant:<16} {over[0]:>8} {over[1]:>10} "
+            f"{f'{share:.0%} {bound}':>10} {worst:>9.1e}"
         )
-        records += measured
-        for record in measured:
-            if not record.peer:
-                print(_line(case, record), flush=True)
-    return records
-
-
-def _line(case: Case, record: Record) -> str:
-    def over(peer: str) -> str:
-        return f"{record.speedup[peer]['median']:.2f}" if peer in record.speedup else "-"
-
-    worst = max((error for error in record.error.values() if error is not None), default=float("nan"))
-    bound = max(record.limits, key=lambda name: record.limits[name])
-    assert record.time is not None
-    share = record.limits[bound] / record.time["median"]
-    limit = f"{share:.0%} {bound}"
-    return f"{case.name:<44} {record.variant:<16} {over('eager'):>9} {over('compile'):>10} {limit:>9} {worst:>9.1e}"

@@ -1,22 +1,14 @@
 """A regression is seen, noise is not."""
 
-import time
-
 import pytest
+import torch
 
-from benchmarks import compare, results
-from benchmarks.timing import Samples, interleave
+from benchmarks import __main__ as command
+from benchmarks import compare, limits, results
+from benchmarks.kernels import losses
+from benchmarks.timing import Samples
 
 NAME = "op/both/8x10/float32"
-
-
-def busy(seconds):
-    def call():
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            pass
-
-    return call
 
 
 def saved(path, times, error=1e-7, peak_bytes=1000):
@@ -27,20 +19,39 @@ def saved(path, times, error=1e-7, peak_bytes=1000):
     return str(path)
 
 
-def test_an_artificial_slowdown_is_caught(tmp_path, capsys):
-    """The real thing: measured, saved, compared, with a tenth of a call's time added to ours."""
+def test_an_artificial_slowdown_and_loss_of_exactness_are_caught(monkeypatch, tmp_path, capsys):
+    """The real thing: the suite measures and saves a kernel, then one made five times slower and inexact."""
+    machine = {"exp_per_second": {"median": 1e9}, "call_seconds": {"autograd": 3e-5, "op": 1e-6}}
+    monkeypatch.setattr(limits, "measure", lambda *_, **__: machine)
+    right = losses.afm_kernels.softmax_kl_div_grad
 
-    def measure(path, seconds):
-        calls = {"eager": busy(2e-3), "ours": busy(seconds)}
-        return saved(path, interleave(calls, budget=0.3, min_sample=1e-3))
+    def worse(student, teacher, **kwargs):
+        for _ in range(4):
+            right(student, teacher, **kwargs)
+        return [gradient * (1 + 1e-5) for gradient in right(student, teacher, **kwargs)]
 
-    old, same, slower = (
-        measure(tmp_path / name, seconds) for name, seconds in (("a", 1e-3), ("b", 1e-3), ("c", 1.3e-3))
-    )
-    assert compare.main([old, same]) == 0
-    assert compare.main([old, slower]) == 1
-    assert f"slower      {NAME}/ours: 2 -> 1.5" in capsys.readouterr().out.replace("1.54", "1.5")
-    assert compare.main([slower, old]) == 0
+    def measured(name):
+        arguments = ["--part", "kernels", "--smoke", "--out", str(tmp_path / name)]
+        assert (
+            command.main([*arguments, "--threads", "1", "--only", "^softmax_kl/grad/512x1000/float32"]) == 0
+        )
+        return str(tmp_path / name / "kernels-cpu.json")
+
+    threads = torch.get_num_threads()
+    try:
+        before = measured("before")
+        monkeypatch.setattr(losses.afm_kernels, "softmax_kl_div_grad", worse)
+        after = measured("after")
+    finally:
+        torch.set_num_threads(threads)
+    assert compare.main([before, before]) == 0
+    capsys.readouterr()
+    assert compare.main([before, after]) == 1
+    said = capsys.readouterr().out
+    for kind in ("slower ", "less exact "):
+        assert f"{kind:<12}softmax_kl/grad/512x1000/float32/ours: " in said
+    assert "1 compared" in said
+    assert compare.main([after, before]) == 0
     assert "faster" in capsys.readouterr().out
 
 

@@ -1,0 +1,38 @@
+"""The attack as a part of the suite: ``python -m benchmarks.attack`` measures more, and draws the roofline."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.attack.__main__ import CPU_CASES, CUDA_CASES, Case, run_case, table
+from benchmarks.options import Options
+from benchmarks.results import Record
+
+HEAD = ""
+
+
+def cases(options: Options) -> list[Case]:
+    every = CUDA_CASES if options.device.startswith("cuda") else CPU_CASES
+    named = options.named(every)
+    if named is not None:
+        return named
+    return [case for case in every if options.full or case.size == 8]
+
+
+def measure(case: Case, seconds: float, options: Options, limits: Any) -> list[Record]:
+    settings = argparse.Namespace(
+        compile=options.compile, budget=seconds, min_rounds=3 if options.smoke else 5
+    )
+    return run_case(case, options.device, limits, settings)
+
+
+def lines(records: list[Record]) -> Iterator[str]:
+    yield table(records)
+
+
+def wrong_answers(records: list[Record]) -> Iterator[str]:
+    for record in records:
+        if not record.peer and not record.details["kl_share_of_loop"] > 0.9:
+            yield f"{record.name}: reaches {record.details['kl_share_of_loop']:.0%} of the KL that the loop reaches"
