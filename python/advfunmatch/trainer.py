@@ -137,7 +137,7 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
         state.step * len(train_set) // steps_per_epoch,
     )
     with (
-        _board(config, out, world) as board,
+        _board(config, out, world, state.metrics) as board,
         TrainingProgress(label, images_in_run, images_done, show=show and world.leads) as progress,
     ):
         for epoch in range(state.step // steps_per_epoch, config.epochs):
@@ -220,9 +220,8 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
                 )
                 row |= measured.accuracies
                 progress.say(f"clean {row['clean']:.1f} % · PGD-10 {row['pgd10']:.1f} %")
-            for name, value in row.items():
-                if board is not None and name not in ("epoch", "step"):
-                    board.add_scalar(name, value, epoch + 1)
+            if board is not None:
+                _show_on_board(board, row)
             state.metrics.append(row)
             state.loss_sum.zero_()
             save()
@@ -362,12 +361,27 @@ def _refresh_average(average: WeightAverage, data: ImageDataset, config: TrainCo
     refresh_batch_norm(average.model, [as_float(images) for images in data.images.split(config.batch_size)])
 
 
-def _board(config: TrainConfig, out: Path, world: World) -> AbstractContextManager[Any]:
+def _board(
+    config: TrainConfig, out: Path, world: World, metrics: list[dict[str, Any]]
+) -> AbstractContextManager[Any]:
+    """TensorBoard's log of this run: what an earlier run left is replaced by the rows that this one continues from."""
     if not (config.tensorboard and world.leads):
         return nullcontext()
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(out / "tensorboard"))
+    folder = out / "tensorboard"
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    board = SummaryWriter(str(folder))
+    for row in metrics:
+        _show_on_board(board, row)
+    return board
+
+
+def _show_on_board(board: Any, row: dict[str, Any]) -> None:
+    for name, value in row.items():
+        if name not in ("epoch", "step"):
+            board.add_scalar(name, value, row["epoch"])
 
 
 def _load_teacher(config: TrainConfig, data: ImageDataset, device: torch.device) -> nn.Module:

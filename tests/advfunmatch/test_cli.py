@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from advfunmatch.cli import run
@@ -230,6 +231,27 @@ def test_full_disk(teacher: str, capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip("no /dev/full here")
     assert "No space left on device" in refused(evaluate(teacher, full, "--attacks", "clean"), capsys)
     assert full.is_char_device()
+
+
+@pytest.mark.parametrize("model", ["torchvision:shufflenet_v2_x0_5", "timm:mobilenetv3_small_050"])
+def test_a_network_of_another_library_is_trained_saved_and_measured_again(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if model.startswith("timm:"):
+        pytest.importorskip("timm")
+    labels = np.arange(24) % 3
+    images = np.random.default_rng(0).integers(0, 100, (24, 32, 32, 3), dtype=np.uint8)
+    images[..., 0] += (50 * labels[:, None, None]).astype(np.uint8)
+    data = tmp_path / "three.npz"
+    np.savez(data, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    arguments = ["train", "--data", f"npz:{data}", "--model", model, "--method", "pgd_at", "--steps", "1"]
+    arguments += ["--epochs", "1", "--batch-size", "12", "--lr", "0.01", "--out", str(tmp_path / "run")]
+    assert run(arguments) == 0
+    trained = json.loads((tmp_path / "run" / "result.json").read_text())
+    arguments = ["evaluate", "--checkpoint", str(tmp_path / "run" / "checkpoint.pt"), "--data", f"npz:{data}"]
+    assert run([*arguments, "--out", str(tmp_path / "figures.json")]) == 0
+    measured = json.loads((tmp_path / "figures.json").read_text())
+    assert [measured[name] for name in ("clean", "pgd20")] == [trained[name] for name in ("clean", "pgd20")]
 
 
 def test_weights_of_another_project(tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from advfunmatch.cli import run
 from advfunmatch.config import config_from, read_settings
 from advfunmatch.data.augment import MIXING, ON_STORED, augmented, parse_augmentation
 from advfunmatch.presets import PRESETS
+from advfunmatch.progress import TrainingProgress
 from advfunmatch.schedule import learning_rate
 from torch import nn
 
@@ -202,13 +204,18 @@ def test_extra_images_are_mixed_in_at_the_ratio(
 
     monkeypatch.setattr(advfunmatch.trainer, "augmented", counts)
     extra = f"npz:{tmp_path / 'white.npz'}"
-    train(
-        make_config(
-            method="funmatch", teacher=teacher, extra_data=extra, extra_ratio=0.25, batch_size=40, epochs=1
-        )
+    config = make_config(
+        method="funmatch", teacher=teacher, extra_data=extra, extra_ratio=0.25, batch_size=40, epochs=1
     )
+    advanced: list[int] = []
+    monkeypatch.setattr(TrainingProgress, "advance", lambda self, images: advanced.append(images))
+    result = train(config)
     assert len(shares) == 7  # 200 images at 30 a batch
     assert shares[:6] == [0.25] * 6
+    assert shares[6] == pytest.approx(10 / 30)  # the last batch has 20 images of the set's, and the extra ten
+    # An epoch is the set once; extra images come on top and are not counted.
+    assert advanced == [30] * 6 + [20]
+    assert result["train_images"] == 200
 
 
 def test_config_file_and_flags_over_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,10 +278,38 @@ def test_missing_config_file() -> None:
         read_settings("nowhere.yaml")
 
 
-def test_tensorboard(make_config: MakeConfig) -> None:
-    config = make_config(epochs=1, tensorboard=True)
-    train(config)
-    assert list((Path(config.out) / "tensorboard").glob("events.*"))
+def test_tensorboard_has_every_epoch_once_after_a_stop(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def save_that_is_too_late(path: Path, checkpoint: dict[str, object]) -> None:
+        if checkpoint["epoch"] == 2:  # the second epoch is on the board already
+            raise KeyboardInterrupt
+        save(path, checkpoint)
+
+    config = make_config(epochs=3, tensorboard=True)
+    save = advfunmatch.trainer.save_checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(advfunmatch.trainer, "save_checkpoint", save_that_is_too_late)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    train(make_config(epochs=3, tensorboard=True, resume=True))
+    (log,) = (Path(config.out) / "tensorboard").iterdir()
+    board = EventAccumulator(str(log)).Reload()
+    rows = [json.loads(row) for row in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "clean"):
+        shown = [(event.step, event.value) for event in board.Scalars(name)]
+        assert shown == [(row["epoch"], pytest.approx(row[name])) for row in rows]
+
+
+def test_speedrun_runs(make_config: MakeConfig, teacher: str, tmp_path: Path) -> None:
+    settings = {"data": "digits", "model": "small_cnn-4", "teacher": teacher, "out": str(tmp_path / "run")}
+    settings |= {"epochs": 2, "limit": 600, "eval_limit": 60, "eps": 0.15, "step_size": 0.04}
+    result = train(config_from({**PRESETS["speedrun"], **settings}))
+    assert result["config"]["precision"] == "bf16"
+    assert result["config"]["channels_last"]
+    assert torch.isfinite(torch.tensor([result["clean"], result["kl_mismatched"]])).all()
 
 
 def test_cifar_as_torchvision_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
