@@ -44,7 +44,7 @@ CUDA_ARCHS = "80;90;100+PTX"
 # See Note [Kernel units]. Order and names as in csrc/cpu/dispatch.h.
 CAPABILITIES = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    avx2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
+    avx2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mprfchw"]
     avx512 = [
         "-mavx512f",
         "-mavx512bw",

@@ -119,6 +119,19 @@ struct Worker {
 
   // Sums.
 
+  // See Note [Lines of the gradients]. A streamed line is not to come at all, and a row longer than a
+  // tile would have lost its lines again before it writes them.
+  GradientLines gradient_lines(int64_t j) const {
+    const GradientLines none = {reinterpret_cast<const char*>(student_cache),
+                                reinterpret_cast<const char*>(student_cache), 0};
+    const RowPointer& first = grad_student.data != nullptr ? grad_student : grad_teacher;
+    const RowPointer& second = grad_teacher.data != nullptr ? grad_teacher : grad_student;
+    if (params.stream || params.classes > kTile || first.data == nullptr || first.stride != 1 ||
+        second.stride != 1 || first.dtype != second.dtype)
+      return none;
+    return {first.at(j), second.at(j), element_size(first.dtype)};
+  }
+
   template <bool kCache>
   RowSummary summarise() {
     RowSummary row;
@@ -148,10 +161,11 @@ struct Worker {
     const RowConstants<T> c = constants(row);
     RowSums sums;
     for_direct_tiles([&](const auto* s, const auto* t, int64_t j, int64_t n) {
+      const GradientLines lines = gradient_lines(j);
       if (jeffreys)
-        sum_near<kCache, true>(s, t, n, c, student_cache + j, teacher_cache + j, sums);
+        sum_near<kCache, true>(s, t, n, c, lines, student_cache + j, teacher_cache + j, sums);
       else
-        sum_near<kCache, false>(s, t, n, c, student_cache + j, teacher_cache + j, sums);
+        sum_near<kCache, false>(s, t, n, c, lines, student_cache + j, teacher_cache + j, sums);
     });
     constexpr double kLimit =
         kNearLimit * kNearLimit * 1.01;  // the polynomial is fitted a little beyond 1
@@ -179,10 +193,11 @@ struct Worker {
     const RowConstants<T> c = constants(row);
     RowSums sums;
     for_direct_tiles([&](const auto* s, const auto* t, int64_t j, int64_t n) {
+      const GradientLines lines = gradient_lines(j);
       if (jeffreys)
-        sum_far<kCache, true>(s, t, n, c, student_cache + j, teacher_cache + j, sums);
+        sum_far<kCache, true>(s, t, n, c, lines, student_cache + j, teacher_cache + j, sums);
       else
-        sum_far<kCache, false>(s, t, n, c, student_cache + j, teacher_cache + j, sums);
+        sum_far<kCache, false>(s, t, n, c, lines, student_cache + j, teacher_cache + j, sums);
     });
     const double above =
         larger(sums.student_max - row.student_shift, sums.teacher_max - row.teacher_shift);
