@@ -302,6 +302,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted; the last checkpoint is whole", 130)
+    except ModuleNotFoundError as error:
+        return _fail(f"{error.name} is not installed: pip install 'advfunmatch[train]'", 2)
     except Exception as error:
         # typer's own complaints about flags know their exit code and say what is wrong.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):

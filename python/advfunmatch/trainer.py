@@ -36,7 +36,6 @@ from .files import make_folder, write_json, write_json_lines
 from .lean import PreparedModel, prepare_for_attack
 from .methods import Logits, Method, get_method, make_attack
 from .models import create_model
-from .progress import TrainingProgress
 from .schedule import learning_rate
 from .state import TrainingState, checkpoint_to_resume
 
@@ -63,6 +62,8 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
         InputError: a setting, the data, the teacher or DIR cannot be used.
         TrainingDiverged: the loss became NaN or infinite.
     """
+    from .progress import TrainingProgress  # needs rich, which those who import only the attack may not have
+
     config = config.resolve()
     world, device = join_world(choose_device(config.device))
     out = Path(config.out)

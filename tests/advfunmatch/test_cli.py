@@ -92,6 +92,24 @@ def test_as_a_module_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert not (tmp_path / "bad").exists()
 
 
+def test_without_the_packages_of_the_extra() -> None:
+    """The attack needs torch alone; the command line says what it lacks."""
+    hide = "import sys; sys.modules.update(dict.fromkeys(('rich', 'typer', 'torchvision', 'sklearn', 'matplotlib')))"
+    attack = (
+        "import torch; from advfunmatch import PGDAttack, create_model, prepare_for_attack;"
+        "lean = prepare_for_attack(create_model('small_cnn', num_classes=10, in_channels=3).eval());"
+        "print(tuple(PGDAttack(steps=1)(lean, lean, torch.rand(2, 3, 8, 8)).shape))"
+    )
+    command = "sys.argv = ['advfunmatch', 'methods']; from advfunmatch.__main__ import main; main()"
+    for code, returncode, says in (
+        (attack, 0, "(2, 3, 8, 8)"),
+        (command, 2, "the command line needs typer: pip install 'advfunmatch[train]'"),
+    ):
+        done = subprocess.run([sys.executable, "-c", f"{hide}; {code}"], capture_output=True, text=True)
+        assert done.returncode == returncode, done.stderr
+        assert (done.stdout + done.stderr).strip().endswith(says)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
