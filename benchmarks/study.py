@@ -138,10 +138,15 @@ def plan(data: str, images: str, out: Path, seeds: int, changes: Json) -> tuple[
     return teacher, students
 
 
+def figures_path(run: Run) -> Path:
+    """The file that says that a run is finished."""
+    return Path(run.config.out) / "figures.json"
+
+
 def finish(run: Run, show: bool = False) -> Json:
     """Train and measure one network, or read what an earlier call found."""
     torch.set_num_threads(1)  # two runs side by side use two cores better than one run does
-    path = Path(run.config.out) / "figures.json"
+    path = figures_path(run)
     wanted = run.config.resolve().to_dict()
     if path.exists():
         stored: Json = json.loads(path.read_text())
@@ -180,10 +185,12 @@ def study(data: str, images: str, out: Path, *, seeds: int, jobs: int, changes: 
     teacher, students = plan(data, images, out, seeds, changes)
     found = {teacher.config.out: finish(teacher, show=True)}
     say(teacher, found[teacher.config.out], f"{data}: 1 of {len(students) + 1}")
+    finished = [run for run in students if figures_path(run).exists()]
     started = time.perf_counter()
     for count, (run, figures) in enumerate(finish_all(students, jobs), start=1):
         found[run.config.out] = figures
-        left = (time.perf_counter() - started) / count * (len(students) - count) / 60
+        fresh = max(count - len(finished), 1)
+        left = (time.perf_counter() - started) / fresh * (len(students) - count) / 60
         say(run, figures, f"{data}: {count + 1} of {len(students) + 1}, about {left:.0f} min left")
     return [
         Record(

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +380,51 @@ def training(folder: Path) -> str:
     return f"{markdown(head, rows)}\n\n<sub>{provenance(content)}</sub>"
 
 
+# figure of a study -> (title, decimals)
+_STUDIED = {
+    "clean": ("clean %", 1),
+    "pgd20": ("PGD-20 %", 1),
+    "autoattack": ("AutoAttack %", 1),
+    "agreement": ("agrees with teacher %", 1),
+    "agreement_mismatched": ("on mismatched examples %", 1),
+    "kl_mismatched": ("KL there", 3),
+}
+
+
+def study(data: str, folder: Path) -> str:
+    """Every row of a study: mean and standard deviation over its seeds."""
+    content = load(folder / f"study-{data}-cpu.json")
+    seeds: dict[str, list[Json]] = {}
+    for record in records(content):
+        seeds.setdefault(record.group.partition("/")[2], []).append(record.details)
+    rows = [
+        (
+            name.replace("+", " + "),
+            *(_mean_and_spread(runs, figure, decimals) for figure, (_, decimals) in _STUDIED.items()),
+        )
+        for name, runs in seeds.items()
+    ]
+    head = ("trained by", *(title for title, _ in _STUDIED.values()))
+    run = content["runs"][-1]
+    chosen, shared = run["settings"], run["settings"]["shared"]
+    counts = sorted({len(runs) for name, runs in seeds.items() if name != "teacher"})
+    note = (
+        f"<sub>{data}: teacher `{chosen['teacher']['model']}` by {chosen['teacher']['method']}, students "
+        f"`{chosen['student']['model']}`; linf ε = {shared['eps']:.3g}, {shared['epochs']} epochs, "
+        f"{shared['steps']} attack steps; mean ± standard deviation over {' or '.join(map(str, counts))} seeds; "
+        f"commit {run['commit'][:8]}.</sub>"
+    )
+    return f"{markdown(head, rows)}\n\n{note}"
+
+
+def _mean_and_spread(runs: Sequence[Json], figure: str, decimals: int) -> str:
+    values = [run[figure] for run in runs if figure in run]
+    if not values:
+        return "–"
+    mean = f"{statistics.mean(values):.{decimals}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "kernels": kernels,
     "kernels-full": kernels_full,
@@ -386,4 +433,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "training": training,
     "demo": demo,
     "limits": limits,
+    "study-digits": partial(study, "digits"),
+    "study-cifar10": partial(study, "cifar10"),
 }
