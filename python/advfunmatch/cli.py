@@ -226,7 +226,7 @@ def attack(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="folders that advfunmatch train wrote")],
-    out: Annotated[Path, typer.Option(help="HTML file to write; its curves go beside it as PNG")] = Path(
+    out: Annotated[Path, typer.Option(help="HTML file to write; the same goes beside it as PNG")] = Path(
         "report.html"
     ),
 ) -> None:

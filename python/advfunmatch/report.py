@@ -17,8 +17,9 @@ from .data import ImageDataset, as_float, load_dataset
 from .evaluate import mismatched_examples
 from .files import write_atomically
 
-# One colour a run, readable in print and by the colour-blind (Okabe and Ito).
-COLOURS = ("#444444", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
+# One colour a run, readable in print and by the colour-blind (Okabe and Ito, but for
+# their yellow, which is lost on white).
+COLOURS = ("#444444", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#8C6D1F")
 EXAMPLES = 8  # test images shown, the first of as many classes
 
 

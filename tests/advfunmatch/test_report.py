@@ -39,7 +39,7 @@ def test_report_is_one_page_with_every_run(
     page = out.read_text()
     links = Links()
     links.feed(page)
-    assert len(links.sources) == 3  # the curves, and the examples of each run
+    assert len(links.sources) == 2  # the curves, and the examples of both runs
     for source in links.sources:
         assert source.startswith("data:image/png;base64,")
         with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as picture:
