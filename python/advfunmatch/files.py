@@ -34,6 +34,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror}{kept}") from error
 
 
+def remove_partial_files(folder: Path) -> None:
+    """Remove what `write_atomically` was writing into a folder when its process was killed."""
+    for partial in folder.glob(".*.partial"):
+        partial.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -32,7 +32,7 @@ from .distributed import World, join_world, synchronise_batch_norm
 from .environment import environment
 from .errors import InputError, TrainingDiverged, one_of
 from .evaluate import evaluate
-from .files import make_folder, write_json, write_json_lines
+from .files import make_folder, remove_partial_files, write_json, write_json_lines
 from .lean import PreparedModel, prepare_for_attack
 from .methods import Logits, Method, get_method, make_attack
 from .models import create_model
@@ -105,6 +105,7 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
     with world.together():
         if world.leads:
             make_folder(out, "out")
+            remove_partial_files(out)
             write_json(out / "run.json", {"config": config.to_dict(), "environment": made_with})
 
     attack = make_attack(config)

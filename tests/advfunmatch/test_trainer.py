@@ -138,7 +138,10 @@ def test_an_existing_run_is_not_replaced_unasked(make_config: MakeConfig) -> Non
     train(make_config(epochs=1))
     with pytest.raises(InputError, match=r"already holds a run; --resume .*--overwrite"):
         train(make_config(epochs=1))
+    killed_while_writing = Path(make_config().out) / ".checkpoint.pt.17.partial"
+    killed_while_writing.write_bytes(b"half")
     train(make_config(epochs=1, overwrite=True))
+    assert not killed_while_writing.exists()
 
 
 @pytest.mark.parametrize(
