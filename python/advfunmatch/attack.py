@@ -19,6 +19,7 @@ import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -102,6 +103,8 @@ class PGDAttack:
         _check_count("steps", steps, least=0)
         _check_count("restarts", restarts, least=1)
         _check_count("max_graphs", max_graphs, least=1)
+        if seed is not None:
+            _check_count("seed", seed, least=0)
         if isinstance(objective, str):
             self.objective = create_objective(objective, targeted=targeted, temperature=temperature)
         elif not callable(objective):
@@ -129,11 +132,11 @@ class PGDAttack:
         self.norm = norm
         self.eps = float(eps)
         self.step_size = float(step_size)
-        self.steps = steps
+        self.steps = int(steps)
         self.init = init
         self.clip = _checked_clip(clip)
-        self.seed = seed
-        self.restarts = restarts
+        self.seed = None if seed is None else int(seed)
+        self.restarts = int(restarts)
         self.bn = bn
         self.early_stop = early_stop
         self.cuda_graph = cuda_graph
@@ -167,6 +170,9 @@ class PGDAttack:
         Returns:
             x_adv: x's shape, dtype, device and memory format; within eps of x and within the clip range to one ulp.
         """
+        for name, model in (("student", student), ("teacher", teacher)):
+            if not isinstance(model, nn.Module) and not (model is None and name == "teacher"):
+                raise TypeError(f"{name} must be a torch.nn.Module, got {type(model).__name__}")
         student = unwrap(student)
         teacher = None if teacher is None else unwrap(teacher)
         self._check_call(student, teacher, x, labels, teacher_logits, x_start)
@@ -424,6 +430,9 @@ class PGDAttack:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a floating-point tensor of images, got {got}")
+        for argument, value in (("labels", labels), ("teacher_logits", teacher_logits)):
+            if not (value is None or isinstance(value, Tensor)):
+                raise TypeError(f"{argument} must be a tensor or None, got {type(value).__name__}")
         if x.dim() < 2:
             raise ValueError(f"x must have shape (N, ...) with at least 2 dimensions, got {tuple(x.shape)}")
         use = self._teacher_use(teacher)
@@ -518,26 +527,42 @@ def capture_graph(
 
     The random state is as if the warm-up had not happened.
     """
-    state = (generator or torch.cuda.default_generators[device.index or 0]).get_state()
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(2):  # cuDNN and cuBLAS choose their kernels and allocate their workspaces here
-            run()
-    torch.cuda.current_stream(device).wait_stream(side)
-    (generator or torch.cuda.default_generators[device.index or 0]).set_state(state)
-    graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
+    # The graph's stream belongs to the device that is current, and the workspaces of cuBLAS to the stream.
+    with torch.cuda.device(device), _no_autocast_cache():
+        noise = generator or torch.cuda.default_generators[torch.cuda.current_device()]
+        state = noise.get_state()
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(2):  # cuDNN and cuBLAS choose their kernels and allocate their workspaces here
+                run()
+        torch.cuda.current_stream(device).wait_stream(side)
+        noise.set_state(state)
+        graph = torch.cuda.CUDAGraph()
+        if generator is not None:
+            graph.register_generator_state(generator)
+        try:
+            with torch.cuda.graph(graph, stream=side):
+                output = run()
+        except RuntimeError as error:
+            raise RuntimeError(
+                "the attack could not be captured as a CUDA graph: a network or the objective reads the device or "
+                "allocates by its data; pass cuda_graph=False to run it eagerly"
+            ) from error
+        return output, graph.replay
+
+
+@contextlib.contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Weights that autocast has converted live in its cache: a graph must neither read one from there, which an update
+    would not reach, nor leave one there, in memory that its replays write again."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
     try:
-        with torch.cuda.graph(graph):
-            output = run()
-    except RuntimeError as error:
-        raise RuntimeError(
-            "the attack could not be captured as a CUDA graph: a network or the objective reads the device or "
-            "allocates by its data; pass cuda_graph=False to run it eagerly"
-        ) from error
-    return output, graph.replay
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
 def input_gradient(
@@ -674,14 +699,14 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _check_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -694,6 +719,8 @@ def _checked_clip(
         return None
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise ValueError(f"clip must be a pair (lowest, highest) or None, got {clip!r}")
+    if not all(bound is None or (isinstance(bound, Real) and not isinstance(bound, bool)) for bound in clip):
+        raise TypeError(f"clip must hold numbers or None, got {clip!r}")
     low, high = (None if bound is None else float(bound) for bound in clip)
     if any(bound is not None and math.isnan(bound) for bound in (low, high)) or (
         low is not None and high is not None and low >= high

@@ -77,7 +77,9 @@ def prepare_for_attack(
         raise ValueError(
             f"memory_format must be torch.channels_last or torch.contiguous_format, got {memory_format}"
         )
-    return PreparedModel(unwrap(model, compiled=True), dtype, memory_format)
+    # A copy made of inference tensors could not be differentiated later, where inference mode has ended.
+    with torch.inference_mode(False):
+        return PreparedModel(unwrap(model, compiled=True), dtype, memory_format)
 
 
 def unwrap(model: nn.Module, compiled: bool = False) -> nn.Module:

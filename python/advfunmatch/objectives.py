@@ -24,6 +24,7 @@ Attributes, all optional on a user's own callable:
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ class CrossEntropy(_Labelled):
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
     ) -> LogitGradients:
-        column = labels[:, None]
+        column = _label_column(student_logits, labels)
         # p − onehot, with the label's entry as −Σ of the others: p − 1 rounds to 0 for a confident network, and the
         # gradient would then lose the one class that matters.
         wide = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
@@ -147,7 +148,7 @@ class Margin(_Labelled):
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
     ) -> LogitGradients:
-        column = labels[:, None]
+        column = _label_column(student_logits, labels)
         own = student_logits.gather(1, column)
         best_other, other_column = _other_logits(student_logits, labels).max(1, keepdim=True)
         up = own if self.targeted else best_other
@@ -156,6 +157,18 @@ class Margin(_Labelled):
         up_column, down_column = (column, other_column) if self.targeted else (other_column, column)
         gradient = torch.zeros_like(student_logits).scatter(1, up_column, moving)
         return gradient.scatter(1, down_column, -moving)
+
+
+def _label_column(logits: Tensor, labels: Tensor) -> Tensor:
+    """Labels as an index into the logits. Only on a CPU can they be looked at without waiting for a device."""
+    if labels.device.type == "cpu" and len(labels):
+        lowest, highest = (int(bound) for bound in labels.aminmax())
+        if lowest < 0 or highest >= logits.shape[1]:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(
+                f"labels must be in [0, {logits.shape[1]}), the classes of the logits, got {wrong}"
+            )
+    return labels[:, None]
 
 
 def _other_logits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -188,6 +201,8 @@ def create_objective(name: str, *, targeted: bool = False, temperature: float = 
         raise ValueError(f"targeted=True needs objective 'cross_entropy' or 'margin', got {name!r}")
     if temperature != 1.0 and labelled:
         raise ValueError(f"temperature needs objective 'mismatch' or 'fixed_teacher', got {name!r}")
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     objective: Objective = OBJECTIVES[name](targeted) if labelled else OBJECTIVES[name](temperature)

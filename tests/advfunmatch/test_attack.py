@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -488,6 +489,10 @@ def test_other_addresses_are_another_graph(student) -> None:
         ({"max_graphs": 0}, ValueError, "max_graphs must be at least 1"),
         ({"clip": (1.0, 0.0)}, ValueError, "lowest < highest"),
         ({"clip": 1.0}, ValueError, "clip must be a pair"),
+        ({"clip": ("0", "1")}, TypeError, "clip must hold numbers"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, got float"),
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"temperature": "4"}, TypeError, "temperature must be a number, got str"),
         ({"early_stop": True}, ValueError, "success"),
         ({"objective": lambda s, t, y: s, "restarts": 2}, ValueError, "score"),
         ({"objective": lambda s, t, y: s, "targeted": True}, ValueError, "targeted"),
@@ -505,6 +510,11 @@ def test_bad_options_are_named(options, error, words) -> None:
         ("mismatch", {"teacher": None}, ValueError, "teacher must be a module"),
         ("cross_entropy", {}, ValueError, "needs labels"),
         ("cross_entropy", {"labels": LABELS.float()}, ValueError, "labels must be int64"),
+        ("cross_entropy", {"labels": [0] * 5}, TypeError, "labels must be a tensor or None, got list"),
+        ("cross_entropy", {"labels": LABELS + 4}, ValueError, r"labels must be in \[0, 4\)"),
+        ("margin", {"labels": LABELS - 4}, ValueError, r"labels must be in \[0, 4\)"),
+        ("mismatch", {"teacher": len}, TypeError, "teacher must be a torch.nn.Module, got builtin"),
+        ("fixed_teacher", {"teacher_logits": 0}, TypeError, "teacher_logits must be a tensor"),
         ("cross_entropy", {"labels": LABELS[:3]}, ValueError, "labels must be int64 of shape"),
         ("mismatch", {"teacher_logits": torch.zeros(5, 4)}, ValueError, "Mismatch is not one"),
         (
@@ -529,6 +539,22 @@ def test_bad_calls_are_named(student, teacher, images, objective, call, error, w
     arguments = {"teacher": teacher, "x": images, **call}
     with pytest.raises(error, match=words):
         PGDAttack(objective, eps=EPS, step_size=STEP, steps=1)(student, **arguments)
+
+
+def test_numpys_numbers_are_numbers(student, teacher, images) -> None:
+    python = PGDAttack(eps=0.25, step_size=0.125, steps=2, seed=SEED)
+    numpy = PGDAttack(
+        eps=np.float32(0.25), step_size=np.float64(0.125), steps=np.int64(2), seed=np.int32(SEED)
+    )
+    assert torch.equal(numpy(student, teacher, images), python(student, teacher, images))
+
+
+def test_networks_prepared_in_inference_mode_can_be_attacked(student, teacher, images) -> None:
+    with torch.inference_mode():
+        pair = prepare_for_attack(student), prepare_for_attack(teacher)
+        pair[0].refresh_()
+    x_adv = PGDAttack(eps=EPS, step_size=STEP, steps=1)(*pair, images)
+    assert 0 < float((x_adv - images).abs().max()) <= EPS + 1e-6
 
 
 def test_a_prepared_student_has_no_batch_statistics(student, teacher, images) -> None:
