@@ -25,6 +25,8 @@ CONVOLUTIONS = dict.fromkeys(("convolution", "mkldnn_convolution", "_convolution
 GROUPS = {
     **CONVOLUTIONS,
     "convolution_backward": "convolution's input gradient",
+    "conv3x3_forward": "3×3 convolution (Winograd)",
+    "conv3x3_input_grad": "its input gradient (Winograd)",
     "addmm": "linear",
     "mm": "linear",
     "softmax_kl_grad": "objective",
@@ -98,6 +100,11 @@ class StepTimer(TorchDispatchMode):
 
 
 def _flops(name: str, args: Any, out: Any) -> float:
+    if name in ("conv3x3_forward", "conv3x3_input_grad"):
+        # What Winograd's products do: 36 for each tile of 4x4 pixels and pair of channels.
+        n, channels, height, width = out.shape
+        tiles = n * -(-height // 4) * -(-width // 4)
+        return 2.0 * 36 * tiles * channels * args[0].shape[1]
     if name in CONVOLUTIONS:
         # A fused residual is an image too: the weight is the one whose batch is the output's channels.
         images = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dim() == 4]

@@ -1,4 +1,4 @@
-"""The attack as a part of the suite: ``python -m benchmarks.attack`` measures more, and draws the roofline."""
+"""The attack as a part of the suite; ``python -m benchmarks.attack`` runs the same cases with more options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.attack.__main__ import CPU_CASES, CUDA_CASES, Case, run_case, table
+from benchmarks.attack.__main__ import Case, cases_of, run_case, table
 from benchmarks.options import Options
 from benchmarks.results import Record
 
@@ -14,18 +14,18 @@ HEAD = ""
 
 
 def cases(options: Options) -> list[Case]:
-    every = CUDA_CASES if options.device.startswith("cuda") else CPU_CASES
+    every = cases_of(options.device, options.full)
     named = options.named(every)
     if named is not None:
         return named
-    return [case for case in every if options.full or case.size == 8]
+    return [case for case in every if case.size == 8 or not options.smoke]
 
 
 def measure(case: Case, seconds: float, options: Options, limits: Any) -> list[Record]:
     settings = argparse.Namespace(
-        compile=options.compile, budget=seconds, min_rounds=3 if options.smoke else 5
+        compile=options.compile, full=options.full, budget=seconds, min_rounds=3
     )
-    return run_case(case, options.device, limits, settings)
+    return run_case(case, options.device, settings)
 
 
 def lines(records: list[Record]) -> Iterator[str]:
