@@ -300,6 +300,76 @@ def attack(results: Path, path: Path) -> Path:
     return _save(figure, path, provenance(content))
 
 
+_STEP = {
+    "3×3 Winograd": "#1765c1",
+    "3×3 Winograd, input gradient": "#7fb2ea",
+    "convolution": "#e07b28",
+    "convolution, input gradient": "#f2b37c",
+    "linear": "#5b9a5b",
+    "objective and update": "#b0463c",
+    "ReLU, pooling, copies": "#8d949e",
+}
+
+
+def attack_step(results: Path, path: Path) -> Path:
+    """Every operator of an attack step under the machine's roof, and what it takes of the step."""
+    content = load(results / "attack-cpu.json")
+    engines = [
+        (Record(**record), run["limits"])
+        for run in content["runs"]
+        for record in run["records"]
+        if record["name"].endswith("/engine")
+    ]
+    record, limits_then = max(engines, key=lambda pair: float(pair[0].details["flops"]))
+    parts = record.details["parts"]
+    matmul = record.details["matmul_per_second"]
+    copy = max(row["bytes_per_second"]["median"] for row in limits_then["copy"])
+    _, networks, shape, _ = record.group.split("/")
+    whole = sum(part["seconds"] * part["calls"] for part in parts)
+    shares = {
+        group: sum(p["seconds"] * p["calls"] for p in parts if p["group"] == group) / whole for group in _STEP
+    }
+    figure, (roof, bars) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(3, 2), layout="constrained")
+    figure.suptitle(
+        f"One step of the mismatch attack, {networks.replace('<-', ' ← ')}, {pretty_shape(shape)}",
+        fontsize=11.5,
+        fontweight="bold",
+        x=0.01,
+        ha="left",
+    )
+    heavy = [p for p in parts if p["seconds"] * p["calls"] > 2e-3 * whole]
+    intensity = [p["flops"] / p["bytes"] for p in heavy]
+    low, high = min(intensity) / 2, max(*intensity, matmul / copy) * 3
+    roof.plot([low, matmul / copy, high], [low * copy, matmul, matmul], color=COLOURS["limit"], linewidth=1.2)
+    roof.text(high, matmul * 1.12, "matrix rate ", ha="right", fontsize=8, color=COLOURS["limit"])
+    roof.text(0.7, 0.55 * copy, "copy bandwidth, out of cache", fontsize=8, color=COLOURS["limit"])
+    for part in sorted(heavy, key=lambda p: -p["seconds"] * p["calls"]):
+        roof.scatter(
+            part["flops"] / part["bytes"],
+            part["flops"] / part["seconds"],
+            s=14 + 4000 * part["seconds"] * part["calls"] / whole,
+            color=_STEP[part["group"]],
+            alpha=0.75,
+            edgecolor="white",
+            linewidth=0.7,
+            zorder=3,
+        )
+    roof.set(xscale="log", yscale="log", xlim=(low, high), ylim=(None, matmul * 2.5))
+    roof.set_xlabel("operations for each byte that must be moved")
+    roof.set_ylabel("operations a second")
+    roof.set_title("Every operator under the roof (area: its share of the step)", fontweight="normal")
+    names = list(shares)[::-1]
+    bars.barh(names, [100 * shares[name] for name in names], 0.66, color=[_STEP[name] for name in names])
+    for y, name in enumerate(names):
+        bars.text(100 * shares[name], y, f" {shares[name]:.1%}", va="center", fontsize=8)
+    bars.set_xlim(0, 118 * max(shares.values()))
+    bars.tick_params(axis="y", labelsize=8.5, length=0)
+    bars.grid(axis="y", visible=False)
+    bars.set_xlabel("% of the step's time")
+    bars.set_title("Shares by kind", fontweight="normal")
+    return _save(figure, path, provenance(content))
+
+
 _SHARES = {
     "teacher": "#1765c1",
     "student": "#7fb2ea",
@@ -360,6 +430,7 @@ FIGURES: dict[str, tuple[str, Callable[[Path, Path], Path]]] = {
     "sweep": ("sweep", sweep),
     "accuracy": ("accuracy", accuracy),
     "attack": ("attack", attack),
+    "attack-step": ("attack", attack_step),
     "training": ("training", training),
 }
 """name -> (the part whose results it draws, the function)."""

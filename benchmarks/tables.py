@@ -276,6 +276,27 @@ def attack(folder: Path) -> str:
     return f"{markdown(head, rows)}\n\n<sub>{provenance(content)}</sub>"
 
 
+def attack_quality(folder: Path) -> str:
+    """Robust accuracy left by the engine's attacks and by those of other libraries."""
+    path = folder / "attack-quality.json"
+    if not path.exists():
+        raise MissingResults(f"there are no results at {path}")
+    content = json.loads(path.read_text())
+    steps = sorted({row["steps"] for row in content["rows"]})
+    cells: dict[str, dict[int, str]] = {}
+    for row in content["rows"]:
+        low, high = min(row["robust_accuracy"]), max(row["robust_accuracy"])
+        cells.setdefault(row["attack"], {})[row["steps"]] = f"{row['mean']:.2f} ({low:.2f}–{high:.2f})"
+    head = ("attack", *(f"robust accuracy %, PGD-{count}" for count in steps))
+    rows = [(name, *(found[count] for count in steps)) for name, found in cells.items()]
+    seeds = len(content["rows"][0]["robust_accuracy"])
+    note = (
+        f"<sub>{content['images']} test digits, linf ε = {content['eps']}, clean accuracy "
+        f"{content['clean_accuracy']:.1f} %, mean (range) of {seeds} seeds.</sub>"
+    )
+    return f"{markdown(head, rows)}\n\n{note}"
+
+
 def demo(folder: Path) -> str:
     """The demo's table."""
     path = folder / "demo.json"
@@ -430,6 +451,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kernels-full": kernels_full,
     "accuracy": accuracy,
     "attack": attack,
+    "attack-quality": attack_quality,
     "training": training,
     "demo": demo,
     "limits": limits,

@@ -1,6 +1,6 @@
 """The attack engine against the loops of AdaAD, RSLAD and TRADES: same networks, same start, same steps, interleaved.
 
-    python -m benchmarks.attack                      # every case of this device, a table, JSON, and the plots
+    python -m benchmarks.attack                      # every case of this device, a table and JSON
     python -m benchmarks.attack --case small_cnn     # the cases whose name holds that word
     python -m benchmarks.attack --full               # on CPUs: other batches and loops of the large networks too
     python -m benchmarks.attack --no-compile         # without the torch.compile variants (minutes on CPUs)
@@ -40,12 +40,12 @@ if __name__ == "__main__" and "--default-allocator" not in sys.argv:
 import torch
 from advfunmatch import create_model
 from advfunmatch.attack import PGDAttack
-from advfunmatch.lean import PreparedModel, prepare_for_attack
+from advfunmatch.lean import prepare_for_attack
 from torch import Tensor, nn
 
 from benchmarks import limits, results
 from benchmarks.attack.loops import LOOPS, with_autocast
-from benchmarks.attack.roofline import FlopCounter, plot_step
+from benchmarks.attack.roofline import FlopCounter, profile_step
 
 EPS, STEP_SIZE = 8 / 255, 2 / 255
 SEED = 0
@@ -238,6 +238,9 @@ def run_case(case: Case, device: str, arguments: argparse.Namespace) -> list[res
     records["engine"].details["refresh_share"] = refresh_share(
         case, student, teacher, x, arguments.budget / 4
     )
+    pair = [prepare_for_attack(m, torch.bfloat16 if x.is_cuda else None) for m in (student, teacher)]
+    records["engine"].details["parts"] = profile_step(pair[0], pair[1], x)
+    records["engine"].details["matmul_per_second"] = rates[dtypes["engine"]]
     return list(records.values())
 
 
@@ -289,7 +292,6 @@ def main() -> None:
         action="store_true",
         help="glibc as users have it, which gives large blocks back to the system and faults them in again",
     )
-    parser.add_argument("--no-plots", dest="plots", action="store_false")
     arguments = parser.parse_args()
     device = arguments.device
     if arguments.threads:
@@ -309,14 +311,6 @@ def main() -> None:
         records += run_case(case, device, arguments)
         run = results.new_run(rates, records, steps=case.steps, eps=EPS, step_size=STEP_SIZE)
         results.save(out, "attack", run, append=True)
-        if arguments.plots:
-            stem = case.name.replace("/", "-").replace("<-", "-from-")
-            networks = [network(n, case, device, SEED) for n in (case.student, case.teacher)]
-            prepared: list[PreparedModel] = [
-                prepare_for_attack(m, torch.bfloat16 if device.startswith("cuda") else None) for m in networks
-            ]
-            x = torch.rand(case.batch, case.channels, case.size, case.size, device=device)
-            plot_step(prepared[0], prepared[1], x, rates, out.with_name(f"{out.stem}-{stem}.png"), case.name)
         print(table(records[-len([r for r in records if r.group == case.name]) :]), flush=True)
     print(f"\nwritten to {out}")
 
