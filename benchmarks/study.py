@@ -180,9 +180,13 @@ def finish_all(runs: list[Run], jobs: int) -> Iterator[tuple[Run, Json]]:
             raise
 
 
-def study(data: str, images: str, out: Path, *, seeds: int, jobs: int, changes: Json) -> list[Record]:
-    """Run what is not done yet, and return one record for each network."""
+def study(
+    data: str, images: str, out: Path, *, seeds: int, jobs: int, changes: Json, finished_only: bool = False
+) -> list[Record]:
+    """Run what is not done yet, and return one record for each network; or only those of the runs that are done."""
     teacher, students = plan(data, images, out, seeds, changes)
+    if finished_only:
+        students = [run for run in students if figures_path(run).exists()]
     found = {teacher.config.out: finish(teacher, show=True)}
     say(teacher, found[teacher.config.out], f"{data}: 1 of {len(students) + 1}")
     finished = [run for run in students if figures_path(run).exists()]
@@ -220,6 +224,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=Path("runs/benchmarks"), help="folder of the results")
     parser.add_argument(
+        "--finished-only", action="store_true", help="train nothing; write what there is already"
+    )
+    parser.add_argument(
         "--smoke", action="store_true", help="seconds: one epoch of 100 images, to see that it runs"
     )
     args = parser.parse_args(argv)
@@ -230,7 +237,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--seeds and --jobs must be at least 1")
     changes = {"epochs": 1, "limit": 100, "eval_limit": 20, "steps": 1} if args.smoke else {}
     try:
-        records = study(args.data, images, args.out, seeds=args.seeds, jobs=args.jobs, changes=changes)
+        records = study(
+            args.data,
+            images,
+            args.out,
+            seeds=args.seeds,
+            jobs=args.jobs,
+            changes=changes,
+            finished_only=args.finished_only,
+        )
     except InputError as error:
         print(f"benchmarks.study: {error}", file=sys.stderr)
         return 2

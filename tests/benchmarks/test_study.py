@@ -34,6 +34,8 @@ def test_a_study_can_be_repeated_and_gives_a_record_for_each_network(tmp_path, m
 
     monkeypatch.setattr(study, "train", None)  # nothing is trained again
     assert study.main(command) == 0
+    assert study.main([*command, "--seeds", "3", "--finished-only"]) == 0
+    assert len(list(records(load(tmp_path / "study-digits-cpu.json")))) == 3
     assert study.main([name for name in command if name != "--smoke"]) == 2
     assert "holds a run with other settings" in capsys.readouterr().err
 
