@@ -129,7 +129,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         others = [d for d in range(x.dim()) if d != 1]
         per_channel = (1, -1, *[1] * (x.dim() - 2))
-        count = wide.new_tensor([wide.numel() / wide.shape[1]])
+        count = wide.new_full((1,), wide.numel() / wide.shape[1])
         # Two passes: Σx² − (Σx)²/n would cancel.
         sums = _Sum.apply(torch.cat([wide.sum(others), count]))
         count = sums[-1].detach()
