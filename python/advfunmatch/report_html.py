@@ -18,7 +18,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; marg
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } td, th { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
 td:first-child, th:first-child { text-align: left; } td { white-space: nowrap; } tr.best td { font-weight: 600; }
-img { max-width: 100%; height: auto; } .warning { color: #a33; }
+div.wide { overflow-x: auto; } img { max-width: 100%; height: auto; } .warning { color: #a33; }
 figure { margin: 1rem 0; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
 details pre { background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: .8rem; }
@@ -56,10 +56,13 @@ def write_report(folders: list[Path], out: Path) -> None:
 
 
 def _names(folders: list[Path]) -> list[str]:
-    short = [folder.resolve().name for folder in folders]
-    return [
-        name if short.count(name) == 1 else str(folder) for name, folder in zip(short, folders, strict=True)
-    ]
+    """As much of each path's end as it takes to tell them apart."""
+    paths = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, paths))):
+        names = ["/".join(path[-length:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return [str(folder) for folder in folders]
 
 
 def _read(folder: Path, name: str, colour: str) -> Run:
@@ -82,19 +85,19 @@ def _read(folder: Path, name: str, colour: str) -> Run:
 
 
 def _table(runs: list[Run]) -> str:
-    best = max(run.result["pgd20"] for run in runs)
+    best = {run.images: max(r.result["pgd20"] for r in runs if r.images == run.images) for run in runs}
     rows, warnings = [], []
     for run in runs:
         dot = f'<span class="dot" style="background:{run.colour}"></span>'
         shown = [dot + html.escape(run.name), *map(html.escape, cells(run))]
-        mark = ' class="best"' if run.result["pgd20"] == best else ""
+        mark = ' class="best"' if run.result["pgd20"] == best[run.images] else ""
         rows.append(f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in shown) + "</tr>")
         for text in run.result.get("warnings", ()):
             warnings.append(f'<p class="warning">{html.escape(run.name)}: {html.escape(text)}</p>')
     head = "".join(f"<th>{title}</th>" for title in ("run", *(title for _, title, _ in COLUMNS)))
     images = " or ".join(map(str, sorted({run.result["images"] for run in runs})))
     note = f"<p>Accuracies on {images} test images, with the weights after the last epoch.</p>"
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>{note}{''.join(warnings)}"
+    return f"<div class=wide><table><tr>{head}</tr>{''.join(rows)}</table></div>{note}{''.join(warnings)}"
 
 
 def _settings(run: Run) -> str:
