@@ -273,7 +273,7 @@ def attack(results: Path, path: Path) -> Path:
     engines = [r for r in records(content) if r.variant == "engine"]
     colours = {"": COLOURS["eager"], "+autocast": "#c9a227", "+compile": COLOURS["compile"]}
     words = {"": "official loop", "+autocast": "+ autocast, channels-last", "+compile": "+ torch.compile"}
-    figure, axis = plt.subplots(figsize=(9, 0.75 * len(engines) + 1.3), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10.5, 0.75 * len(engines) + 1.3), layout="constrained")
     engines = engines[::-1]
     for k, (suffix, colour) in enumerate(colours.items()):
         have = [(i, r.speedup.get(r.group.split("/")[0] + suffix)) for i, r in enumerate(engines)]
@@ -289,7 +289,7 @@ def attack(results: Path, path: Path) -> Path:
     for record in engines:
         loop, networks, shape, steps = record.group.split("/")
         labels.append(
-            f"{loop}: {networks.replace('<-', ' ← ')}\n{pretty_shape(shape)}, {steps.removesuffix('steps')} steps"
+            f"{loop}: {networks.replace('<-', ' ← ')}\n{pretty_shape(shape)}, K = {steps.removesuffix('steps')}"
         )
     axis.set_yticks(range(len(engines)), labels, fontsize=8)
     axis.axvline(1, color=COLOURS["limit"], linewidth=0.9)
