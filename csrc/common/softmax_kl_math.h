@@ -47,7 +47,7 @@
 // contributes
 //           beta * p * log(1 / beta), or (1 - beta) * q * log(1 / (1 - beta)); its own gradient is
 //           0 on that side.
-// A probability that underflows to 0 counts as 0.
+// A probability that underflows is positive all the same: what excludes a class is a logit of -inf.
 
 #pragma once
 

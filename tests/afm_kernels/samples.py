@@ -94,6 +94,10 @@ HARD_ROWS: dict[str, tuple[list[float], list[float]]] = {
     "excluded_by_teacher": ([0.5, -1.0, 2.0, 0.0, 1.0], [-INF, 0.5, -2.0, 0.3, 0.0]),
     "excluded_by_teacher_else_near": ([0.5, -1.0, 2.0, 0.0, 1.0], [-INF, -1.0, 2.0, 0.01, 1.0]),
     "excluded_by_student": ([-INF, -1.0, 2.0, 0.0, 1.0], [0.5, 0.5, -2.0, 0.3, 0.0]),
+    # p > 0 means that the logit is above -inf: these probabilities are 0 in float32, and in float64 too.
+    "excluded_by_student_underflowing": ([-INF, -1.0, 2.0, 0.0, 1.0], [-200.0, 0.5, -2.0, 0.3, 0.0]),
+    "excluded_by_student_vanishing": ([-INF, -1.0, 2.0, 0.0, 1.0], [-3000.0, 0.5, -2.0, 0.3, 0.0]),
+    "excluded_by_teacher_vanishing": ([-3000.0, -1.0, 2.0, 0.0, 1.0], [-INF, 0.5, -2.0, 0.3, 0.0]),
     "each_excludes_another": ([-INF, -1.0, 2.0, 0.0, 1.0], [1.0, 0.5, -INF, 0.3, 0.0]),
     "one_class_left_in_both": ([-INF, 1.0, -INF, -INF, -INF], [-INF, 3.0, -INF, -INF, -INF]),
     "disjoint": ([1.0, -INF, -INF, -INF, -INF], [-INF, 3.0, 1.0, 2.0, 0.0]),
