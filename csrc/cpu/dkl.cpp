@@ -44,7 +44,7 @@ struct DklCall : LossCall {
 
     static const auto dkl_float = AFM_KERNEL(dkl_rows_float);
     static const auto dkl_double = AFM_KERNEL(dkl_rows_double);
-    run_rows(is_double ? dkl_double : dkl_float, params, kDklScratch);
+    run_rows(is_double ? dkl_double : dkl_float, params, dkl_scratch(classes));
   }
 };
 

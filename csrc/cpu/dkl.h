@@ -44,8 +44,9 @@ struct DklParams {
   bool stats_are_given = false;  // a backward
 };
 
-// Scratch memory that one worker needs, in elements of the accumulation type: five tiles.
-constexpr int64_t kDklScratch = 5 * kTile;
+// Scratch memory that one worker needs, in elements of the accumulation type: five tiles, and a
+// block for each tensor.
+constexpr int64_t dkl_scratch(int64_t classes) { return 5 * kTile + block_scratch(classes, 5); }
 
 AFM_DECLARE_KERNEL(void, dkl_rows_float,
                    (const DklParams& params, int64_t begin, int64_t end, void* scratch))

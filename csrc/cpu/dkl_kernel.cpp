@@ -273,14 +273,13 @@ struct Worker {
 template <class T>
 AFM_INLINE void run_rows(const DklParams& params, int64_t begin, int64_t end, void* scratch) {
   Worker<T> worker(params, scratch);
-  RowCursor cursor(params.shape, begin);
-  for (int64_t i = begin; i < end; ++i, cursor.next()) {
-    worker.student = cursor.row_of(params.student), worker.teacher = cursor.row_of(params.teacher);
-    worker.class_weight = cursor.row_of(params.class_weight);
-    worker.grad_student = cursor.row_of(params.grad_student);
-    worker.grad_teacher = cursor.row_of(params.grad_teacher);
-    worker.run(i);
-  }
+  const RowSlot slots[] = {{params.student, worker.student, false},
+                           {params.teacher, worker.teacher, false},
+                           {params.class_weight, worker.class_weight, false},
+                           {params.grad_student, worker.grad_student, true},
+                           {params.grad_teacher, worker.grad_teacher, true}};
+  for_rows(params.shape, params.classes, slots, static_cast<T*>(scratch) + 5 * kTile, begin, end,
+           [&](int64_t i) { worker.run(i); });
 }
 
 }  // namespace

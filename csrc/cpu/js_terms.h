@@ -23,7 +23,6 @@ namespace {
 
 template <class T>
 struct JsTerms {
-  Vec<T> p, q;
   Vec<T> log_p_over_m, log_q_over_m;  // 0 where the logit is -inf
   Vec<T> value;
 };
@@ -34,37 +33,52 @@ struct JsRow {
   RowConstants<T> row;
   ScaledExp<T> plain_exp;
   T beta, gamma, log_beta, log_gamma;
-  T inv_student, inv_teacher;  // 1 / Z_s, 1 / Z_t
+  T inv_student, inv_teacher;  // p = e * inv_teacher; q = f * inv_student, in near rows p * (1 + f)
+                               // * inv_student, with e and f as GradientFactors names them
   T log_ratio;                 // delta = x - log_ratio
 
   // psi(y), given u = log(1 + y), |u| <= 1: (1 + y) u - y = u y - (exp(u) - 1 - u), of which at
   // least half is left.
   static AFM_MEMBER V psi(V y, V u) { return u * y - excess_of_exp<T>(u); }
 
-  AFM_MEMBER JsTerms<T> terms(V s, V t) const {
-    const V zero(T(0)), one(T(1)), excluded(-Float<T>::infinity);
-    const auto in_s = excluded < s, in_t = excluded < t, in_both = both(in_s, in_t);
-    JsTerms<T> out;
-    out.p = row.teacher_exp(t) * V(inv_teacher), out.q = row.student_exp(s) * V(inv_student);
-    const V delta = select(in_both, row.x(s, t) - V(log_ratio), zero);
-    const auto is_near = both(in_both, abs(delta) <= one);
+  AFM_MEMBER V teacher_probability(V e) const { return e * V(inv_teacher); }
+  template <RowKind kKind>
+  AFM_MEMBER V student_probability(V f, V p) const {
+    if constexpr (kKind == RowKind::kNear) return p * fma(f, V(inv_student), V(inv_student));
+    return f * V(inv_student);
+  }
 
-    const V d = select(is_near, delta, zero), e = d + excess_of_exp<T>(d);
+  template <RowKind kKind>
+  AFM_MEMBER JsTerms<T> terms(V s, V t, V p, V q) const {
+    const V zero(T(0)), one(T(1)), excluded(-Float<T>::infinity);
+    JsTerms<T> out;
+    auto in_both = V::first(V::width), is_near = in_both;
+    V delta = row.x(s, t) - V(log_ratio);
+    if constexpr (kKind == RowKind::kGeneral) {
+      in_both = both(excluded < s, excluded < t);
+      delta = select(in_both, delta, zero);
+    }
+    is_near = both(in_both, abs(delta) <= one);
+
+    const V d = select(is_near, delta, zero), above = excess_of_exp<T>(d), e = d + above;
     const V near_log = log1p(V(gamma) * e);  // log(m / p)
-    const V near_value = out.p * (V(gamma) * psi(e, d) - psi(V(gamma) * e, near_log));
+    out.log_p_over_m = zero - near_log, out.log_q_over_m = d - near_log;
+    out.value = p * (V(gamma) * (d * e - above) - psi(V(gamma) * e, near_log));
+    if (kKind != RowKind::kGeneral && !any(one < abs(delta))) return out;
 
     // From the larger of the two probabilities, so that nothing overflows.
     const auto p_is_larger = delta < zero;
     const V u = plain_exp(zero - abs(delta));
     const V base = log(select(p_is_larger, fma(V(gamma), u, V(beta)), fma(V(beta), u, V(gamma))));
-    const V p_over_m =
-        select(in_both, select(p_is_larger, zero, zero - delta) - base, zero - V(log_beta));
-    const V q_over_m =
-        select(in_both, select(p_is_larger, delta, zero) - base, zero - V(log_gamma));
-    out.log_p_over_m = select(is_near, zero - near_log, select(in_t, p_over_m, zero));
-    out.log_q_over_m = select(is_near, d - near_log, select(in_s, q_over_m, zero));
-    const V far_value = V(beta) * out.p * out.log_p_over_m + V(gamma) * out.q * out.log_q_over_m;
-    out.value = select(is_near, near_value, far_value);
+    V p_over_m = select(p_is_larger, zero, zero - delta) - base;
+    V q_over_m = select(p_is_larger, delta, zero) - base;
+    if constexpr (kKind == RowKind::kGeneral) {
+      p_over_m = select(in_both, p_over_m, select(excluded < t, zero - V(log_beta), zero));
+      q_over_m = select(in_both, q_over_m, select(excluded < s, zero - V(log_gamma), zero));
+    }
+    out.log_p_over_m = select(is_near, out.log_p_over_m, p_over_m);
+    out.log_q_over_m = select(is_near, out.log_q_over_m, q_over_m);
+    out.value = select(is_near, out.value, V(beta) * p * p_over_m + V(gamma) * q * q_over_m);
     return out;
   }
 };
@@ -73,32 +87,53 @@ struct JsSums {
   double value = 0, student = 0, teacher = 0;  // the last two: E_q[log(q / m)], E_p[log(p / m)]
 };
 
+// A row of each, for the gradients: what `terms` came to is too dear to be taken twice.
 template <class T>
-AFM_LOOP void sum_js(const T* s, const T* t, int64_t n, const JsRow<T>& js, JsSums& sums) {
+struct JsCache {
+  T *p, *q, *log_p_over_m, *log_q_over_m;
+};
+
+// Near and far rows: cache.p and cache.q hold the exponentials that the first loop kept. They are
+// overwritten with p and q where kKeep.
+template <RowKind kKind, bool kKeep, class T>
+AFM_LOOP void sum_js(const T* s, const T* t, int64_t j0, int64_t n, const JsRow<T>& js,
+                     const JsCache<T>& cache, JsSums& sums) {
   using V = Vec<T>;
   Accumulator<T> value, student, teacher;
-  const V excluded(-Float<T>::infinity);
+  const V excluded(-Float<T>::infinity), zero(T(0));
   sweep<V>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
-    const JsTerms<T> c = js.terms(access.load(s + j, excluded), access.load(t + j, excluded));
-    value.add(u, c.value);
-    student.add_product(u, c.q, c.log_q_over_m), teacher.add_product(u, c.p, c.log_p_over_m);
+    constexpr bool kGeneral = kKind == RowKind::kGeneral;
+    const V a = access.load(s + j, kGeneral ? excluded : zero);
+    const V b = access.load(t + j, kGeneral ? excluded : zero);
+    V e, f;
+    if constexpr (kGeneral) {
+      e = js.row.teacher_exp(b), f = js.row.student_exp(a);
+    } else {
+      e = access.load(static_cast<const T*>(cache.p) + j0 + j, zero);
+      f = access.load(static_cast<const T*>(cache.q) + j0 + j, zero);
+    }
+    const V p = js.teacher_probability(e), q = js.template student_probability<kKind>(f, p);
+    const JsTerms<T> c = js.template terms<kKind>(a, b, p, q);
+    value.add(u, access.or_zero(c.value));
+    student.add_product(u, q, c.log_q_over_m), teacher.add_product(u, p, c.log_p_over_m);
+    if constexpr (kKeep) {
+      access.store(cache.p + j0 + j, p), access.store(cache.q + j0 + j, q);
+      access.store(cache.log_p_over_m + j0 + j, c.log_p_over_m);
+      access.store(cache.log_q_over_m + j0 + j, c.log_q_over_m);
+    }
   });
   sums.value += value.sum(), sums.student += student.sum(), sums.teacher += teacher.sum();
 }
 
-// grad_s = student_scale * q * (log(q / m) - student_mean), grad_t likewise; null where not wanted.
+// grad[j] = scale * probability * (log_over_m - mean).
 template <class T>
-AFM_LOOP void gradient_js(const T* s, const T* t, int64_t n, const JsRow<T>& js, T student_scale,
-                          T student_mean, T teacher_scale, T teacher_mean, T* grad_student,
-                          T* grad_teacher) {
+AFM_LOOP void gradient_js(const T* probability, const T* log_over_m, int64_t n, T scale, T mean,
+                          T* grad) {
   using V = Vec<T>;
-  const V excluded(-Float<T>::infinity);
+  const V zero(T(0)), factor(scale), centre(mean);
   sweep<V>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
-    const JsTerms<T> c = js.terms(access.load(s + j, excluded), access.load(t + j, excluded));
-    if (grad_student != nullptr)
-      access.store(grad_student + j, V(student_scale) * c.q * (c.log_q_over_m - V(student_mean)));
-    if (grad_teacher != nullptr)
-      access.store(grad_teacher + j, V(teacher_scale) * c.p * (c.log_p_over_m - V(teacher_mean)));
+    const V by = factor * access.load(probability + j, zero);
+    access.store(grad + j, by * (access.load(log_over_m + j, zero) - centre));
   });
 }
 

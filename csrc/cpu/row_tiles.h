@@ -204,43 +204,41 @@ struct RowCursor {
 // logits, a row touches a cache line for each class, and lines a power of two apart fight for the
 // same places of every cache. So kBlockRows rows are transposed at a time: whole lines are read,
 // and written, once.
-constexpr int64_t kBlockRows = 16;
+// A tensor of a call, and where its worker looks for the row it is to work on.
+struct RowSlot {
+  const RowsOf& tensor;
+  RowPointer& row;
+  bool is_output;
+};
 
 // One tensor's part in a block of rows: a transposed copy, where the tensor is strided so.
 template <class T>
 struct RowBlock {
-  const RowsOf& tensor;
-  int64_t classes;
-  T* rows;           // kBlockRows * classes
-  RowPointer first;  // row 0 of the block, in the tensor
-  int last_dim;
+  T* rows = nullptr;  // kBlockRows * classes; null: the rows are taken where they lie
+  RowPointer first;   // row 0 of the block, in the tensor
 
   static bool is_needed(const RowsOf& tensor, const RowShape& shape) {
     return tensor.data != nullptr && tensor.class_stride != 1 &&
            tensor.row_strides[shape.dims - 1] == 1;
   }
 
-  void load(const RowPointer& row, int64_t count) {
-    first = row;
-    if (rows == nullptr) return;
+  void load(int64_t classes, int64_t count) const {
     T line[kBlockRows];
     for (int64_t j = 0; j < classes; ++j) {
-      const RowPointer across = {row.at(j), row.dtype, 1};
+      const RowPointer across = {first.at(j), first.dtype, 1};
       const T* values = across.template read<T>(0, count, line);
       for (int64_t r = 0; r < count; ++r) rows[r * classes + j] = values[r];
     }
   }
 
-  RowPointer row(int64_t r) const {
+  RowPointer row(int64_t r, int64_t classes, int64_t row_stride) const {
     if (first.data == nullptr) return first;
     if (rows == nullptr)
-      return {first.data + r * tensor.row_strides[last_dim] * element_size(first.dtype),
-              first.dtype, first.stride};
+      return {first.data + r * row_stride * element_size(first.dtype), first.dtype, first.stride};
     return {reinterpret_cast<char*>(rows + r * classes), kNative<T>, 1};
   }
 
-  void store(int64_t count) const {
-    if (rows == nullptr || first.data == nullptr) return;
+  void store(int64_t classes, int64_t count) const {
     T line[kBlockRows];
     for (int64_t j = 0; j < classes; ++j) {
       const RowPointer across = {first.at(j), first.dtype, 1};
@@ -250,6 +248,38 @@ struct RowBlock {
     }
   }
 };
+
+// Calls run(i) for rows [begin, end), with every slot's row in place. `scratch`:
+// block_scratch(...).
+template <class T, int kSlots, class F>
+AFM_INLINE void for_rows(const RowShape& shape, int64_t classes, const RowSlot (&slots)[kSlots],
+                         T* scratch, int64_t begin, int64_t end, const F& run) {
+  const int last = shape.dims - 1;
+  RowBlock<T> blocks[kSlots];
+  bool blocked = false;
+  for (int k = 0; k < kSlots; ++k) {
+    if (block_scratch(classes, 1) == 0 || !RowBlock<T>::is_needed(slots[k].tensor, shape)) continue;
+    blocks[k].rows = scratch + k * kBlockRows * classes;
+    blocked = true;
+  }
+  RowCursor cursor(shape, begin);
+  for (int64_t i = begin; i < end;) {
+    int64_t count = blocked ? cursor.run() : 1;
+    count = count < kBlockRows ? count : kBlockRows;
+    count = count < end - i ? count : end - i;
+    for (int k = 0; k < kSlots; ++k) {
+      blocks[k].first = cursor.row_of(slots[k].tensor);
+      if (blocks[k].rows != nullptr && !slots[k].is_output) blocks[k].load(classes, count);
+    }
+    for (int64_t r = 0; r < count; ++r, ++i, cursor.next()) {
+      for (int k = 0; k < kSlots; ++k)
+        slots[k].row = blocks[k].row(r, classes, slots[k].tensor.row_strides[last]);
+      run(i);
+    }
+    for (int k = 0; k < kSlots; ++k)
+      if (blocks[k].rows != nullptr && slots[k].is_output) blocks[k].store(classes, count);
+  }
+}
 
 // Makes non-temporal stores visible to other threads.
 AFM_INLINE void end_of_streams() {

@@ -13,6 +13,14 @@ namespace afm::cpu {
 // of gradients are 48 KiB in float32, about a first-level cache.
 constexpr int64_t kTile = 2048;
 
+// Rows that are transposed at a time, see Note [Strided classes] in row_tiles.h, and the scratch
+// memory that takes, in elements, for so many tensors. Rows of more than 4096 classes are left
+// where they lie.
+constexpr int64_t kBlockRows = 16;
+constexpr int64_t block_scratch(int64_t classes, int tensors) {
+  return classes <= 4096 ? tensors * kBlockRows * classes : 0;
+}
+
 // One tensor of shape (rows..., classes). Strides are in elements; the row dimensions are those of
 // RowShape.
 struct RowsOf {

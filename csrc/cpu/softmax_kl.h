@@ -60,13 +60,13 @@ struct SoftmaxKlParams {
 constexpr int64_t kLaneClasses = 128;
 
 // Scratch memory that one worker needs, in elements of the accumulation type, 64-byte aligned: four
-// tiles and a row of exponentials for each side; and four blocks of 16 rows, of up to 4096 classes,
-// see Note [Strided classes], or five tiles and a stage of up to 64 rows.
+// tiles and four rows of what the first loop keeps for the second; and four blocks of 16 rows, of
+// up to 4096 classes, see Note [Strided classes], or five tiles and a stage of up to 64 rows.
 constexpr int64_t softmax_kl_row_scratch(int64_t classes) {
-  return 4 * kTile + 2 * ((classes + 15) / 16 * 16);
+  return 4 * kTile + 4 * ((classes + 15) / 16 * 16);
 }
 constexpr int64_t softmax_kl_block_scratch(int64_t classes) {
-  return classes <= kLaneClasses ? 6 * 64 * classes : classes <= 4096 ? 4 * 16 * classes : 0;
+  return classes <= kLaneClasses ? 6 * 64 * classes : block_scratch(classes, 4);
 }
 constexpr int64_t softmax_kl_scratch(int64_t classes) {
   return softmax_kl_row_scratch(classes) + softmax_kl_block_scratch(classes);

@@ -44,6 +44,8 @@ struct HardLabel {
   int64_t label = 0;
   double scale = 0;        // of its gradient
   double log_sum_exp = 0;  // of the student's logits, at temperature 1
+  bool is_kept = false;    // whether the worker kept exp(logit - shift), at temperature 1
+  double inv_sum = 1;      // of those
 };
 
 template <class T>
@@ -53,6 +55,7 @@ struct Worker {
   const double inv_t, to_log2;
   const ScaledExp<T> exp, plain_exp;
   T *student_cache, *teacher_cache;  // a row of exponentials each
+  T* extra_cache[2];  // a row each: for JS, logarithms; with labels, exponentials at T = 1
   T *student_tile, *teacher_tile, *grad_student_tile, *grad_teacher_tile;  // kTile each
   RowPointer student, teacher, grad_student, grad_teacher;                 // the present row
 
@@ -67,7 +70,9 @@ struct Worker {
     student_tile = at, teacher_tile = at + kTile;
     grad_student_tile = at + 2 * kTile, grad_teacher_tile = at + 3 * kTile;
     student_cache = at + 4 * kTile;
-    teacher_cache = student_cache + (p.classes + 15) / 16 * 16;
+    const int64_t row = (p.classes + 15) / 16 * 16;
+    teacher_cache = student_cache + row;
+    extra_cache[0] = teacher_cache + row, extra_cache[1] = extra_cache[0] + row;
   }
 
   RowConstants<T> constants(const RowSummary& row) const {
@@ -182,9 +187,6 @@ struct Worker {
       row.divergence = near_jeffreys(row.a, row.mean, sums.curvature / sums.teacher);
       row.student_mean = row.mean + row.divergence;
     }
-    if (params.cross_entropy.labels == nullptr) return true;
-    row.student_lse = __builtin_log(sums.teacher) + __builtin_log1p(row.a) + row.centre +
-                      (row.gap - (row.student_shift - row.teacher_shift)) * inv_t;
     return true;
   }
 
@@ -262,93 +264,171 @@ struct Worker {
     }
   }
 
-  JsRow<T> js_row(const RowSummary& row) const {
+  // JS: the sums of KL, by whichever loop fits, then a loop of its own.
+
+  JsCache<T> js_cache() const {
+    return {teacher_cache, student_cache, extra_cache[0], extra_cache[1]};
+  }
+
+  // Also completes what `row` holds: the constant that the terms' x is off by.
+  JsRow<T> js_row(RowSummary& row) const {
     const double gamma = 1 - params.beta;
+    double per_student = 1 / row.student_sum;
+    if (row.kind == RowKind::kNear) {
+      per_student = 1 / (1 + row.a);
+      row.log_ratio = __builtin_log1p(row.a);
+    } else if (row.kind == RowKind::kFar) {
+      const double centre = (row.student_shift - row.teacher_shift - row.gap) * inv_t;
+      row.centre = static_cast<T>(centre);
+      row.log_ratio = __builtin_log(row.student_sum / row.teacher_sum) + (centre - row.centre);
+    }
     return {constants(row),
             plain_exp,
             static_cast<T>(params.beta),
             static_cast<T>(gamma),
             static_cast<T>(__builtin_log(params.beta)),
             static_cast<T>(__builtin_log(gamma)),
-            static_cast<T>(1 / row.student_sum),
+            static_cast<T>(per_student),
             static_cast<T>(1 / row.teacher_sum),
             static_cast<T>(row.log_ratio)};
   }
 
-  RowSummary summarise_js() {
-    RowSummary row;
-    row.centre = kNotANumber;
-    summarise_general(row);
-    if (row.kind == RowKind::kNan) return row;
-    row.kind =
-        RowKind::kGeneral;  // a class that one side excludes costs no more than a finite amount
-    const JsRow<T> js = js_row(row);
+  template <RowKind kKind>
+  JsSums sum_js_row(const JsRow<T>& js, bool keep) const {
     JsSums sums;
-    for_tiles([&](const T* s, const T* t, int64_t, int64_t n) { sum_js(s, t, n, js, sums); });
+    for_tiles([&](const T* s, const T* t, int64_t j, int64_t n) {
+      if (keep)
+        sum_js<kKind, true>(s, t, j, n, js, js_cache(), sums);
+      else
+        sum_js<kKind, false>(s, t, j, n, js, js_cache(), sums);
+    });
+    return sums;
+  }
+
+  RowSummary summarise_js(bool keep) {
+    RowSummary row = summarise<true>();
+    if (row.kind == RowKind::kNan) return row;
+    const JsRow<T> js = js_row(row);
+    const JsSums sums = row.kind == RowKind::kNear  ? sum_js_row<RowKind::kNear>(js, keep)
+                        : row.kind == RowKind::kFar ? sum_js_row<RowKind::kFar>(js, keep)
+                                                    : sum_js_row<RowKind::kGeneral>(js, keep);
+    // A class that one side excludes costs no more than a finite amount. A backward needs the terms
+    // of every class, and takes them again.
+    row.kind = RowKind::kGeneral;
     row.divergence = sums.value, row.mean = sums.teacher, row.student_mean = sums.student;
     return row;
   }
 
   void write_js_gradients(const RowSummary& row, double scale) const {
-    const JsRow<T> js = js_row(row);
-    const T student_scale = static_cast<T>(scale * inv_t * (1 - params.beta));
-    const T teacher_scale = static_cast<T>(scale * inv_t * params.beta);
-    for_tiles([&](const T* s, const T* t, int64_t j, int64_t n) {
-      T* to_student = grad_student.data ? grad_student.writable(j, grad_student_tile) : nullptr;
-      T* to_teacher = grad_teacher.data ? grad_teacher.writable(j, grad_teacher_tile) : nullptr;
-      gradient_js(s, t, n, js, student_scale, static_cast<T>(row.student_mean), teacher_scale,
-                  static_cast<T>(row.mean), to_student, to_teacher);
-      if (to_student) grad_student.write(j, n, to_student);
-      if (to_teacher) grad_teacher.write(j, n, to_teacher);
-    });
+    const JsCache<T> cache = js_cache();
+    const auto write = [&](const RowPointer& grad, T* tile, const T* probability, const T* logs,
+                           double weight, double mean) {
+      for (int64_t j = 0; j < params.classes && grad.data != nullptr; j += kTile) {
+        const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+        T* to = grad.writable(j, tile);
+        gradient_js(probability + j, logs + j, n, static_cast<T>(scale * inv_t * weight),
+                    static_cast<T>(mean), to);
+        grad.write(j, n, to);
+      }
+    };
+    write(grad_student, grad_student_tile, cache.q, cache.log_q_over_m, 1 - params.beta,
+          row.student_mean);
+    write(grad_teacher, grad_teacher_tile, cache.p, cache.log_p_over_m, params.beta, row.mean);
   }
 
   // The cross-entropy.
 
-  // -log q of the label, smoothed, at temperature 1; also sets hard.log_sum_exp.
-  double cross_entropy(const RowSummary& row, HardLabel& hard) const {
+  // -log q of the label, smoothed, at temperature 1; also sets hard.log_sum_exp, and where `keep`
+  // the exponentials for the gradient.
+  double cross_entropy(const RowSummary& row, HardLabel& hard, bool keep) {
     const double smoothing = params.cross_entropy.label_smoothing;
     const bool known = params.temperature == 1 && row.kind < RowKind::kUnlooked;
-    double shift = -kInfinity, sum = 0, logits = 0;
-    if (known) {
-      shift = row.student_shift;
-    } else {
-      bool broken = false;
-      for_student_tiles([&](const T* s, int64_t n) { classify(s, n, shift, broken); });
-      if (broken || shift == -kInfinity) return kNotANumber;
-      for_student_tiles([&](const T* s, int64_t n) {
-        Accumulator<T> exponentials;
-        const Vec<T> top(static_cast<T>(shift));
-        sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
-          exponentials.add(u, plain_exp(access.load(s + j, no_class<T>()) - top));
-        });
-        sum += exponentials.sum();
-      });
-    }
-    const double log_sum = known ? row.student_lse : __builtin_log(sum);
-    hard.log_sum_exp = shift + log_sum;
+    PlainSums plain;
+    plain.shift = row.student_shift;
+    if (!known && !sum_plain(row, keep, plain)) return kNotANumber;
     T buffer;
     const double label_logit = *student.at_class(hard.label).read(0, 1, &buffer);
-    double value = smoothing == 1 ? 0 : (1 - smoothing) * (log_sum - (label_logit - shift));
-    if (smoothing != 0) {
-      for_student_tiles([&](const T* s, int64_t n) {
-        Accumulator<T> sums;
-        const Vec<T> top(static_cast<T>(shift));
-        sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
-          sums.add(u, access.or_zero(access.load(s + j, top) - top));
-        });
-        logits += sums.sum();
-      });
-      value += smoothing * (log_sum - logits / static_cast<double>(params.classes));
+    const double above = label_logit - plain.shift;
+    const double log_sum = !known                       ? __builtin_log(plain.sum)
+                           : row.kind == RowKind::kNear ? near_log_sum(row, hard.label)
+                                                        : row.student_lse;
+    hard.log_sum_exp = plain.shift + log_sum;
+    hard.is_kept = !known && keep, hard.inv_sum = 1 / plain.sum;
+    double value = smoothing == 1 ? 0 : (1 - smoothing) * (log_sum - above);
+    if (smoothing == 0) return value;
+    if (known) add_logits(plain);
+    return value + smoothing * (log_sum - plain.logits / static_cast<double>(params.classes));
+  }
+
+  // Near rows took no exponential of the student: its log-sum-exp, less the shift, follows from the
+  // teacher's and the label's own x, whose rounding then drops out of the label's -log q.
+  double near_log_sum(const RowSummary& row, int64_t label) const {
+    T s, t;
+    s = *student.at_class(label).read(0, 1, &s), t = *teacher.at_class(label).read(0, 1, &t);
+    const double x = constants(row).x(Vec<T>(s), Vec<T>(t)).max();
+    return __builtin_log(row.teacher_sum) - (t - row.teacher_shift) + __builtin_log1p(row.a) - x +
+           (s - row.student_shift);
+  }
+
+  // Sums over the student's logits at temperature 1.
+  struct PlainSums {
+    double shift = 0, sum = 0;
+    double logits = 0;  // of the logits less the shift
+  };
+
+  // False for a row that is no distribution.
+  bool sum_plain(const RowSummary& row, bool keep, PlainSums& sums) const {
+    if (row.kind == RowKind::kNan) return false;
+    if (row.kind == RowKind::kUnlooked) {
+      bool broken = false;
+      sums.shift = -kInfinity;
+      for_student_tiles(
+          [&](const T* s, int64_t, int64_t n) { classify(s, n, sums.shift, broken); });
+      if (broken || sums.shift == -kInfinity) return false;
     }
-    return value;
+    // The shift of a row that was looked at is nearly always close to its maximum.
+    const double largest = keep ? sum_plain_once<true>(sums) : sum_plain_once<false>(sums);
+    if (largest - sums.shift <= kMaxDoublings / to_log2 * inv_t) return true;
+    sums.shift = largest;
+    keep ? sum_plain_once<true>(sums) : sum_plain_once<false>(sums);
+    return true;
+  }
+
+  // Returns the largest logit.
+  template <bool kKeep>
+  double sum_plain_once(PlainSums& sums) const {
+    sums.sum = sums.logits = 0;
+    double largest = -kInfinity;
+    const Vec<T> shift(static_cast<T>(sums.shift));
+    for_student_tiles([&](const T* s, int64_t j0, int64_t n) {
+      Accumulator<T> exponentials, logits, top(-Float<T>::infinity);
+      sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
+        const Vec<T> a = access.load(s + j, no_class<T>()), above = a - shift, e = plain_exp(above);
+        exponentials.add(u, e), logits.add(u, access.or_zero(above)), top.take_max(u, a);
+        if constexpr (kKeep) access.store(extra_cache[0] + j0 + j, e);
+      });
+      sums.sum += exponentials.sum(), sums.logits += logits.sum();
+      largest = larger(largest, top.largest());
+    });
+    return largest;
+  }
+
+  void add_logits(PlainSums& sums) const {
+    const Vec<T> shift(static_cast<T>(sums.shift));
+    for_student_tiles([&](const T* s, int64_t, int64_t n) {
+      Accumulator<T> logits;
+      sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
+        logits.add(u, access.or_zero(access.load(s + j, shift) - shift));
+      });
+      sums.logits += logits.sum();
+    });
   }
 
   template <class F>
   void for_student_tiles(const F& f) const {
     for (int64_t j = 0; j < params.classes; j += kTile) {
       const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
-      f(student.read(j, n, student_tile), n);
+      f(student.read(j, n, student_tile), j, n);
     }
   }
 
@@ -421,7 +501,7 @@ struct Worker {
       else
         gradient_tile<kKind, kCached, false>(s, t, j, n, c, by, to_student, to_teacher, stream);
       if (to_student) {
-        if (separate) add_softmax(s, n, hard, to_student);
+        if (separate) add_softmax(s, j, n, hard, to_student);
         subtract_label(hard, j, n, to_student);
         grad_student.write(j, n, to_student);
       }
@@ -456,17 +536,27 @@ struct Worker {
 
   // The cross-entropy's gradient is scale * (softmax(s) - smoothing / C - (1 - smoothing) * [the
   // label's class]).
-  void add_softmax(const T* s, int64_t n, const HardLabel& hard, T* to_student) const {
-    const T shift = static_cast<T>(
-        hard.log_sum_exp);  // the exponentials are probabilities up to a factor near 1
-    const double rounding = __builtin_exp(static_cast<double>(shift) - hard.log_sum_exp);
-    const Vec<T> top(shift), factor(static_cast<T>(hard.scale * rounding));
+  void add_softmax(const T* s, int64_t j0, int64_t n, const HardLabel& hard, T* to_student) const {
     const Vec<T> constant(smoothing_constant(hard.scale));
-    sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
-      const Vec<T> probability = plain_exp(access.load(s + j, no_class<T>()) - top);
+    const auto add = [&](auto access, int64_t j, Vec<T> e, Vec<T> factor) AFM_STEP {
       const Vec<T> grad = access.load(static_cast<const T*>(to_student) + j, constant);
-      access.store(to_student + j, fma(probability, factor, grad + constant));
-    });
+      access.store(to_student + j, fma(e, factor, grad + constant));
+    };
+    if (hard.is_kept) {
+      const T* kept = extra_cache[0] + j0;
+      const Vec<T> factor(static_cast<T>(hard.scale * hard.inv_sum));
+      sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
+        add(access, j, access.load(kept + j, constant), factor);
+      });
+    } else {
+      // The exponentials are probabilities, up to a factor near 1.
+      const T shift = static_cast<T>(hard.log_sum_exp);
+      const double rounding = __builtin_exp(static_cast<double>(shift) - hard.log_sum_exp);
+      const Vec<T> factor(static_cast<T>(hard.scale * rounding));
+      sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
+        add(access, j, plain_exp(access.load(s + j, no_class<T>()) - Vec<T>(shift)), factor);
+      });
+    }
   }
 
   void subtract_label(const HardLabel& hard, int64_t j, int64_t n, T* to_student) const {
@@ -489,7 +579,7 @@ struct Worker {
       const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
       T* to_student = grad_student.writable(j, grad_student_tile);
       for (int64_t i = 0; i < n; ++i) to_student[i] = 0;
-      add_softmax(student.read(j, n, student_tile), n, hard, to_student);
+      add_softmax(student.read(j, n, student_tile), j, n, hard, to_student);
       subtract_label(hard, j, n, to_student);
       grad_student.write(j, n, to_student);
     }
@@ -541,7 +631,7 @@ struct Worker {
     RowSummary row;
     double value = 0;
     if (params.divergence_weight != 0) {
-      row = params.divergence == Divergence::kJs ? summarise_js()
+      row = params.divergence == Divergence::kJs ? summarise_js(cache)
             : cache                              ? summarise<true>()
                                                  : summarise<false>();
       row.divergence = row.divergence < 0 ? 0 : row.divergence;
@@ -549,7 +639,7 @@ struct Worker {
     } else {
       row.kind = RowKind::kUnlooked;
     }
-    if (hard.is_present) value += params.cross_entropy.weight * cross_entropy(row, hard);
+    if (hard.is_present) value += params.cross_entropy.weight * cross_entropy(row, hard, cache);
     if (!__builtin_isfinite(value))
       row.kind = __builtin_isnan(value) ? RowKind::kNan : RowKind::kInfinite;
     if (params.row_values != nullptr) params.row_values[i] = value * weight_of(i) * params.scale;
@@ -714,38 +804,15 @@ struct LaneWorker {
 template <class T>
 AFM_INLINE void run_rows(const SoftmaxKlParams& params, int64_t begin, int64_t end, void* scratch) {
   Worker<T> worker(params, scratch);
+  T* extra = static_cast<T*>(scratch) + softmax_kl_row_scratch(params.classes);
   if (params.classes <= kLaneClasses && worker.is_plain_kl())
-    return LaneWorker<T>{params, worker}.run(
-        begin, end, static_cast<T*>(scratch) + softmax_kl_row_scratch(params.classes));
-  RowCursor cursor(params.shape, begin);
-  // See Note [Strided classes].
-  T* blocks = static_cast<T*>(scratch) + softmax_kl_row_scratch(params.classes);
-  const bool may_block = softmax_kl_block_scratch(params.classes) > 0;
-  const auto block_of = [&](const RowsOf& tensor, int which) {
-    T* rows = may_block && RowBlock<T>::is_needed(tensor, params.shape)
-                  ? blocks + which * kBlockRows * params.classes
-                  : nullptr;
-    return RowBlock<T>{tensor, params.classes, rows, {}, params.shape.dims - 1};
-  };
-  RowBlock<T> student = block_of(params.student, 0), teacher = block_of(params.teacher, 1);
-  RowBlock<T> grad_student = block_of(params.grad_student, 2),
-              grad_teacher = block_of(params.grad_teacher, 3);
-  const bool blocked = student.rows || teacher.rows || grad_student.rows || grad_teacher.rows;
-  for (int64_t i = begin; i < end;) {
-    int64_t count = blocked ? cursor.run() : 1;
-    count = count < kBlockRows ? count : kBlockRows;
-    count = count < end - i ? count : end - i;
-    student.load(cursor.row_of(params.student), count),
-        teacher.load(cursor.row_of(params.teacher), count);
-    grad_student.first = cursor.row_of(params.grad_student);
-    grad_teacher.first = cursor.row_of(params.grad_teacher);
-    for (int64_t r = 0; r < count; ++r, ++i, cursor.next()) {
-      worker.student = student.row(r), worker.teacher = teacher.row(r);
-      worker.grad_student = grad_student.row(r), worker.grad_teacher = grad_teacher.row(r);
-      worker.run(i);
-    }
-    grad_student.store(count), grad_teacher.store(count);
-  }
+    return LaneWorker<T>{params, worker}.run(begin, end, extra);
+  const RowSlot slots[] = {{params.student, worker.student, false},
+                           {params.teacher, worker.teacher, false},
+                           {params.grad_student, worker.grad_student, true},
+                           {params.grad_teacher, worker.grad_teacher, true}};
+  for_rows(params.shape, params.classes, slots, extra, begin, end,
+           [&](int64_t i) { worker.run(i); });
   end_of_streams();
 }
 
