@@ -446,6 +446,15 @@ def _mean_and_spread(runs: Sequence[Json], figure: str, decimals: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
 
 
+def floors(folder: Path, capability: str) -> str:
+    """The speeds that softmax_kl is held to, as one instruction set reached them."""
+    from benchmarks.kernels.floors import HEAD, rows
+
+    content = load(folder / f"floors-{capability}.json")
+    table = markdown(HEAD, list(rows({record.name: record for record in records(content)})))
+    return f"{table}\n\n<sub>{provenance(content)}</sub>"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "kernels": kernels,
     "kernels-full": kernels_full,
@@ -457,4 +466,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "limits": limits,
     "study-digits": partial(study, "digits"),
     "study-cifar10": partial(study, "cifar10"),
+    "floors": partial(floors, capability="avx512"),
+    "floors-avx2": partial(floors, capability="avx2"),
+    "floors-portable": partial(floors, capability="portable"),
 }
