@@ -75,7 +75,8 @@ def softmax_kl_div(
         scale_by_t2: multiply by T², which keeps gradients comparable across temperatures (Hinton et al.,
             2015).
         recompute: True saves O(rows) for the backward and recomputes there; False makes the gradients in the
-            forward; None takes what was measured faster.
+            forward, and scales them where the loss is multiplied afterwards; None takes what was measured
+            faster, all in all, for the backend and the number of classes.
         divergence: "kl"; "reverse_kl", KL(student ‖ teacher); "jeffreys", their sum; or "js", Jensen-Shannon,
             β KL(p‖m) + (1 - β) KL(q‖m) with m = β p + (1 - β) q, teacher p and student q.
         beta: β of "js", between 0 and 1.

@@ -18,10 +18,12 @@ from afm_kernels import (
     SoftmaxKLDivLoss,
     distillation_loss,
     dkl_loss,
+    ops,
     softmax_kl_div,
     softmax_kl_div_grad,
     use_backend,
 )
+from afm_kernels.autograd.fused import prefers_recompute
 
 STEM = "softmax_kl"
 
@@ -387,3 +389,21 @@ def test_saved_memory(device: torch.device) -> None:
 
     assert held(True) <= 64 * 8
     assert held(False) == 2 * student.numel()
+
+
+def test_default_recomputes_both_gradients_of_vocabularies() -> None:
+    """Scaling made gradients by an upstream one would cost as much as making them did."""
+    long, short = (torch.zeros(2, classes, requires_grad=True) for classes in (32000, 1000))
+    assert prefers_recompute(long, long, "cpp")
+    assert not prefers_recompute(short, short, "cpp")
+    assert not prefers_recompute(long, long.detach(), "cpp")
+    assert prefers_recompute(short.half(), short, "cpp")  # would underflow before the loss scale
+
+
+@pytest.mark.skipif(
+    "cpp" not in ops.TABLE["softmax_kl_forward", "cpu"], reason="the C++ kernels are not built"
+)
+def test_default_of_vocabularies_keeps_rows_only() -> None:
+    student, teacher = (torch.randn(2, 32000, requires_grad=True) for _ in range(2))
+    saved = softmax_kl_div(student, teacher).grad_fn.saved_tensors
+    assert sum(tensor.numel() for tensor in saved[2:] if tensor is not None) <= 2 * ops.ROW_STATS
