@@ -77,7 +77,8 @@ def measure(floor: Floor, seconds: float, with_compile: bool) -> list[Record]:
     torch._dynamo.reset()
     dtype = DTYPES[floor.dtype]
     student, teacher = logits((floor.rows, floor.classes), dtype, "cpu")
-    wrt = (student.clone().requires_grad_(), teacher.clone().requires_grad_())
+    # The same memory for all: a tensor that one candidate alone reads would have left the caches in between.
+    wrt = (student.detach().requires_grad_(), teacher.detach().requires_grad_())
     eager = partial(eager_divergence, divergence="kl", dim=-1)
     three = torch.tensor(3.0)
     candidates = {
