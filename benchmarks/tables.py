@@ -432,7 +432,8 @@ def study(data: str, folder: Path) -> str:
     note = (
         f"<sub>{data}: teacher `{chosen['teacher']['model']}` by {chosen['teacher']['method']}, students "
         f"`{chosen['student']['model']}`; linf ε = {shared['eps']:.3g}, {shared['epochs']} epochs, "
-        f"{shared['steps']} attack steps; mean ± standard deviation over {' or '.join(map(str, counts))} seeds; "
+        f"{shared['steps']} attack steps; mean ± standard deviation over {' or '.join(map(str, counts))} seeds"
+        f"{', one where no deviation is given' if counts[0] == 1 else ''}; "
         f"commit {run['commit'][:8]}.</sub>"
     )
     return f"{markdown(head, rows)}\n\n{note}"
