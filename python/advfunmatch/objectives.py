@@ -160,15 +160,16 @@ class Margin(_Labelled):
 
 
 def _label_column(logits: Tensor, labels: Tensor) -> Tensor:
-    """Labels as an index into the logits. Only on a CPU can they be looked at without waiting for a device."""
-    if labels.device.type == "cpu" and len(labels):
-        lowest, highest = (int(bound) for bound in labels.aminmax())
-        if lowest < 0 or highest >= logits.shape[1]:
-            wrong = lowest if lowest < 0 else highest
+    """Labels as an index into the logits; on a CPU, which checks an index as it is used, a wrong one is named."""
+    column = labels[:, None]
+    if labels.device.type == "cpu":
+        try:
+            logits.gather(1, column)
+        except (RuntimeError, IndexError) as error:
             raise ValueError(
-                f"labels must be in [0, {logits.shape[1]}), the classes of the logits, got {wrong}"
-            )
-    return labels[:, None]
+                f"labels must be in [0, {logits.shape[1]}), the classes of the logits: {error}"
+            ) from error
+    return column
 
 
 def _other_logits(logits: Tensor, labels: Tensor) -> Tensor:
