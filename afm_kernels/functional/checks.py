@@ -202,7 +202,7 @@ def check_writable(name: str, out: Tensor, **others: Tensor) -> None:
 
 
 def check_apart(name: str, a: Tensor, other_name: str, b: Tensor) -> None:
-    """Two tensors that are both written share no memory."""
+    """Two tensors share no memory."""
     if a is b or (not torch.compiler.is_compiling() and _spans_overlap(a, b)):
         raise ValueError(f"{name} and {other_name} overlap in memory; they must be apart")
 

@@ -165,7 +165,7 @@ def softmax_kl_div_grad(
         student_logits, teacher_logits, temperature, row_weight, dim, divergence, beta: as ``softmax_kl_div``.
         wrt: the sides to differentiate by, "student" and "teacher", in the order of the result.
         out: one tensor for each side of ``wrt``, of its logits' shape, dtype and device, written in place of
-            new ones. It may be logits themselves, and must otherwise share no memory with them or with each other.
+            new ones. They share no memory with the logits or with each other.
 
     Returns:
         A tuple of gradients, one for each side of ``wrt``, with the dtype, shape and dense strides of the
@@ -247,9 +247,9 @@ def _checked_out(
             )
         if tensor.requires_grad:
             raise ValueError(f"out for {side!r} requires a gradient; pass a tensor that does not")
-        check_writable(
-            f"out for {side!r}", tensor, student_logits=logits["student"], teacher_logits=logits["teacher"]
-        )
+        check_writable(f"out for {side!r}", tensor)
+        for other, its_logits in logits.items():  # which a streamed row reads again after its first gradients
+            check_apart(f"out for {side!r}", tensor, f"{other}_logits", its_logits)
     if len(out) == 2:
         check_apart("out for 'student'", out[0], "out for 'teacher'", out[1])
     by_side = dict(zip(wrt, out, strict=True))

@@ -229,7 +229,7 @@ OWN = {
             GOOD,
             {"out": (SHARED[1:], GOOD)},
             ValueError,
-            r"out for 'student' overlaps student_logits in memory; it must be student_logits itself",
+            r"out for 'student' and student_logits overlap in memory; they must be apart",
         ),
     ],
     "distillation_loss": [
