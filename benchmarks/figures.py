@@ -14,20 +14,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.results import Record, load, records
-from benchmarks.tables import by_name, order_of, pretty_shape, provenance, shape_of
+from benchmarks.tables import by_name, order_of, pretty_shape, provenance, shape_of, step_words
 
+# Okabe and Ito's palette, which the colour-blind can tell apart; pale or dark forms belong to the same peer.
 COLOURS = {
-    "ours": "#1765c1",
-    "ours recompute": "#7fb2ea",
-    "eager": "#8d949e",
-    "eager float32": "#b9bec5",
-    "compile": "#e07b28",
-    "formula": "#5b9a5b",
-    "compiled formula": "#2f6d3a",
-    "eager probabilities": "#b0463c",
+    "ours": "#0072b2",
+    "ours recompute": "#56b4e9",
+    "ours bf16": "#56b4e9",
+    "eager": "#999999",
+    "eager float32": "#c4c4c4",
+    "compile": "#e69f00",
+    "formula": "#66c2a5",
+    "compiled formula": "#00755a",
+    "eager probabilities": "#d55e00",
     "limit": "#22262b",
 }
-_STYLE: Any = {
+_MARKERS = {"ours": "o", "ours recompute": "P", "compile": "s", "eager": "D"}
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.spines.top": False,
@@ -46,7 +49,8 @@ _STYLE: Any = {
 }
 
 
-def _save(figure: Any, path: Path, note: str = "") -> Path:
+def save_figure(figure: Any, path: Path, note: str = "") -> Path:
+    """Write and close a figure, with a note on where its numbers come from at the bottom."""
     if note:
         bottom = 0.16 / figure.get_figheight()
         figure.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))
@@ -69,11 +73,7 @@ def kernels(results: Path, path: Path) -> Path:
     figure, axes = plt.subplots(1, 2, figsize=(11, max(3.6, 0.46 * rows + 1.4)), layout="constrained")
     for axis, (mode, title, peers) in zip(axes, panels, strict=True):
         chosen = [
-            r
-            for r in found.values()
-            if r.variant == "ours"
-            and r.name.startswith(f"softmax_kl/{mode}/")
-            and shape_of(r)[3] in ("float32", "bfloat16")
+            r for r in found.values() if r.variant == "ours" and r.name.startswith(f"softmax_kl/{mode}/")
         ]
         chosen.sort(key=order_of, reverse=True)
         height = 0.8 / len(peers)
@@ -85,20 +85,25 @@ def kernels(results: Path, path: Path) -> Path:
             middle = np.array([s["median"] for _, s in have])
             reach = np.array([[s["median"] - s["low"], s["high"] - s["median"]] for _, s in have]).T
             axis.barh(where, middle, height * 0.9, color=COLOURS[peer], label=f"over {_PEER_WORDS[peer]}")
-            axis.errorbar(middle, where, xerr=reach, fmt="none", ecolor="#9ea4ad", elinewidth=0.8)
-            axis.set_xlim(0, max(axis.get_xlim()[1] if k else 0, 1.18 * middle.max()))
-            for y, x in zip(where, middle, strict=True):
-                axis.text(x, y - 0.02, f"  {x:.1f}", va="center", fontsize=6.5, color="#30343a")
-        labels = [
-            pretty_shape(shape_of(r)[2]) + ("\nbfloat16" if "bfloat16" in r.group else "") for r in chosen
-        ]
+            axis.errorbar(middle, where, xerr=reach, fmt="none", ecolor="#4a4f57", elinewidth=0.8)
+            ends = middle + reach[1]
+            axis.set_xlim(0, max(axis.get_xlim()[1] if k else 0, 1.12 * ends.max()))
+            for y, x, end in zip(where, middle, ends, strict=True):
+                axis.text(end, y - 0.02, f" {x:.1f}", va="center", fontsize=7, color="#30343a")
+        labels = [shape_label(r, "\n") for r in chosen]
         axis.set_yticks(range(len(chosen)), labels, fontsize=8)
         axis.axvline(1, color=COLOURS["limit"], linewidth=0.9)
         axis.set_xlabel("times faster")
         axis.set_title(title)
         axis.grid(axis="y", visible=False)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2, fontsize=8)
-    return _save(figure, path, provenance(load(results / "kernels-cpu.json")))
+    return save_figure(figure, path, provenance(load(results / "kernels-cpu.json")))
+
+
+def shape_label(record: Record, separator: str) -> str:
+    """The shape in words, and the dtype where it is not float32."""
+    _, _, shape, dtype = shape_of(record)
+    return pretty_shape(shape) + ("" if dtype == "float32" else separator + dtype)
 
 
 _PEER_WORDS = {
@@ -117,34 +122,30 @@ def limits(results: Path, path: Path) -> Path:
         for r in found.values()
         if r.variant == "ours" and r.name.startswith(("softmax_kl/both/", "softmax_kl/grad/"))
     ]
-    ours = [r for r in ours if shape_of(r)[3] in ("float32", "bfloat16")]
     ours.sort(key=lambda r: (shape_of(r)[1] == "both", order_of(r)), reverse=True)
     figure, axis = plt.subplots(figsize=(9.5, 0.29 * len(ours) + 1.6), layout="constrained")
-    markers = {"ours": "o", "ours recompute": "o", "compile": "s", "eager": "D"}
     for y, record in enumerate(ours):
         bound = max(record.limits.values())
         points = {}
-        for variant in markers:
+        for variant in _MARKERS:
             other = found.get(f"{record.group}/{variant}")
             if other is not None and other.time is not None:
                 points[variant] = other.time["median"] / bound
         axis.plot([1, max(points.values())], [y, y], color="#d5d9de", linewidth=1.2, zorder=1)
         for variant, x in points.items():
-            axis.scatter(x, y, s=34, marker=markers[variant], color=COLOURS[variant], zorder=3, linewidth=0)
+            axis.scatter(x, y, s=34, marker=_MARKERS[variant], color=COLOURS[variant], zorder=3, linewidth=0)
     handles = [
         plt.Line2D([], [], marker=marker, color=COLOURS[v], linestyle="none", label=v)
-        for v, marker in markers.items()
+        for v, marker in _MARKERS.items()
     ]
     axis.axvline(1, color=COLOURS["limit"], linewidth=1.3)
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(plt.FuncFormatter(lambda v, _: f"{v:g}"))
     labels = []
     for record in ours:
-        _, mode, shape, dtype = shape_of(record)
-        bound_name = max(record.limits, key=lambda name: record.limits[name])
+        mode, bound_name = shape_of(record)[1], record.bound()[0]
         labels.append(
-            f"{'gradients' if mode == 'grad' else 'loss + gradients'}  {pretty_shape(shape)}"
-            f"{' bfloat16' if dtype == 'bfloat16' else ''}  [{bound_name}]"
+            f"{'gradients' if mode == 'grad' else 'loss + gradients'}  {shape_label(record, ' ')}  [{bound_name}]"
         )
     axis.set_yticks(range(len(ours)), labels, fontsize=8)
     axis.set_ylim(-0.7, len(ours) - 0.3)
@@ -152,7 +153,7 @@ def limits(results: Path, path: Path) -> Path:
     axis.set_xlabel("time; the tightest limit (in brackets) = 1")
     axis.set_title("How far from what the machine can do")
     axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.4, -0.055), ncols=4, fontsize=8)
-    return _save(figure, path, provenance(load(results / "kernels-cpu.json")))
+    return save_figure(figure, path, provenance(load(results / "kernels-cpu.json")))
 
 
 def sweep(results: Path, path: Path) -> Path:
@@ -172,22 +173,35 @@ def sweep(results: Path, path: Path) -> Path:
         x = np.array([size(r) for r in ours], dtype=float)
         _shade(axis, x, {name: np.array([r.limits[name] for r in ours]) for name in ("call", "exp", "copy")})
         for name, style in (("call", ":"), ("exp", "-."), ("copy", "--")):
-            limit = [r.limits[name] / unit for r in ours]
-            axis.plot(x, limit, style, color=COLOURS["limit"], linewidth=1.2, label=_LIMITS[name])
+            bound = [r.limits[name] / unit for r in ours]
+            axis.plot(x, bound, style, color="#70767f", linewidth=1.0, label=_LIMITS[name])
+        tightest = [max(r.limits.values()) / unit for r in ours]
+        axis.plot(x, tightest, color=COLOURS["limit"], linewidth=2.2, label="limit: the tightest")
         for variant in ("eager", "compile", "ours"):
             line = sorted((r for r in here if r.variant == variant), key=size)
             y = np.array([[r.time[k] / unit for k in ("low", "median", "high")] for r in line if r.time])
             sizes = [size(r) for r in line]
             axis.fill_between(sizes, y[:, 0], y[:, 2], color=COLOURS[variant], alpha=0.2, linewidth=0)
+            marker = _MARKERS[variant]
             axis.plot(
-                sizes, y[:, 1], "o-", color=COLOURS[variant], markersize=4, linewidth=1.8, label=variant
+                sizes,
+                y[:, 1],
+                marker + "-",
+                color=COLOURS[variant],
+                markersize=4.5,
+                linewidth=1.8,
+                label=variant,
             )
         other = "1000 classes" if family == "rows" else "64 rows"
         axis.set(xscale="log", yscale="log", xlabel=f"{family} ({other})", xlim=(x[0] * 0.8, x[-1] * 1.25))
         axis.set_title(f"Loss and both gradients over {family}, float32")
+        axis.set_ylim(bottom=0.02)
     axes[0].set_ylabel("time of a call; an empty autograd.Function = 1")
-    axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
-    return _save(figure, path, provenance(content))
+    regions = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour, _ in _REGIONS.values()]
+    handles, words = axes[1].get_legend_handles_labels()
+    handles, words = handles[::-1] + regions, words[::-1] + [word for _, word in _REGIONS.values()]
+    axes[1].legend(handles, words, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    return save_figure(figure, path, provenance(content))
 
 
 _LIMITS = {
@@ -196,9 +210,9 @@ _LIMITS = {
     "copy": "limit: copy of the bytes",
 }
 _REGIONS = {
-    "call": ("#eef1f5", "launch-bound"),
-    "exp": ("#fdf3e3", "compute-bound"),
-    "copy": ("#e7f3ea", "bandwidth-bound"),
+    "call": ("#e4e9f1", "launch-bound"),
+    "exp": ("#fdebc8", "compute-bound"),
+    "copy": ("#d9eee3", "bandwidth-bound"),
 }
 
 
@@ -210,20 +224,8 @@ def _shade(axis: Any, x: np.ndarray, bounds: dict[str, np.ndarray]) -> None:
     highest = np.argmax([curves[n] for n in names], axis=0)
     starts = [0, *(np.flatnonzero(np.diff(highest)) + 1), len(fine)]
     for a, b in pairwise(starts):
-        colour, label = _REGIONS[names[highest[a]]]
+        colour = _REGIONS[names[highest[a]]][0]
         axis.axvspan(fine[a], fine[min(b, len(fine) - 1)], color=colour, linewidth=0, zorder=0)
-        if b - a > 120:
-            middle = np.sqrt(fine[a] * fine[min(b, len(fine) - 1)])
-            axis.text(
-                middle,
-                0.985,
-                label,
-                transform=axis.get_xaxis_transform(),
-                ha="center",
-                va="top",
-                fontsize=8,
-                color="#5f6670",
-            )
 
 
 def accuracy(results: Path, path: Path) -> Path:
@@ -231,9 +233,13 @@ def accuracy(results: Path, path: Path) -> Path:
     content = load(results / "accuracy-cpu.json")
     found = list(records(content))
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
-    words = {"ours": "ours", "eager": "F.kl_div, log-space", "eager probabilities": "F.kl_div, probabilities"}
+    words = {
+        "ours": ("ours", "o-"),
+        "eager": ("F.kl_div, log-space", "D-"),
+        "eager probabilities": ("F.kl_div, probabilities", "^--"),
+    }
     for axis, offset in zip(axes, (0.0, 1000.0), strict=True):
-        for variant, label in words.items():
+        for variant, (label, style) in words.items():
             chosen = [r for r in found if r.variant == variant and r.details["offset"] == offset]
             for number, classes in enumerate(sorted({r.details["classes"] for r in chosen})):
                 line = sorted(
@@ -243,14 +249,14 @@ def accuracy(results: Path, path: Path) -> Path:
                 points = [(kl, error) for kl, error in points if error]
                 axis.plot(
                     *zip(*points, strict=True),
-                    "o-",
+                    style,
                     color=COLOURS[variant],
-                    markersize=4,
+                    markersize=4.5,
                     linewidth=1.3,
                     alpha=0.75,
                     label=label if number == 0 else None,
                 )
-        axis.axhline(1, color="#b0463c", linewidth=0.9, linestyle=":")
+        axis.axhline(1, color=COLOURS["limit"], linewidth=0.9, linestyle=":")
         axis.set(xscale="log", yscale="log", xlabel="KL(teacher ‖ student) of a row, median")
         axis.set_title("logits around 0" if offset == 0 else "logits offset by 1000")
         axis.text(
@@ -264,14 +270,14 @@ def accuracy(results: Path, path: Path) -> Path:
         )
     axes[0].set_ylabel("median relative error of a row's KL, float32")
     axes[0].legend(loc="center left", bbox_to_anchor=(0.02, 0.32), fontsize=8)
-    return _save(figure, path, "one line for each number of classes, 2 to 128256; truth in float64")
+    return save_figure(figure, path, "one line for each number of classes, 2 to 128256; truth in float64")
 
 
 def attack(results: Path, path: Path) -> Path:
     """The attack engine's speed over the loops that people run."""
     content = load(results / "attack-cpu.json")
     engines = [r for r in records(content) if r.variant == "engine"]
-    colours = {"": COLOURS["eager"], "+autocast": "#c9a227", "+compile": COLOURS["compile"]}
+    colours = {"": COLOURS["eager"], "+autocast": "#cc79a7", "+compile": COLOURS["compile"]}
     words = {"": "official loop", "+autocast": "+ autocast, channels-last", "+compile": "+ torch.compile"}
     figure, axis = plt.subplots(figsize=(10.5, 0.75 * len(engines) + 1.3), layout="constrained")
     engines = engines[::-1]
@@ -285,19 +291,14 @@ def attack(results: Path, path: Path) -> Path:
         axis.errorbar(values, where, xerr=reach, fmt="none", ecolor="#30343a", elinewidth=0.8)
         for y, v, r in zip(where, values, reach[1], strict=True):
             axis.text(v + r, y, f" {v:.2f}", va="center", fontsize=7.5)
-    labels = []
-    for record in engines:
-        loop, networks, shape, steps = record.group.split("/")
-        labels.append(
-            f"{loop}: {networks.replace('<-', ' ← ')}\n{pretty_shape(shape)}, K = {steps.removesuffix('steps')}"
-        )
+    labels = [step_words(record.group).replace(", ", "\n", 1) for record in engines]
     axis.set_yticks(range(len(engines)), labels, fontsize=8)
     axis.axvline(1, color=COLOURS["limit"], linewidth=0.9)
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("times faster, whole attack, float32")
     axis.set_title("The attack engine against the loops of AdaAD, RSLAD and TRADES")
     axis.legend(loc="best", fontsize=8)
-    return _save(figure, path, provenance(content))
+    return save_figure(figure, path, provenance(content))
 
 
 _STEP = {
@@ -371,57 +372,50 @@ def attack_step(results: Path, path: Path) -> Path:
 
 
 _SHARES = {
-    "teacher": "#1765c1",
-    "student": "#7fb2ea",
-    "loss": "#e07b28",
-    "step": "#2f6d3a",
-    "data": "#8d949e",
+    "teacher": "#0072b2",
+    "student": "#56b4e9",
+    "loss": "#d55e00",
+    "step": "#009e73",
+    "data": "#f0e442",
 }
 
 
 def training(results: Path, path: Path) -> Path:
     """Where a training step's time goes, ours beside the official loop's."""
     content = load(results / "training-cpu.json")
-    found = list(records(content))
-    groups = list(dict.fromkeys(r.group for r in found))
-    variants = ("ours", "official compile", "official autocast", "official")
-    figure, axis = plt.subplots(figsize=(9.5, 1.25 * len(groups) + 1.2), layout="constrained")
+    found = {r.name: r for r in records(content)}
+    groups = list(dict.fromkeys(r.group for r in found.values()))
+    variants = ("ours", "ours bf16", "official compile", "official autocast", "official")
+    figure, axis = plt.subplots(figsize=(9.5, 1.35 * len(groups) + 1.3), layout="constrained")
     labels, where = [], []
     for i, group in enumerate(reversed(groups)):
-        base = next(r for r in found if r.name == f"{group}/official")
-        for k, variant in enumerate(variants):
-            record = next((r for r in found if r.name == f"{group}/{variant}"), None)
-            if record is None or record.time is None or base.time is None:
-                continue
-            y = i + 0.2 * k - 0.3
-            total = record.time["median"] / base.time["median"]
+        base = found[f"{group}/official"].time
+        assert base is not None
+        here = [(v, found[f"{group}/{v}"]) for v in variants if f"{group}/{v}" in found]
+        for k, (variant, record) in enumerate(here):
+            assert record.time is not None
+            y = i + 0.15 * k - 0.35
+            total = record.time["median"] / base["median"]
+            axis.barh(y, total, 0.13, color="#d5d9de")
             left = 0.0
-            shares = record.details.get("share")
-            if shares:
-                for name, colour in _SHARES.items():
-                    width = max(0.0, total * shares[name])
-                    axis.barh(y, width, 0.17, left=left, color=colour)
-                    left += width
-            else:
-                axis.barh(y, total, 0.17, color="#cfd4da")
-            axis.text(total, y, f" {total:.2f}", va="center", fontsize=7.5)
+            for name, share in record.details.get("share", {}).items():
+                if name in _SHARES:
+                    axis.barh(y, total * share, 0.13, left=left, color=_SHARES[name])
+                    left += total * share
+            axis.text(max(total, left), y, f" {total:.2f}", va="center", fontsize=7.5)
             labels.append(variant)
             where.append(y)
-        method, networks, shape, _ = group.split("/")
-        axis.text(
-            0,
-            i + 0.46,
-            f"{method}: {networks.replace('<-', ' ← ')}, {pretty_shape(shape)}",
-            fontsize=8.5,
-            va="bottom",
-            weight="bold",
-        )
+        above = i + 0.15 * len(here) - 0.38
+        axis.text(0.004, above, step_words(group), fontsize=8.5, va="bottom", weight="bold")
     axis.set_yticks(where, labels, fontsize=8)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in _SHARES.values()]
-    axis.legend(handles, list(_SHARES), loc="upper right", ncols=6, fontsize=8, bbox_to_anchor=(1, 1.09))
+    axis.set_ylim(-0.5, len(groups) - 0.38)
+    parts = {**_SHARES, "not taken apart": "#d5d9de"}
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in parts.values()]
+    axis.legend(handles, list(parts), loc="upper center", ncols=6, fontsize=8, bbox_to_anchor=(0.45, -0.09))
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("time of a training step, the official loop's = 1")
-    return _save(figure, path, provenance(content))
+    axis.set_title("A training step: where the time of ours goes, beside the official loops")
+    axis.set_xlabel("time, the official loop's = 1")
+    return save_figure(figure, path, provenance(content))
 
 
 FIGURES: dict[str, tuple[str, Callable[[Path, Path], Path]]] = {
@@ -436,11 +430,12 @@ FIGURES: dict[str, tuple[str, Callable[[Path, Path], Path]]] = {
 """name -> (the part whose results it draws, the function)."""
 
 
-def draw(results: Path, folder: Path, *, suffix: str = ".svg") -> list[Path]:
-    """Draw every figure whose results are there."""
-    with plt.rc_context(_STYLE):
+def draw(results: Path, folder: Path) -> list[Path]:
+    """Draw every figure whose results are there, as SVG for the documents and as PNG for everything else."""
+    with plt.rc_context(STYLE):
         return [
             function(results, folder / f"{name}{suffix}")
             for name, (part, function) in FIGURES.items()
             if (results / f"{part}-cpu.json").exists()
+            for suffix in (".svg", ".png")
         ]

@@ -1,7 +1,7 @@
 """Figures and tables from committed results: ``python -m benchmarks.report``.
 
-Draws docs/figures/*.svg and writes the tables between the markers of README.md and docs/*.md. With ``--check``, writes
-nothing and exits with 1 if a document's table is not what the results say.
+Draws docs/figures/*.svg and *.png, and writes the tables between the markers of README.md and docs/*.md. With
+``--check``, writes nothing and exits with 1 if a document's table is not what the results say.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=FOLDER)
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
-    parser.add_argument("--format", choices=("svg", "png"), default="svg")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a table is stale")
     args = parser.parse_args(argv)
     stale = []
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from benchmarks.figures import draw
 
-    for path in draw(args.results, args.figures, suffix=f".{args.format}"):
+    for path in draw(args.results, args.figures):
         print(f"{path}: drawn")
     return 0
 

@@ -151,6 +151,6 @@ def test_kernel_tables_and_figures(tmp_path):
     assert f"| 128 × 10 | {tables.digits(speed)} | – |" in table
     assert tables.kernels_full(tmp_path).count("softmax_kl") == 2
     drawn = figures.draw(tmp_path, tmp_path / "figures")
-    assert [path.name for path in drawn] == ["kernels.svg", "limits.svg"]
+    assert [path.name for path in drawn] == ["kernels.svg", "kernels.png", "limits.svg", "limits.png"]
     before = [path.read_bytes() for path in drawn]
     assert before == [path.read_bytes() for path in figures.draw(tmp_path, tmp_path / "figures")]
