@@ -48,6 +48,8 @@ class Built:
     truth: tuple[Tensor, ...]
     bytes: int
     exps: int = 0
+    products: int = 0
+    """Multiply-adds, where they are what the limit "matmul" counts."""
     autograd: bool = False
     """Whether the project's candidates go through the autograd engine, whose cost is then a limit."""
 
@@ -120,6 +122,8 @@ def _bounds(built: Built, limits: Any, copy_seconds: float) -> dict[str, float]:
     bounds = {"copy": copy_seconds}
     if built.exps:
         bounds["exp"] = built.exps / limits["exp_per_second"]["median"]
+    if built.products:
+        bounds["matmul"] = 2 * built.products / limits["matmul_float32_per_second"]["median"]
     bounds["call"] = limits["call_seconds"]["autograd" if built.autograd else "op"]
     return bounds
 

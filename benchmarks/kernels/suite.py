@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.kernels import case, images, losses
+from benchmarks.kernels import case, convolution, images, losses
 from benchmarks.kernels.case import Case, wrong_answers
 from benchmarks.options import Options
 from benchmarks.results import Record
@@ -17,23 +17,28 @@ from benchmarks.results import Record
 __all__ = ["HEAD", "cases", "lines", "measure", "wrong_answers"]
 
 HEAD = f"{'case':<46} {'variant':<16} {'x eager':>8} {'x compile':>10} {'of limit':>10} {'error':>9}"
-SMOKE = re.compile(r"/(128x10|8x19x128x256-cl|512x1000|128x3x32x32|16x64x32x32-cl)/(float32|bfloat16)$")
+SMOKE = re.compile(
+    r"/(128x10|8x19x128x256-cl|512x1000|128x3x32x32|16x64x32x32-cl|32x128x16x16-cl)/(float32|bfloat16)$"
+)
 """Shapes small enough for two minutes that still take every code path: short rows, long rows, channels-last."""
 
 
-def kernel_cases() -> Iterator[Case]:
-    """Every case of every op."""
+def kernel_cases(device: str = "cpu") -> Iterator[Case]:
+    """Every case of every op that there is for the device."""
     yield from losses.cases()
     yield from images.cases()
+    if device == "cpu":
+        yield from convolution.cases()
 
 
 def cases(options: Options) -> list[Case]:
     """The cases that the options ask for, so ordered that what time may cut off leaves some of every op."""
-    chosen = options.named(kernel_cases())
+    every = list(kernel_cases(options.device))
+    chosen = options.named(every)
     if chosen is None and options.smoke:
-        chosen = [case for case in kernel_cases() if case.standard and SMOKE.search(case.name)]
+        chosen = [case for case in every if case.standard and SMOKE.search(case.name)]
     if chosen is None:
-        chosen = [case for case in kernel_cases() if options.full or case.standard]
+        chosen = [case for case in every if options.full or case.standard]
     return with_peers(turn_by_turn(chosen), options)
 
 
