@@ -456,9 +456,28 @@ def floors(folder: Path, capability: str) -> str:
     return f"{table}\n\n<sub>{provenance(content)}</sub>"
 
 
+def behind(folder: Path) -> str:
+    """Every case in which a peer is faster than ours, by the median, whatever the variant."""
+    rows = []
+    for part in ("kernels", "attack", "training"):
+        path = folder / f"{part}-cpu.json"
+        for record in records(load(path)) if path.exists() else ():
+            if record.peer:
+                continue
+            for peer, speedup in record.speedup.items():
+                if speedup["median"] < 1:
+                    reach = f"{digits(speedup['low'])} to {digits(speedup['high'])}"
+                    words = record.group.replace("<-", " ← ")
+                    rows.append((words, record.variant, peer, digits(speedup["median"]), reach))
+    if not rows:
+        return "None of the committed results."
+    return markdown(("case", "variant of ours", "peer", "our speed over the peer's", "quartiles"), rows)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "kernels": kernels,
     "kernels-full": kernels_full,
+    "behind": behind,
     "accuracy": accuracy,
     "attack": attack,
     "attack-quality": attack_quality,
