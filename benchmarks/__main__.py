@@ -14,14 +14,12 @@ from pathlib import Path
 from benchmarks.options import Options
 from benchmarks.parts import PARTS, Part
 from benchmarks.schedule import Schedule
-from benchmarks.timing import settle_allocator
+from benchmarks.timing import QUIET, settle_allocator
 
 MINUTES = 9.0
 """What a whole run takes at the most, so that compiling the kernels and reading the table fit ten minutes too."""
 SECONDS = 2.0
 """Of interleaved rounds for a kernel."""
-BUSY = 0.1
-"""Beside other programs that use more than this share of the processors, a timing is not to be trusted."""
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -106,7 +104,8 @@ def run(
     if not cases:
         print("nothing matches")
         return []
-    machine = limits.measure(options.device, budget=0.5 if options.smoke else 4.0)
+    hurry = {"budget": 0.5} if options.smoke else {"budget": 4.0, "attempts": 3}
+    machine = limits.measure(options.device, **hurry)
     if not options.smoke:
         print(limits.table(machine) + "\n", flush=True)
     print(part.suite.HEAD, flush=True)
@@ -124,9 +123,9 @@ def run(
     if schedule.left_out:
         names = "\n  ".join(schedule.left_out)
         print(f"left out for lack of time, --full or more --minutes has them:\n  {names}")
-    busy = sorted({r.group for r in records if (r.details.get("other_load") or 0) > BUSY})
+    busy = sorted({r.group for r in records if (r.details.get("other_load") or 0) > QUIET})
     if busy and not options.smoke:
-        print(f"other programs used more than {BUSY:.0%} of the processors; do not trust {', '.join(busy)}")
+        print(f"other programs used more than {QUIET:.0%} of the processors; do not trust {', '.join(busy)}")
     return list(part.suite.wrong_answers(records))
 
 

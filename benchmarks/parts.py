@@ -59,13 +59,13 @@ PARTS = {
             "kernels",
             "every op x shape family x dtype x mode, against eager, torch.compile and Liger-Kernel",
             "benchmarks.kernels.suite",
-            0.45,
+            0.50,
         ),
         Part(
             "sweep",
             "softmax_kl over four decades of rows and of classes, against the limits",
             "benchmarks.kernels.sweep",
-            0.16,
+            0.13,
         ),
         Part(
             "accuracy",
@@ -78,14 +78,14 @@ PARTS = {
             "attack",
             "the attack engine against the loops of AdaAD, RSLAD and TRADES",
             "benchmarks.attack.suite",
-            0.14,
+            0.13,
             rounds=4,
         ),
         Part(
             "training",
             "whole training steps against those of AdaAD, RSLAD and TRADES, and where their time goes",
             "benchmarks.training.step",
-            0.20,
+            0.19,
             rounds=4,
         ),
     )

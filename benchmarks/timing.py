@@ -35,6 +35,9 @@ from dataclasses import dataclass
 ALLOCATOR_SETTINGS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 """glibc settings under which freed memory stays with the process; see Note [Fair timing]."""
 
+QUIET = 0.1
+"""The share of the processors that other programs may use beside a timing that is to be believed."""
+
 _SPIN_HZ = 2.0e9  # the fastest clock of current GPUs: a spin then lasts no shorter than asked
 
 

@@ -17,10 +17,7 @@ from torch import Tensor
 
 from benchmarks.limits import copy_call
 from benchmarks.results import Record, finite, records_of
-from benchmarks.timing import OtherLoad, Samples, interleave, peak_memory
-
-QUIET = 0.1
-"""The share of the processors that other programs may use beside a timing that is to be believed."""
+from benchmarks.timing import QUIET, OtherLoad, Samples, interleave, peak_memory
 
 PEERS = ("eager", "eager float32", "compile", "formula", "compiled formula", "published", "liger")
 """What the project is compared with; each case has those that exist for it. The first is the baseline of tables.

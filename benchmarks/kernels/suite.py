@@ -16,7 +16,7 @@ from benchmarks.results import Record
 
 __all__ = ["HEAD", "cases", "lines", "measure", "wrong_answers"]
 
-HEAD = f"{'case':<46} {'variant':<16} {'x eager':>8} {'x compile':>10} {'of limit':>10} {'error':>9}"
+HEAD = f"{'case':<57} {'variant':<16} {'x eager':>8} {'x compile':>10} {'of limit':>10} {'error':>9}"
 SMOKE = re.compile(
     r"/(128x10|8x19x128x256-cl|512x1000|128x3x32x32|16x64x32x32-cl|32x128x16x16-cl)/(float32|bfloat16)$"
 )
@@ -73,6 +73,6 @@ def lines(records: list[Record]) -> Iterator[str]:
         worst = max((error for error in record.error.values() if error is not None), default=math.nan)
         bound, share = record.bound()
         yield (
-            f"{record.group:<46} {record.variant:<16} {over[0]:>8} {over[1]:>10} "
+            f"{record.group:<57} {record.variant:<16} {over[0]:>8} {over[1]:>10} "
             f"{f'{share:.0%} {bound}':>10} {worst:>9.1e}"
         )
