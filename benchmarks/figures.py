@@ -368,7 +368,7 @@ def attack_step(results: Path, path: Path) -> Path:
     bars.grid(axis="y", visible=False)
     bars.set_xlabel("% of the step's time")
     bars.set_title("Shares by kind", fontweight="normal")
-    return _save(figure, path, provenance(content))
+    return save_figure(figure, path, provenance(content))
 
 
 _SHARES = {
