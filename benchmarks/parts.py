@@ -59,13 +59,13 @@ PARTS = {
             "kernels",
             "every op x shape family x dtype x mode, against eager, torch.compile and Liger-Kernel",
             "benchmarks.kernels.suite",
-            0.50,
+            0.47,
         ),
         Part(
             "sweep",
             "softmax_kl over four decades of rows and of classes, against the limits",
             "benchmarks.kernels.sweep",
-            0.13,
+            0.12,
         ),
         Part(
             "accuracy",
@@ -78,7 +78,7 @@ PARTS = {
             "attack",
             "the attack engine against the loops of AdaAD, RSLAD and TRADES",
             "benchmarks.attack.suite",
-            0.13,
+            0.17,
             rounds=4,
         ),
         Part(

@@ -56,13 +56,11 @@ class Setting(Case):
     compiled: bool = True
     """Whether torch.compile of both networks is among the peers: minutes for a ResNet."""
 
-    @property
-    def cost(self) -> float:
-        """Seconds beside the timed rounds, roughly, on two cores."""
+    def __post_init__(self) -> None:
         images = (self.steps + 1) * self.batch
-        if self.size == 8:
-            return 1 + 2e-3 * images + 15 * self.compiled
-        return 5 + 0.6 * images + 150 * self.compiled
+        small = 1 + 2e-3 * images + 15 * self.compiled
+        large = 5 + 0.6 * images + 150 * self.compiled
+        object.__setattr__(self, "cost", small if self.size == 8 else large)  # the class is frozen
 
 
 DIGITS = Setting("small_cnn-8", "small_cnn-32", size=8, channels=1, batch=128)
