@@ -59,7 +59,7 @@ PARTS = {
             "kernels",
             "every op x shape family x dtype x mode, against eager, torch.compile and Liger-Kernel",
             "benchmarks.kernels.suite",
-            0.47,
+            0.49,
         ),
         Part(
             "sweep",
@@ -78,14 +78,14 @@ PARTS = {
             "attack",
             "the attack engine against the loops of AdaAD, RSLAD and TRADES",
             "benchmarks.attack.suite",
-            0.17,
+            0.16,
             rounds=4,
         ),
         Part(
             "training",
             "whole training steps against those of AdaAD, RSLAD and TRADES, and where their time goes",
             "benchmarks.training.step",
-            0.19,
+            0.18,
             rounds=4,
         ),
     )
