@@ -124,8 +124,8 @@ struct Worker {
 
   // Sums.
 
-  // See Note [Lines of the gradients]. A streamed line is not to come at all, and a row longer than a
-  // tile would have lost its lines again before it writes them.
+  // See Note [Lines of the gradients]. A streamed line is not to come at all, and a row longer than
+  // a tile would have lost its lines again before it writes them.
   GradientLines gradient_lines(int64_t j) const {
     const GradientLines none = {reinterpret_cast<const char*>(student_cache),
                                 reinterpret_cast<const char*>(student_cache), 0};
