@@ -14,7 +14,7 @@ import pytest
 from benchmarks.gpu import resources
 
 if not resources.MODULE.exists():
-    pytest.skip(f"{resources.MODULE.name} was not built here: no nvcc", allow_module_level=True)
+    pytest.skip(f"{resources.MODULE.name} was not built here", allow_module_level=True)
 if resources.cuobjdump() is None:
     pytest.skip("cuobjdump was not found", allow_module_level=True)
 

@@ -280,7 +280,8 @@ def test_compiles_to_one_graph(device: torch.device) -> None:
         operands = case(device, (batch, 3, 4, 4), torch.float32, torch.float32)
         for actual, expected in zip(compiled(*operands), step(*operands), strict=True):
             # A traced reference may take a sample's norm in another order of summation.
-            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+            rounding = 1e-6 if ops.served_by("pgd_step", device.type) == "reference" else 0
+            torch.testing.assert_close(actual, expected, rtol=rounding, atol=0)
     assert counter.frame_count <= 2
 
     def in_place(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
