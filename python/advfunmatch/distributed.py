@@ -16,6 +16,7 @@ wrong, since `World.together` makes an error of one process the error of all.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,6 +95,10 @@ def join_world(device: torch.device) -> tuple[World, torch.device]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        # A module whose functions take the group of all processes as a default argument. Imported later (by dynamo, for
+        # one), it would keep the group and its threads alive beyond `leave_world`, and a thread of gloo's that lets go
+        # of its last tensor while the interpreter ends aborts the process.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return World(dist.get_rank(), size), device
 

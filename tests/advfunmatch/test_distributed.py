@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -116,6 +117,42 @@ def test_what_one_process_cannot_do_ends_all_with_one_sentence(tmp_path: Path, t
     assert "exitcode  : 2" in complained, complained
     assert "rank0" not in complained
     assert "rank1" not in complained
+
+
+LEAVES = """
+import pathlib, sys, torch
+from advfunmatch.distributed import join_world, leave_world
+
+def communicating():
+    names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+world, _ = join_world(torch.device("cpu"))
+world.sum_([torch.ones(3)])
+import torch.distributed.nn.functional  # as dynamo does
+assert communicating()
+leave_world()
+sys.exit(", ".join(communicating()) or 0)
+"""
+
+
+def test_no_thread_outlives_the_run() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVES],
+            env={**common, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in both:
+        _, complained = process.communicate(timeout=120)
+        assert process.returncode == 0, complained
 
 
 def test_shares_make_up_the_batch() -> None:
