@@ -140,6 +140,7 @@ struct LaneRows {
 
   // All rows to `tile`, block by block. `line`: room for a row.
   void load(T* tile, T* line) {
+    if (tensor.data == nullptr) return;
     if constexpr (sizeof(T) == 4) {
       if (tensor.dtype == DType::kFloat32) return load_as<DType::kFloat32>(tile, line);
       if (tensor.dtype == DType::kFloat16) return load_as<DType::kFloat16>(tile, line);
@@ -222,6 +223,48 @@ struct LaneRows {
     }
   }
 };
+
+// A tensor of a call, and the tile its rows pass through: room for lane_blocks(classes) blocks.
+template <class T>
+struct LaneSlot {
+  LaneRows<T> rows;
+  T* tile;
+  bool is_output;
+};
+
+// Calls run(i, count, offset) for rows [begin, end), a block of up to Vec<T>::width rows at a time:
+// rows [i, i + count) lie in the tiles from element `offset` on. `stage`: room for a tile, aligned
+// to a cache line.
+template <class T, int kSlots, class F>
+AFM_INLINE void for_lane_blocks(const RowShape& shape, int64_t classes,
+                                LaneSlot<T> (&slots)[kSlots], T* stage, int64_t begin, int64_t end,
+                                const F& run) {
+  constexpr int kLanes = Vec<T>::width;
+  const int64_t most = lane_blocks(classes) * kLanes;
+  RowCursor cursor(shape, begin);
+  for (int64_t i = begin; i < end;) {
+    int64_t count = most - i % most;  // visits begin at the same rows in every thread
+    count = count < end - i ? count : end - i;
+    const bool adjacent = cursor.run() >= count;
+    for (LaneSlot<T>& slot : slots) slot.rows.locate(cursor, static_cast<int>(count), adjacent);
+    cursor.skip(count, adjacent);
+    for (LaneSlot<T>& slot : slots)
+      if (!slot.is_output) slot.rows.load(slot.tile, stage);
+    for (int64_t r = 0; r < count; r += kLanes)
+      run(i + r, static_cast<int>(count - r < kLanes ? count - r : kLanes), r * classes);
+    for (LaneSlot<T>& slot : slots)
+      if (slot.is_output) slot.rows.store(slot.tile, stage);
+    i += count;
+  }
+  end_of_streams();
+}
+
+// Row r of a block of tiles; absent where it is not wanted.
+template <class T>
+AFM_INLINE RowPointer lane_of(const T* tile, int r, bool is_wanted = true) {
+  char* data = reinterpret_cast<char*>(const_cast<T*>(tile) + r);
+  return {is_wanted ? data : nullptr, kNative<T>, Vec<T>::width};
+}
 
 }  // namespace
 }  // namespace afm::cpu::AFM_CAPABILITY

@@ -56,17 +56,17 @@ struct SoftmaxKlParams {
   bool stream = false;           // gradients are too large to be worth keeping in the caches
 };
 
-// Rows of KL up to this many classes are worked on side by side. See Note [Rows across lanes].
+// Rows of up to this many classes are worked on side by side. See Note [Rows across lanes].
 constexpr int64_t kLaneClasses = 128;
 
 // Scratch memory that one worker needs, in elements of the accumulation type, 64-byte aligned: four
 // tiles and four rows of what the first loop keeps for the second; and four blocks of 16 rows, of
-// up to 4096 classes, see Note [Strided classes], or five tiles and a stage of up to 64 rows.
+// up to 4096 classes, see Note [Strided classes], or six tiles and a stage of up to 64 rows.
 constexpr int64_t softmax_kl_row_scratch(int64_t classes) {
   return 4 * kTile + 4 * ((classes + 15) / 16 * 16);
 }
 constexpr int64_t softmax_kl_block_scratch(int64_t classes) {
-  return classes <= kLaneClasses ? 6 * 64 * classes : block_scratch(classes, 4);
+  return classes <= kLaneClasses ? 7 * 64 * classes : block_scratch(classes, 4);
 }
 constexpr int64_t softmax_kl_scratch(int64_t classes) {
   return softmax_kl_row_scratch(classes) + softmax_kl_block_scratch(classes);

@@ -10,6 +10,7 @@
 #include "cpu/kl_sweeps.h"
 #include "cpu/lane_tiles.h"
 #include "cpu/row_tiles.h"
+#include "cpu/short_js.h"
 #include "cpu/short_rows.h"
 
 namespace afm::cpu::AFM_CAPABILITY {
@@ -651,16 +652,11 @@ struct Worker {
     return params.row_weight == nullptr ? 1 : static_cast<const T*>(params.row_weight)[i];
   }
 
-  bool is_plain_kl() const {
-    return params.divergence == Divergence::kKl && params.cross_entropy.labels == nullptr;
-  }
-
-  // Keeps what lanes made of row i, unless they did not serve it.
-  bool take_short(int64_t i, double divergence) const {
+  // Keeps what lanes made of row i, unless they did not serve it. `value`: unweighted.
+  bool take_short(int64_t i, double value) const {
     const double weight = weight_of(i);
-    if (weight == 0 || __builtin_isnan(divergence)) return false;
-    if (params.row_values != nullptr)
-      params.row_values[i] = (divergence < 0 ? 0 : divergence) * weight * params.scale;
+    if (weight == 0 || __builtin_isnan(value)) return false;
+    if (params.row_values != nullptr) params.row_values[i] = value * weight * params.scale;
     RowSummary again;  // a backward does as the forward did
     again.kind = RowKind::kGeneral;
     save(again, i, HardLabel());
@@ -724,80 +720,140 @@ struct Worker {
   }
 };
 
-// Rows of plain KL side by side. What lanes do not serve (hard values, masked rows, a badly centred
-// one) the worker takes from the tiles, and leaves its gradients there. Whether a row is run here
+// Short rows side by side. What lanes do not serve (hard values, masked rows, a badly centred one)
+// the worker takes from the tiles, and leaves its gradients there. Whether a row is run here
 // depends on its length alone: any layout, and any batch, gives the same bits.
 template <class T>
 struct LaneWorker {
-  static constexpr int kLanes = Vec<T>::width;
+  using V = Vec<T>;
+  static constexpr int kLanes = V::width;
   const SoftmaxKlParams& params;
   Worker<T>& worker;
   const int64_t classes = params.classes;
   const bool wants_student = params.grad_student.data != nullptr,
              wants_teacher = params.grad_teacher.data != nullptr;
+  const CrossEntropyParams& ce = params.cross_entropy;
+  const bool has_labels = ce.labels != nullptr && ce.weight != 0;
+  const bool is_separate = has_labels && params.temperature != 1;
+  const T inv_t = static_cast<T>(worker.inv_t);
   // One factor for all rows, or each its own.
   const bool is_uniform = params.row_weight == nullptr && params.grad_loss_stride == 0;
   const T uniform_scale = is_uniform ? static_cast<T>(worker.gradient_scale(0)) : T(0);
 
-  RowPointer lane(const T* tile, int r, bool is_wanted) const {
-    char* data = reinterpret_cast<char*>(const_cast<T*>(tile) + r);
-    return {is_wanted ? data : nullptr, kNative<T>, kLanes};
+  static bool serves(const SoftmaxKlParams& params) {
+    return params.classes <= kLaneClasses && params.divergence_weight != 0;
+  }
+
+  V scale_of(int64_t i, int count) const {
+    if (is_uniform) return V(uniform_scale);
+    T each[kLanes];
+    for (int r = 0; r < kLanes; ++r)
+      each[r] = static_cast<T>(worker.gradient_scale(i + (r < count ? r : 0)));
+    return V::load(each);
+  }
+
+  LaneSums<T> sum(const LaneTiles<T>& tiles) const {
+    if (params.divergence == Divergence::kKl)
+      return sum_kl_lanes<false>(tiles, classes, worker.exp, inv_t);
+    if (params.divergence == Divergence::kJeffreys)
+      return sum_kl_lanes<true>(tiles, classes, worker.exp, inv_t);
+    LaneSums<T> sums = far_lanes<false>(tiles, classes, worker.exp, inv_t);
+    js_lanes(tiles, classes, worker.plain_exp, inv_t, static_cast<T>(params.beta),
+             static_cast<T>(1 - params.beta), sums);
+    return sums;
+  }
+
+  // Adds the cross-entropy to each row's value and scales. Returns what comes off the gradient of
+  // the label's class.
+  V add_cross_entropy(const LaneTiles<T>& tiles, int64_t i, int count, const LaneSums<T>& sums,
+                      V scale, LaneScales<T>& by, V& value) const {
+    const V sum = is_separate ? plain_lanes(tiles, classes, worker.plain_exp, sums.student_max)
+                              : sums.student_sum;
+    T label_logit[kLanes], is_present[kLanes];
+    for (int r = 0; r < kLanes; ++r) {
+      const int64_t label = ce.labels[i + (r < count ? r : 0)];
+      const bool present = label != ce.ignore_index;
+      is_present[r] = present ? T(1) : T(0);
+      label_logit[r] = tiles.student[(present ? label : 0) * kLanes + r];
+    }
+    const T smoothing = static_cast<T>(ce.label_smoothing);
+    V target = V(T(1) - smoothing) * (V::load(label_logit) - sums.student_max);
+    if (smoothing != 0)
+      target = fma(logit_lanes(tiles, classes, sums.student_max),
+                   V(smoothing / static_cast<T>(classes)), target);
+    const V weight = V(static_cast<T>(ce.weight)) * V::load(is_present), by_row = scale * weight;
+    value = fma(weight, log(sum) - target, value);
+    (is_separate ? by.plain : by.softmax) = is_separate ? by_row / sum : by_row;
+    by.constant = by_row * V(-smoothing / static_cast<T>(classes));
+    return by_row * V(T(1) - smoothing);
+  }
+
+  template <LaneGradient kGradient>
+  void write_gradients(const LaneTiles<T>& tiles, const LaneSums<T>& sums,
+                       const LaneScales<T>& by) const {
+    if (wants_student && wants_teacher)
+      gradient_lanes<kGradient, true, true>(tiles, classes, sums, by);
+    else if (wants_student)
+      gradient_lanes<kGradient, true, false>(tiles, classes, sums, by);
+    else if (wants_teacher)
+      gradient_lanes<kGradient, false, true>(tiles, classes, sums, by);
   }
 
   // Rows [i, i + count), in tiles.
   void run_block(const LaneTiles<T>& tiles, int64_t i, int count) const {
-    T each[kLanes];
-    Vec<T> scale(uniform_scale);
-    if (!is_uniform) {
-      for (int r = 0; r < kLanes; ++r)
-        each[r] = static_cast<T>(worker.gradient_scale(i + (r < count ? r : 0)));
-      scale = Vec<T>::load(each);
+    const bool is_js = params.divergence == Divergence::kJs;
+    const LaneSums<T> sums = sum(tiles);
+    const V scale = scale_of(i, count), weight(static_cast<T>(params.divergence_weight));
+    const V by_side = scale * weight * V(inv_t), zero(T(0));
+    LaneScales<T> by = {by_side, by_side, zero, zero, zero};
+    if (is_js) {
+      by.student = by_side * V(static_cast<T>(1 - params.beta));
+      by.teacher = by_side * V(static_cast<T>(params.beta));
     }
-    const LaneSums<T> sums =
-        sum_lanes(tiles, classes, worker.exp, static_cast<T>(worker.inv_t), scale);
-    sums.divergence.store(each);
-    if (wants_student && wants_teacher)
-      gradient_lanes<true, true>(tiles, classes, sums);
-    else if (wants_student)
-      gradient_lanes<true, false>(tiles, classes, sums);
-    else if (wants_teacher)
-      gradient_lanes<false, true>(tiles, classes, sums);
+    V value = weight * select(sums.divergence < zero, zero, sums.divergence), by_label = zero;
+    if (has_labels) by_label = add_cross_entropy(tiles, i, count, sums, scale, by, value);
+    if (is_js)
+      write_gradients<LaneGradient::kJs>(tiles, sums, by);
+    else if (params.divergence == Divergence::kJeffreys)
+      write_gradients<LaneGradient::kJeffreys>(tiles, sums, by);
+    else if (is_separate)
+      write_gradients<LaneGradient::kWithPlain>(tiles, sums, by);
+    else
+      write_gradients<LaneGradient::kKl>(tiles, sums, by);
+    T values[kLanes], off_label[kLanes];
+    value.store(values), by_label.store(off_label);
     for (int r = 0; r < count; ++r) {
-      if (worker.take_short(i + r, each[r])) continue;
-      worker.student = lane(tiles.student, r, true), worker.teacher = lane(tiles.teacher, r, true);
-      worker.grad_student = lane(tiles.student_part, r, wants_student);
-      worker.grad_teacher = lane(tiles.gap, r, wants_teacher);
-      worker.run(i + r);
+      if (!worker.take_short(i + r, values[r])) {
+        run_alone(tiles, i + r, r);
+      } else if (has_labels && wants_student && off_label[r] != 0) {
+        tiles.student_part[ce.labels[i + r] * kLanes + r] -= off_label[r];
+      }
     }
   }
 
+  // Row i, lane r of the tiles.
+  void run_alone(const LaneTiles<T>& tiles, int64_t i, int r) const {
+    worker.student = lane_of(tiles.student, r), worker.teacher = lane_of(tiles.teacher, r);
+    worker.grad_student = lane_of<T>(tiles.student_part, r, wants_student);
+    worker.grad_teacher = lane_of<T>(tiles.gap, r, wants_teacher);
+    worker.run(i);
+  }
+
   void run(int64_t begin, int64_t end, T* scratch) const {
-    const int64_t most = lane_blocks(classes) * kLanes, size = most * classes;
-    T *student_tile = scratch, *teacher_tile = scratch + size, *stage = scratch + 5 * size;
-    LaneTiles<T> tiles = {student_tile, teacher_tile, scratch + 2 * size, scratch + 3 * size,
-                          scratch + 4 * size};
-    LaneRows<T> student(params.student, classes), teacher(params.teacher, classes);
-    LaneRows<T> grad_student(params.grad_student, classes, params.stream),
-        grad_teacher(params.grad_teacher, classes, params.stream);
-    LaneRows<T>* const sides[] = {&student, &teacher, &grad_student, &grad_teacher};
-    RowCursor cursor(params.shape, begin);
-    for (int64_t i = begin; i < end;) {
-      int64_t count = most - i % most;  // visits begin at the same rows in every thread
-      count = count < end - i ? count : end - i;
-      const bool adjacent = cursor.run() >= count;
-      for (LaneRows<T>* rows : sides) rows->locate(cursor, static_cast<int>(count), adjacent);
-      cursor.skip(count, adjacent);
-      student.load(student_tile, stage), teacher.load(teacher_tile, stage);
-      for (int64_t r = 0; r < count; r += kLanes) {
-        const int64_t at = r * classes, rest = count - r;
-        run_block({student_tile + at, teacher_tile + at, tiles.student_part + at,
-                   tiles.teacher_exp + at, tiles.gap + at},
-                  i + r, static_cast<int>(rest < kLanes ? rest : kLanes));
-      }
-      grad_student.store(tiles.student_part, stage), grad_teacher.store(tiles.gap, stage);
-      i += count;
-    }
-    end_of_streams();
+    const int64_t size = lane_blocks(classes) * kLanes * classes;
+    const auto tile = [&](int k) { return scratch + k * size; };
+    const LaneTiles<T> tiles = {tile(0), tile(1), tile(2), tile(3), tile(4), tile(5)};
+    LaneSlot<T> slots[] = {
+        {LaneRows<T>(params.student, classes), tile(0), false},
+        {LaneRows<T>(params.teacher, classes), tile(1), false},
+        {LaneRows<T>(params.grad_student, classes, params.stream), tile(2), true},
+        {LaneRows<T>(params.grad_teacher, classes, params.stream), tile(4), true}};
+    for_lane_blocks(params.shape, classes, slots, tile(6), begin, end,
+                    [&](int64_t i, int count, int64_t at) {
+                      run_block({tiles.student + at, tiles.teacher + at, tiles.student_part + at,
+                                 tiles.teacher_exp + at, tiles.gap + at, tiles.extra + at},
+                                i, count);
+                    });
   }
 };
 
@@ -805,8 +861,7 @@ template <class T>
 AFM_INLINE void run_rows(const SoftmaxKlParams& params, int64_t begin, int64_t end, void* scratch) {
   Worker<T> worker(params, scratch);
   T* extra = static_cast<T*>(scratch) + softmax_kl_row_scratch(params.classes);
-  if (params.classes <= kLaneClasses && worker.is_plain_kl())
-    return LaneWorker<T>{params, worker}.run(begin, end, extra);
+  if (LaneWorker<T>::serves(params)) return LaneWorker<T>{params, worker}.run(begin, end, extra);
   const RowSlot slots[] = {{params.student, worker.student, false},
                            {params.teacher, worker.teacher, false},
                            {params.grad_student, worker.grad_student, true},
