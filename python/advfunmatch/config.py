@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 from .data.augment import MIXING, ON_STORED, parse_augmentation
 from .errors import InputError, one_of
-from .methods import METHODS, get_method
+from .methods import METHODS, Method, get_method
 from .schedule import SCHEDULES, parse_milestones
 
 REDUCTIONS = ("batchmean", "mean", "sum")
@@ -19,6 +19,22 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 NORMS = ("linf", "l2")
 INITS = ("gaussian", "uniform", "zero")
 BN_MODES = ("eval", "batch", "train")
+
+CHOICES = {
+    "schedule": tuple(SCHEDULES),
+    "precision": PRECISIONS,
+    "norm": NORMS,
+    "attack_init": INITS,
+    "attack_bn": BN_MODES,
+    "reduction": REDUCTIONS,
+    "teacher_input": ("adversarial", "clean"),
+}
+LEAST = {
+    **dict.fromkeys(("epochs", "batch_size", "limit", "eval_limit", "accumulate"), 1),
+    **dict.fromkeys(("steps", "early_steps", "monitor_images"), 1),
+    **dict.fromkeys(("eval_every", "save_every", "warmup_epochs", "begin_epoch", "awp_warmup"), 0),
+}
+POSITIVE = ("lr", "step_size", "temperature", "awp_gamma", "clip_grad")  # and finite
 
 # What a setting is when neither the user nor the method says.
 FALLBACKS: dict[str, Any] = {
@@ -130,79 +146,16 @@ class TrainConfig:
         if self.step_size is None:
             filled["step_size"] = self.eps / 4
         config = replace(self, **filled)
-
-        if not config.out:
-            raise InputError("out is empty, but must name a folder")
-        for name in ("epochs", "batch_size", "steps", "monitor_images", "accumulate"):
-            _at_least(name, getattr(config, name), 1)
-        for name in ("limit", "eval_limit", "early_steps"):
-            if getattr(config, name) is not None:
-                _at_least(name, getattr(config, name), 1)
-        check_seed(config.seed)
-        for name in ("eval_every", "begin_epoch", "awp_warmup", "warmup_epochs", "save_every"):
-            _at_least(name, getattr(config, name), 0)
-        for name in ("lr", "eps", "step_size", "temperature", "awp_gamma"):
-            _positive(name, getattr(config, name))
-        if config.norm == "linf" and config.eps > 1:
-            raise InputError(
-                f"eps is {config.eps:g}, but images lie in [0, 1], so it must be at most 1 (try 8/255)"
-            )
-        for name in ("momentum", "weight_decay", "label_smoothing", "ema"):
-            value = getattr(config, name)
-            if not (math.isfinite(value) and 0 <= value < 1):
-                raise InputError(f"{name} is {value:g}, but must be at least 0 and below 1")
-        if not 0 <= config.alpha <= 1:
-            raise InputError(f"alpha is {config.alpha:g}, but must be between 0 and 1")
-        if not (math.isfinite(config.beta) and config.beta >= 0):
-            raise InputError(f"beta is {config.beta:g}, but must be at least 0 and finite")
-        for name, allowed in (
-            ("schedule", SCHEDULES),
-            ("precision", PRECISIONS),
-            ("norm", NORMS),
-            ("attack_init", INITS),
-            ("attack_bn", BN_MODES),
-            ("reduction", REDUCTIONS),
-            ("teacher_input", ("adversarial", "clean")),
-        ):
-            if getattr(config, name) not in allowed:
-                raise one_of(name, getattr(config, name), allowed)
-        for name in ("peak", "extra_ratio"):
-            if not 0 < getattr(config, name) < 1:
-                raise InputError(f"{name} is {getattr(config, name):g}, but must be between 0 and 1")
-        if config.clip_grad is not None:
-            _positive("clip_grad", config.clip_grad)
-        if config.swa_start is not None and not 0 <= config.swa_start < config.epochs:
-            raise InputError(
-                f"swa_start is {config.swa_start}, but must be from 0 to epochs - 1 = {config.epochs - 1}"
-            )
-        if config.swa_start is not None and config.ema:
-            raise InputError(
-                "ema and swa_start are both given, but only one average of the weights can be kept"
-            )
-        if config.awp and config.accumulate > 1:
-            raise InputError(f"awp goes with accumulate = 1 only, but accumulate is {config.accumulate}")
-        if config.resume and config.overwrite:
-            raise InputError(
-                "resume and overwrite are both given, but a run can only be continued or replaced"
-            )
-        try:
-            milestones = parse_milestones(config.milestones)
-        except ValueError:
-            milestones = [math.nan]
-        if not all(0 < milestone < math.inf for milestone in milestones):
-            raise InputError(f"milestones is {config.milestones!r}, but must be epochs such as 100,150")
-        if config.schedule == "piecewise" and not milestones:
-            raise InputError("milestones is empty, but the piecewise schedule needs epochs such as 100,150")
-        for name in parse_augmentation(config.augment):
-            if name in MIXING and method.needs_labels:
-                raise InputError(
-                    f"augment {name!r} mixes images, which leaves no label that method {config.method!r} could use; "
-                    "it goes with "
-                    + ", ".join(other.name for other in METHODS.values() if not other.needs_labels)
-                )
-        if method.needs_teacher and config.teacher is None:
-            raise InputError(f"method {config.method!r} matches a teacher, so teacher must name a checkpoint")
+        _check_numbers(config)
+        _check_names(config)
+        _check_schedule(config)
+        _check_combinations(config, method)
         return config
+
+    @property
+    def extra_images(self) -> int:
+        """Images of each batch that come from `extra_data`."""
+        return round(self.extra_ratio * self.batch_size) if self.extra_data else 0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -269,17 +222,89 @@ def parse_number(text: str | float, name: str) -> float:
         raise InputError(f"{name} is {text!r}, but must be a number or a fraction such as 8/255") from None
 
 
+def check_radius(eps: float, norm: str) -> None:
+    """InputError for a radius that no attack on images in [0, 1] can have."""
+    if not (math.isfinite(eps) and eps > 0):
+        raise InputError(f"eps is {eps:g}, but must be positive and finite")
+    if norm == "linf" and eps > 1:
+        raise InputError(f"eps is {eps:g}, but images lie in [0, 1], so it must be at most 1 (try 8/255)")
+
+
 def check_seed(seed: int) -> None:
     """InputError for a seed that PyTorch's generators do not take."""
     if not 0 <= seed < 2**63:
         raise InputError(f"seed is {seed}, but must be at least 0 and below 2^63")
 
 
-def _at_least(name: str, value: int, lowest: int) -> None:
-    if value < lowest:
-        raise InputError(f"{name} is {value}, but must be at least {lowest}")
+def _check_numbers(config: TrainConfig) -> None:
+    """Each number alone."""
+    for name, lowest in LEAST.items():
+        value = getattr(config, name)
+        if value is not None and value < lowest:
+            raise InputError(f"{name} is {value}, but must be at least {lowest}")
+    check_seed(config.seed)
+    for name in POSITIVE:
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise InputError(f"{name} is {value:g}, but must be positive and finite")
+    check_radius(config.eps, config.norm)
+    for name in ("momentum", "weight_decay", "label_smoothing", "ema"):
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise InputError(f"{name} is {value:g}, but must be at least 0 and below 1")
+    if not 0 <= config.alpha <= 1:
+        raise InputError(f"alpha is {config.alpha:g}, but must be between 0 and 1")
+    if not (math.isfinite(config.beta) and config.beta >= 0):
+        raise InputError(f"beta is {config.beta:g}, but must be at least 0 and finite")
+    for name in ("peak", "extra_ratio"):
+        if not 0 < getattr(config, name) < 1:
+            raise InputError(f"{name} is {getattr(config, name):g}, but must be between 0 and 1")
 
 
-def _positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name} is {value:g}, but must be positive and finite")
+def _check_names(config: TrainConfig) -> None:
+    """Each setting that is one of a few names."""
+    if not config.out:
+        raise InputError("out is empty, but must name a folder")
+    for name, allowed in CHOICES.items():
+        if getattr(config, name) not in allowed:
+            raise one_of(name, getattr(config, name), allowed)
+
+
+def _check_schedule(config: TrainConfig) -> None:
+    """Epochs at which something changes."""
+    if config.swa_start is not None and not 0 <= config.swa_start < config.epochs:
+        raise InputError(
+            f"swa_start is {config.swa_start}, but must be from 0 to epochs - 1 = {config.epochs - 1}"
+        )
+    try:
+        milestones = parse_milestones(config.milestones)
+    except ValueError:
+        milestones = [math.nan]
+    if not all(0 < milestone < math.inf for milestone in milestones):
+        raise InputError(f"milestones is {config.milestones!r}, but must be epochs such as 100,150")
+    if config.schedule == "piecewise" and not milestones:
+        raise InputError("milestones is empty, but the piecewise schedule needs epochs such as 100,150")
+
+
+def _check_combinations(config: TrainConfig, method: Method) -> None:
+    """Settings that do not go together, or not with the method."""
+    if config.swa_start is not None and config.ema:
+        raise InputError("ema and swa_start are both given, but only one average of the weights can be kept")
+    if config.awp and config.accumulate > 1:
+        raise InputError(f"awp goes with accumulate = 1 only, but accumulate is {config.accumulate}")
+    if config.resume and config.overwrite:
+        raise InputError("resume and overwrite are both given, but a run can only be continued or replaced")
+    if config.extra_data and not 0 < config.extra_images < config.batch_size:
+        raise InputError(
+            f"extra_ratio is {config.extra_ratio:g}, which is {config.extra_images} of batch_size = "
+            f"{config.batch_size} images, but each batch needs images of data and of extra_data"
+        )
+    for name in parse_augmentation(config.augment):
+        if name in MIXING and method.needs_labels:
+            raise InputError(
+                f"augment {name!r} mixes images, which leaves no label that method {config.method!r} could use; "
+                "it goes with "
+                + ", ".join(other.name for other in METHODS.values() if not other.needs_labels)
+            )
+    if method.needs_teacher and config.teacher is None:
+        raise InputError(f"method {config.method!r} matches a teacher, so teacher must name a checkpoint")

@@ -72,6 +72,9 @@ class Logits:
         return self.teacher(x)
 
 
+Loss = Callable[[Logits, "TrainConfig"], Tensor]
+
+
 @dataclass(frozen=True)
 class Default:
     """The value of one setting, and where it comes from."""
@@ -98,7 +101,7 @@ class Method:
     name: str
     formula: str
     objective: str | None
-    loss: Callable[[Logits, TrainConfig], Tensor]
+    loss: Loss
     needs_teacher: bool
     needs_labels: bool
     source: str
@@ -116,11 +119,6 @@ def _match(student: Tensor, target: Tensor, config: TrainConfig) -> Tensor:
     )
 
 
-def _teacher_target(logits: Logits, config: TrainConfig) -> Tensor:
-    """What the student is matched to on x': the teacher there, or on the clean images."""
-    return logits.teacher_adv if config.teacher_input == "adversarial" else logits.teacher_clean
-
-
 def _cross_entropy(logits: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
     # With alpha = 0 the fused loss is the cross-entropy alone, and looks at no teacher.
     return distillation_loss(
@@ -128,11 +126,41 @@ def _cross_entropy(logits: Tensor, labels: Tensor, config: TrainConfig) -> Tenso
     )
 
 
-def ce(logits: Logits, config: TrainConfig) -> Tensor:
+def cross_entropy_clean(logits: Logits, config: TrainConfig) -> Tensor:
+    """CE(S(x), y)."""
     return _cross_entropy(logits.student_clean, logits.labels, config)
 
 
+def cross_entropy_adversarial(logits: Logits, config: TrainConfig) -> Tensor:
+    """CE(S(x'), y)."""
+    return _cross_entropy(logits.student_adv, logits.labels, config)
+
+
+def match_clean(logits: Logits, config: TrainConfig) -> Tensor:
+    """KL(T(x) ‖ S(x))."""
+    return _match(logits.student_clean, logits.teacher_clean, config)
+
+
+def match_adversarial(logits: Logits, config: TrainConfig) -> Tensor:
+    """KL(T(x') ‖ S(x')), or KL(T(x) ‖ S(x')) where `teacher_input` is clean."""
+    adversarial = config.teacher_input == "adversarial"
+    target = logits.teacher_adv if adversarial else logits.teacher_clean
+    return _match(logits.student_adv, target, config)
+
+
+def mixed(first: Loss, second: Loss) -> Loss:
+    """α of one loss and 1 − α of another; what has no weight is not computed."""
+
+    def loss(logits: Logits, config: TrainConfig) -> Tensor:
+        weights = ((config.alpha, first), (1 - config.alpha, second))
+        terms = [weight * term(logits, config) for weight, term in weights if weight]
+        return sum(terms[1:], terms[0])
+
+    return loss
+
+
 def kd(logits: Logits, config: TrainConfig) -> Tensor:
+    """(1-α)·CE(S(x), y) + α·T²·KL(T(x) ‖ S(x)), in one pass over the logits."""
     return distillation_loss(
         logits.student_clean,
         logits.teacher_clean,
@@ -144,61 +172,34 @@ def kd(logits: Logits, config: TrainConfig) -> Tensor:
     )
 
 
-def funmatch(logits: Logits, config: TrainConfig) -> Tensor:
-    return _match(logits.student_clean, logits.teacher_clean, config)
-
-
-def pgd_at(logits: Logits, config: TrainConfig) -> Tensor:
-    return _cross_entropy(logits.student_adv, logits.labels, config)
-
-
 def trades(logits: Logits, config: TrainConfig) -> Tensor:
+    """CE(S(x), y) + β·KL(S(x) ‖ S(x')), with a gradient through both sides of the divergence."""
     clean = logits.student_clean
-    target = clean.detach() if config.detach_target else clean
-    robust = _match(logits.student_adv, target, config)
-    return _cross_entropy(clean, logits.labels, config) + config.beta * robust
+    robust = _match(logits.student_adv, clean.detach() if config.detach_target else clean, config)
+    return cross_entropy_clean(logits, config) + config.beta * robust
 
 
 def mart(logits: Logits, config: TrainConfig) -> Tensor:
+    """Cross-entropy and a margin on x', and the divergence from x where the student is unsure of the label there."""
     labels = logits.labels[:, None]
     adversarial = logits.student_adv.softmax(1)
     # The largest probability of a wrong class; the constants inside the logarithms are the official code's.
     wrong = adversarial.scatter(1, labels, -1.0).amax(1)
-    boosted = (
-        _cross_entropy(logits.student_adv, logits.labels, config) - (1.0001 - wrong + 1e-12).log().mean()
-    )
+    boosted = cross_entropy_adversarial(logits, config) - (1.0001 - wrong + 1e-12).log().mean()
     unsure = 1.0000001 - logits.student_clean.softmax(1).gather(1, labels).squeeze(1)
     rows = softmax_kl_div(logits.student_adv, logits.student_clean, reduction="none")
     return boosted + config.beta * (rows * unsure).mean()
 
 
-def ard(logits: Logits, config: TrainConfig) -> Tensor:
-    loss = config.alpha * _match(logits.student_adv, _teacher_target(logits, config), config)
-    if config.alpha == 1:
-        return loss
-    return loss + (1 - config.alpha) * _cross_entropy(logits.student_clean, logits.labels, config)
-
-
-def adversarial_and_clean(logits: Logits, config: TrainConfig) -> Tensor:
-    """α of the match on x' and 1 − α of the match on x; RSLAD and AdaAD differ in what the teacher sees."""
-    loss = config.alpha * _match(logits.student_adv, _teacher_target(logits, config), config)
-    if config.alpha == 1:
-        return loss
-    return loss + (1 - config.alpha) * _match(logits.student_clean, logits.teacher_clean, config)
-
-
 def iad(logits: Logits, config: TrainConfig) -> Tensor:
-    loss = _match(logits.student_adv, _teacher_target(logits, config), config)
+    """The match on x', and from `begin_epoch` on the student's own clean outputs where the teacher is not trusted."""
+    loss = match_adversarial(logits, config)
     if logits.epoch < config.begin_epoch:
         return loss
     # How far the teacher is to be trusted on x': its probability of the label there, to the power β.
     trust = logits.teacher_adv.softmax(1).gather(1, logits.labels[:, None]).squeeze(1) ** config.beta
     own = softmax_kl_div(logits.student_adv, logits.student_clean, reduction="none")
     return loss + (own * (1 - trust)).mean()
-
-
-def advfunmatch(logits: Logits, config: TrainConfig) -> Tensor:
-    return _match(logits.student_adv, _teacher_target(logits, config), config)
 
 
 ABSTRACT_ONLY = "arXiv 2305.14700; not in its abstract, so this project's choice"
@@ -217,7 +218,7 @@ METHODS: dict[str, Method] = {
             "ce",
             "CE(S(x), y)",
             None,
-            ce,
+            cross_entropy_clean,
             needs_teacher=False,
             needs_labels=True,
             source="ordinary training",
@@ -241,7 +242,7 @@ METHODS: dict[str, Method] = {
             "funmatch",
             "T²·KL(T(x)‖S(x))",
             None,
-            funmatch,
+            match_clean,
             needs_teacher=True,
             needs_labels=False,
             source="Beyer et al. 2022",
@@ -255,7 +256,7 @@ METHODS: dict[str, Method] = {
             "pgd_at",
             "CE(S(x'), y)",
             "cross_entropy",
-            pgd_at,
+            cross_entropy_adversarial,
             needs_teacher=False,
             needs_labels=True,
             source="Madry et al. 2018",
@@ -298,7 +299,7 @@ METHODS: dict[str, Method] = {
             "ard",
             "α·T²·KL(T(x)‖S(x')) + (1-α)·CE(S(x), y)",
             "cross_entropy",
-            ard,
+            mixed(match_adversarial, cross_entropy_clean),
             needs_teacher=True,
             needs_labels=True,
             source="Goldblum et al. 2020",
@@ -316,7 +317,7 @@ METHODS: dict[str, Method] = {
             "rslad",
             "α·KL(T(x)‖S(x')) + (1-α)·KL(T(x)‖S(x))",
             "fixed_teacher",
-            adversarial_and_clean,
+            mixed(match_adversarial, match_clean),
             needs_teacher=True,
             needs_labels=False,
             source="Zi et al. 2021",
@@ -352,7 +353,7 @@ METHODS: dict[str, Method] = {
             "adaad",
             "α·KL(T(x')‖S(x')) + (1-α)·KL(T(x)‖S(x))",
             "mismatch",
-            adversarial_and_clean,
+            mixed(match_adversarial, match_clean),
             needs_teacher=True,
             needs_labels=False,
             source="Huang et al. 2023",
@@ -370,7 +371,7 @@ METHODS: dict[str, Method] = {
             "advfunmatch",
             "T²·KL(T(x')‖S(x'))",
             "mismatch",
-            advfunmatch,
+            match_adversarial,
             needs_teacher=True,
             needs_labels=False,
             source="AdvFunMatch, arXiv 2305.14700 (abstract)",

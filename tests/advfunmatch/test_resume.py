@@ -75,7 +75,7 @@ def test_killed_at_any_moment_and_continued(make_config: MakeConfig, teacher: st
 def test_stopped_in_the_middle_of_an_epoch(  # type: ignore[no-untyped-def]
     make_config: MakeConfig, tmp_path: Path, monkeypatch, extra
 ) -> None:
-    import advfunmatch.trainer
+    import advfunmatch.run
 
     settings = {"method": "pgd_at", "epochs": 3, "batch_size": 50, "save_every": 2, **extra}
     whole, stopped = (
@@ -83,7 +83,7 @@ def test_stopped_in_the_middle_of_an_epoch(  # type: ignore[no-untyped-def]
         make_config(out=tmp_path / "stopped", **settings),
     )
     train(whole)
-    real, calls = advfunmatch.trainer.augmented, []
+    real, calls = advfunmatch.run.augmented, []
 
     def stops(*arguments):  # type: ignore[no-untyped-def]
         calls.append(1)
@@ -92,7 +92,7 @@ def test_stopped_in_the_middle_of_an_epoch(  # type: ignore[no-untyped-def]
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(advfunmatch.trainer, "augmented", stops)
+        patch.setattr(advfunmatch.run, "augmented", stops)
         with pytest.raises(KeyboardInterrupt):
             train(stopped)
     assert torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)["step"] == 6

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import advfunmatch.checkpoint
+import advfunmatch.run
 import advfunmatch.trainer
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_nan_loss_stops_and_keeps_the_last_checkpoint(
         return METHODS["ce"].loss(logits, config) * (float("nan") if len(calls) == 6 else 1)
 
     broken = Method("ce", "", None, loss_that_breaks, needs_teacher=False, needs_labels=True, source="")
-    monkeypatch.setattr(advfunmatch.trainer, "get_method", lambda name: broken)
+    monkeypatch.setattr(advfunmatch.run, "get_method", lambda name: broken)
     config = make_config(epochs=4, batch_size=50)
     with pytest.raises(TrainingDiverged, match=r"nan at step 6 .*last good checkpoint is '.*checkpoint\.pt'"):
         train(config)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import advfunmatch.run
 import advfunmatch.trainer
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ class WithoutBatchNorm(nn.Module):
 def test_accumulated_batches_equal_one_large_batch(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(advfunmatch.trainer, "create_model", lambda *_, **__: WithoutBatchNorm())
+    monkeypatch.setattr(advfunmatch.run, "create_model", lambda *_, **__: WithoutBatchNorm())
     settings = {"schedule": "constant", "epochs": 3, "clip_grad": 0.5}
     train(make_config(out=tmp_path / "large", batch_size=100, **settings))
     train(make_config(out=tmp_path / "small", batch_size=50, accumulate=2, **settings))
@@ -196,13 +197,13 @@ def test_extra_images_are_mixed_in_at_the_ratio(
     white = np.full((40, 8, 8), 255, np.uint8)
     labels = np.arange(40) % 10
     np.savez(tmp_path / "white.npz", x_train=white, y_train=labels, x_test=white, y_test=labels)
-    shares, real = [], advfunmatch.trainer.augmented
+    shares, real = [], advfunmatch.run.augmented
 
     def counts(images, names):  # type: ignore[no-untyped-def]
         shares.append(float((images.flatten(1).float().mean(1) == 255).float().mean()))
         return real(images, names)
 
-    monkeypatch.setattr(advfunmatch.trainer, "augmented", counts)
+    monkeypatch.setattr(advfunmatch.run, "augmented", counts)
     extra = f"npz:{tmp_path / 'white.npz'}"
     config = make_config(
         method="funmatch", teacher=teacher, extra_data=extra, extra_ratio=0.25, batch_size=40, epochs=1
