@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data import ImageDataset
+from .data import ImageDataset, as_float
 from .errors import InputError
 from .files import write_atomically
 from .models import create_model, load_weights
@@ -55,7 +55,11 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict[str, Any
     """
     checkpoint = _load(path, what)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise InputError(f"{what} {str(path)!r} was not written by advfunmatch train")
+        architecture = {"checkpoint": "; if it is another project's, model must name its architecture"}
+        architecture["teacher"] = "; if it is another project's, teacher_model must name its architecture"
+        raise InputError(
+            f"{what} {str(path)!r} was not written by advfunmatch train{architecture.get(what, '')}"
+        )
     missing = [name for name, kind in REQUIRED.items() if not isinstance(checkpoint.get(name), kind)]
     if missing or checkpoint.get("version") != VERSION:
         reason = f"lacks {missing[0]!r}" if missing else f"has format version {checkpoint.get('version')}"
@@ -103,22 +107,47 @@ def load_model(checkpoint: str | Path) -> nn.Module:
     return model_of(read_checkpoint(checkpoint), checkpoint)
 
 
-def load_foreign(path: str | Path, model: str, data: ImageDataset, what: str = "checkpoint") -> nn.Module:
-    """A network from weights that this project did not write, in eval mode and frozen.
+def load_network(
+    path: str | Path, model: str | None, data: ImageDataset, what: str = "checkpoint"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network in a file, ready to classify `data` on its device, and what the file says of it.
 
     Args:
-        path: a file of ``torch.save`` with a state dict, alone or under a usual key, with or without prefixes.
-        model: the name of its architecture, as for `create_model`.
-        data: what it classifies, which gives its classes and channels.
+        path: a checkpoint of `advfunmatch train`; or, where `model` is given, another project's: a file of
+            ``torch.save`` with a state dict, alone or under a usual key, with or without prefixes.
+        model: the architecture of another project's network, as for `create_model`.
+        data: what it is to classify.
         what: how to call the file in an error.
+
+    Raises:
+        InputError: the file cannot be read, or its network is another one or does not take these images.
     """
-    network = create_model(model, num_classes=data.num_classes, in_channels=data.in_channels)
-    return load_weights(network, _load(path, what), f"{what} {str(path)!r}").eval().requires_grad_(False)
+    stored: dict[str, Any]
+    if model:
+        network = create_model(model, num_classes=data.num_classes, in_channels=data.in_channels)
+        network = load_weights(network, _load(path, what), f"{what} {str(path)!r}")
+        network.eval().requires_grad_(False)
+        stored = {"model": model, "config": {}}
+    else:
+        stored = read_checkpoint(path, what)
+        _require_fit(stored, path, data, what)
+        network = model_of(stored, path, what)
+    network.to(data.images.device)
+    require_forward(network, data, f"{what} {str(path)!r}")
+    return network, stored
 
 
-def require_fit(
-    checkpoint: dict[str, Any], path: str | Path, data: ImageDataset, what: str = "checkpoint"
-) -> None:
+def require_forward(network: nn.Module, data: ImageDataset, what: str) -> None:
+    """InputError unless the network, in eval mode, takes an image of the data."""
+    try:
+        with torch.no_grad():
+            network(as_float(data.images[:1]))
+    except RuntimeError as error:
+        height, width = data.image_size
+        raise InputError(f"{what} cannot take images of {height}×{width} pixels") from error
+
+
+def _require_fit(checkpoint: dict[str, Any], path: str | Path, data: ImageDataset, what: str) -> None:
     """InputError unless the checkpoint's classes and channels are the data's."""
     for name, ours in (("num_classes", data.num_classes), ("in_channels", data.in_channels)):
         if checkpoint[name] != ours:

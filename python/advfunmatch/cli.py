@@ -25,10 +25,20 @@ import typer
 from rich.console import Console
 
 from . import demo as demo_module
-from .checkpoint import load_foreign, model_of, read_checkpoint, require_fit
-from .config import FRACTIONS, TrainConfig, check_seed, config_from, parse_number, read_settings
-from .data import ImageDataset, as_float, load_dataset
+from .checkpoint import load_network
+from .config import (
+    FRACTIONS,
+    NORMS,
+    TrainConfig,
+    check_radius,
+    check_seed,
+    config_from,
+    parse_number,
+    read_settings,
+)
+from .data import as_float, load_dataset
 from .distributed import leave_world
+from .environment import environment
 from .errors import InputError, ProcessLost, TrainingDiverged, one_of
 from .evaluate import ATTACKS, attack_images, check_attacks, mismatched_examples
 from .evaluate import evaluate as evaluate_model
@@ -38,7 +48,7 @@ from .presets import PRESETS
 from .presets import preset as make_preset
 from .report import demo_table
 from .report_html import write_report
-from .trainer import choose_device
+from .run import choose_device
 from .trainer import train as train_model
 
 app = typer.Typer(
@@ -107,26 +117,36 @@ def train(preset: str | None, config: str | None, **flags: Any) -> None:
     print(f"{line}   {result['seconds']:.1f} s   {resolved.out}")
 
 
+# Options that evaluate and attack share.
+Checkpoint = Annotated[str, typer.Option(help="checkpoint.pt of advfunmatch train")]
+Data = Annotated[str, typer.Option(help="as for train; its test split is used")]
+Eps = Annotated[str, typer.Option(help="radius of the attack ball, e.g. 8/255", metavar="NUMBER")]
+Norm = Annotated[str, typer.Option(help="norm of the ball: linf or l2")]
+Model = Annotated[str | None, typer.Option(help="architecture, if --checkpoint is another project's")]
+TeacherModel = Annotated[str | None, typer.Option(help="architecture, if --teacher is another project's")]
+Limit = Annotated[int | None, typer.Option(help="use this many test images instead of all")]
+BatchSize = Annotated[int, typer.Option(help="images attacked at a time")]
+Seed = Annotated[int, typer.Option(help="seeds the attacks")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto")]
+
+
 @app.command()
 def evaluate(
-    checkpoint: Annotated[str, typer.Option(help="checkpoint.pt of advfunmatch train")],
-    data: Annotated[str, typer.Option(help="as for train; its test split is used")],
+    checkpoint: Checkpoint,
+    data: Data,
     out: Annotated[Path, typer.Option(help="JSON file to write")],
     attacks: Annotated[str, typer.Option(help="names with commas: " + ", ".join(ATTACKS))] = "clean,pgd20",
-    eps: Annotated[
-        str, typer.Option(help="radius of the attack ball, e.g. 8/255", metavar="NUMBER")
-    ] = "8/255",
-    norm: Annotated[str, typer.Option(help="norm of the ball: linf or l2")] = "linf",
+    eps: Eps = "8/255",
+    norm: Norm = "linf",
     teacher: Annotated[
         str | None, typer.Option(help="checkpoint to measure agreement and KL against")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="architecture, if --checkpoint is another project's")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="measure on this many test images instead of all")] = None,
-    batch_size: Annotated[int, typer.Option(help="images attacked at a time")] = 500,
-    seed: Annotated[int, typer.Option(help="seeds the attacks")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto")] = "auto",
+    model: Model = None,
+    teacher_model: TeacherModel = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 500,
+    seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
     """Measure a checkpoint on the test split.
 
@@ -134,60 +154,34 @@ def evaluate(
     """
     names = [name.strip() for name in attacks.split(",") if name.strip()]
     check_attacks(names)
-    radius = parse_number(eps, "eps")
-    _check_radius(radius, norm)
-    _check_batch_size(batch_size)
-    check_seed(seed)
-    target = choose_device(device)
-    stored: dict[str, Any] = {"model": model, "config": {}} if model else read_checkpoint(checkpoint)
-    test_set = load_dataset(data, split="test", limit=limit).to(target)
-    if model:
-        network = load_foreign(checkpoint, model, test_set).to(target)
-    else:
-        require_fit(stored, checkpoint, test_set)
-        network = model_of(stored, checkpoint).to(target)
-    # A student remembers its teacher; the file may have moved since, and then fidelity is simply not measured.
-    remembered = None if stored["config"].get("teacher_model") else stored["config"].get("teacher")
-    if teacher is None and remembered and Path(remembered).is_file():
-        teacher = remembered
-    teacher_model = _load(teacher, test_set, "teacher").to(target) if teacher else None
+    settings = _attack_settings(eps, norm, seed, batch_size)
+    test_set = load_dataset(data, split="test", limit=limit).to(choose_device(device))
+    network, stored = load_network(checkpoint, model, test_set)
+    if teacher is None:
+        teacher, teacher_model = _remembered_teacher(stored)
+    teacher_network = load_network(teacher, teacher_model, test_set, "teacher")[0] if teacher else None
     prepare_file(out, "out")
-    result = evaluate_model(
-        network,
-        test_set,
-        names,
-        eps=radius,
-        norm=norm,
-        seed=seed,
-        teacher=teacher_model,
-        batch_size=batch_size,
-    ).to_dict()
+    result = evaluate_model(network, test_set, names, teacher=teacher_network, **settings).to_dict()
     result |= {"checkpoint": checkpoint, "model": stored["model"], "data": data, "teacher": teacher}
-    write_json(out, result)
-    for name in names:
-        print(f"{name:<12} {result[name]:6.2f} %")
-    for name in ("agreement", "agreement_mismatched"):
-        if name in result:
-            print(f"{name:<20} {result[name]:6.2f} %")
-    for warning in result["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
+    write_json(out, result | {"environment": environment(test_set.images.device)})
+    _print_figures(result, names)
 
 
 @app.command()
 def attack(
-    checkpoint: Annotated[str, typer.Option(help="checkpoint.pt of advfunmatch train")],
-    data: Annotated[str, typer.Option(help="as for train; its test split is attacked")],
+    checkpoint: Checkpoint,
+    data: Data,
     out: Annotated[Path, typer.Option(help=".npz file to write: x_test, y_test, x_clean")],
     attack: Annotated[str, typer.Option(help="one of: mismatch, " + ", ".join(ATTACKS))] = "pgd20",
-    eps: Annotated[
-        str, typer.Option(help="radius of the attack ball, e.g. 8/255", metavar="NUMBER")
-    ] = "8/255",
-    norm: Annotated[str, typer.Option(help="norm of the ball: linf or l2")] = "linf",
+    eps: Eps = "8/255",
+    norm: Norm = "linf",
     teacher: Annotated[str | None, typer.Option(help="checkpoint, for mismatch")] = None,
-    limit: Annotated[int | None, typer.Option(help="attack this many test images instead of all")] = None,
-    batch_size: Annotated[int, typer.Option(help="images attacked at a time")] = 500,
-    seed: Annotated[int, typer.Option(help="seeds the attack")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto")] = "auto",
+    model: Model = None,
+    teacher_model: TeacherModel = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 500,
+    seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
     """Write adversarial examples as .npz.
 
@@ -197,25 +191,20 @@ def attack(
         raise one_of("attack", attack, ["mismatch", *ATTACKS])
     if attack == "mismatch" and teacher is None:
         raise InputError("attack 'mismatch' needs --teacher, a checkpoint to differ from")
-    radius = parse_number(eps, "eps")
-    _check_radius(radius, norm)
-    _check_batch_size(batch_size)
-    check_seed(seed)
-    target = choose_device(device)
-    test_set = load_dataset(data, split="test", limit=limit).to(target)
-    model = _load(checkpoint, test_set, "checkpoint").to(target)
-    prepare_file(out, "out")
+    settings = _attack_settings(eps, norm, seed, batch_size)
+    test_set = load_dataset(data, split="test", limit=limit).to(choose_device(device))
+    network, _ = load_network(checkpoint, model, test_set)
     x = as_float(test_set.images)
     if attack == "mismatch":
         assert teacher is not None
-        other = _load(teacher, test_set, "teacher").to(target)
-        x_adv = mismatched_examples(model, other, x, eps=radius, norm=norm, seed=seed, batch_size=batch_size)
+        other, _ = load_network(teacher, teacher_model, test_set, "teacher")
+        prepare_file(out, "out")
+        x_adv = mismatched_examples(network, other, x, **settings)
     else:
-        x_adv = attack_images(
-            attack, model, test_set, eps=radius, norm=norm, seed=seed, batch_size=batch_size
-        )
+        prepare_file(out, "out")
+        x_adv = attack_images(attack, network, test_set, **settings)
     with torch.no_grad():
-        correct = torch.cat([model(part).argmax(1) for part in x_adv.split(batch_size)]) == test_set.labels
+        correct = torch.cat([network(part).argmax(1) for part in x_adv.split(batch_size)]) == test_set.labels
     buffer = io.BytesIO()
     arrays = {"x_test": x_adv, "y_test": test_set.labels, "x_clean": x}
     np.savez_compressed(buffer, **{name: value.cpu().numpy() for name, value in arrays.items()})  # type: ignore[arg-type]
@@ -263,24 +252,34 @@ def demo(
     print(f"{result['seconds']:.0f} s in all; {out / 'demo.png'}, {out / 'demo.json'}")
 
 
-def _check_radius(eps: float, norm: str) -> None:
-    if norm not in ("linf", "l2"):
-        raise InputError(f"norm is {norm!r}, but must be one of: linf, l2")
-    if not 0 < eps < float("inf"):
-        raise InputError(f"eps is {eps:g}, but must be positive and finite")
-    if norm == "linf" and eps > 1:
-        raise InputError(f"eps is {eps:g}, but images lie in [0, 1], so it must be at most 1 (try 8/255)")
-
-
-def _check_batch_size(batch_size: int) -> None:
+def _attack_settings(eps: str, norm: str, seed: int, batch_size: int) -> dict[str, Any]:
+    """The settings of every attack, after checking each."""
+    if norm not in NORMS:
+        raise one_of("norm", norm, NORMS)
+    radius = parse_number(eps, "eps")
+    check_radius(radius, norm)
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, but must be at least 1")
+    check_seed(seed)
+    return {"eps": radius, "norm": norm, "seed": seed, "batch_size": batch_size}
 
 
-def _load(path: str, data: ImageDataset, what: str) -> torch.nn.Module:
-    stored = read_checkpoint(path, what)
-    require_fit(stored, path, data, what)
-    return model_of(stored, path, what)
+def _remembered_teacher(stored: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The teacher that a student was trained with and its foreign architecture, if the file is still there."""
+    path = stored["config"].get("teacher")
+    there = path is not None and Path(path).is_file()
+    return (path, stored["config"].get("teacher_model")) if there else (None, None)
+
+
+def _print_figures(result: dict[str, Any], attacks: Sequence[str]) -> None:
+    for name in attacks:
+        print(f"{name:<22} {result[name]:6.2f} %")
+    for suffix, where in (("", "clean"), ("_mismatched", "mismatched")):
+        if f"agreement{suffix}" in result:
+            agreement, kl = result[f"agreement{suffix}"], result[f"kl_{where}"]
+            print(f"{f'agreement, {where}':<22} {agreement:6.2f} %, KL {kl:.4g}")
+    for warning in result["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

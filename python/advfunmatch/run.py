@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .attack import PGDAttack
 from .averaging import WeightAverage
-from .checkpoint import load_foreign, model_of, read_checkpoint, require_fit
+from .checkpoint import load_network, require_forward
 from .config import TrainConfig
 from .data import ImageDataset, as_float, load_dataset
 from .data.augment import augmented, parse_augmentation
@@ -154,7 +154,11 @@ def _put_together(config: TrainConfig, world: World, device: torch.device) -> Ru
     if world.size > 1 and config.reduction == "sum":
         raise InputError("reduction is 'sum', but several processes need a mean: batchmean or mean")
     train_set, test_set, extra_set = _load_data(config, device)
-    teacher = _load_teacher(config, train_set, device)
+    teacher = None
+    if config.teacher:
+        teacher, _ = load_network(config.teacher, config.teacher_model, train_set, "teacher")
+        if config.channels_last:
+            teacher.to(memory_format=torch.channels_last)
     student = _new_student(config, train_set, device)
     state = _new_state(config, student, device)
     _continue_or_begin(config, state)
@@ -205,41 +209,26 @@ def _require_same_kind(train_set: ImageDataset, other: ImageDataset) -> None:
             )
 
 
-def _load_teacher(config: TrainConfig, data: ImageDataset, device: torch.device) -> nn.Module | None:
-    if config.teacher is None:
-        return None
-    if config.teacher_model:
-        teacher = load_foreign(config.teacher, config.teacher_model, data, "teacher").to(device)
-    else:
-        checkpoint = read_checkpoint(config.teacher, "teacher")
-        require_fit(checkpoint, config.teacher, data, "teacher")
-        teacher = model_of(checkpoint, config.teacher, "teacher").to(device)
-    return teacher.to(memory_format=torch.channels_last) if config.channels_last else teacher
-
-
 def _new_student(config: TrainConfig, data: ImageDataset, device: torch.device) -> nn.Module:
     torch.manual_seed(config.seed)
     student = create_model(config.model, num_classes=data.num_classes, in_channels=data.in_channels)
     student.to(device)
-    _require_forward(student, data, config)
+    require_forward(student.eval(), data, f"model {config.model!r}")
+    _require_batches(student, data, config)
     return student.to(memory_format=torch.channels_last) if config.channels_last else student
 
 
-def _require_forward(model: nn.Module, data: ImageDataset, config: TrainConfig) -> None:
+def _require_batches(student: nn.Module, data: ImageDataset, config: TrainConfig) -> None:
+    """InputError if an epoch has a batch of one image and the student's batch norm cannot be trained on that."""
+    if config.extra_data or (len(data) % config.batch_size != 1 and config.batch_size != 1):
+        return
     try:
-        with torch.no_grad():
-            model.eval()(as_float(data.images[:1]))
-    except RuntimeError as error:
-        height, width = data.image_size
-        raise InputError(f"model {config.model!r} cannot take images of {height}×{width} pixels") from error
-    if config.extra_data is None and (len(data) % config.batch_size == 1 or config.batch_size == 1):
-        try:
-            copy.deepcopy(model).train()(as_float(data.images[:1]))
-        except ValueError as error:
-            raise InputError(
-                f"batch_size is {config.batch_size}, which leaves a batch of one of the {len(data)} images, and the "
-                f"batch norm of {config.model!r} cannot be trained on that; choose another batch_size or limit"
-            ) from error
+        copy.deepcopy(student).train()(as_float(data.images[:1]))
+    except ValueError as error:
+        raise InputError(
+            f"batch_size is {config.batch_size}, which leaves a batch of one of the {len(data)} images, and the "
+            f"batch norm of {config.model!r} cannot be trained on that; choose another batch_size or limit"
+        ) from error
 
 
 def _new_state(config: TrainConfig, student: nn.Module, device: torch.device) -> TrainingState:
