@@ -243,11 +243,11 @@ def _check_numbers(config: TrainConfig) -> None:
         if value is not None and value < lowest:
             raise InputError(f"{name} is {value}, but must be at least {lowest}")
     check_seed(config.seed)
+    check_radius(config.eps, config.norm)
     for name in POSITIVE:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise InputError(f"{name} is {value:g}, but must be positive and finite")
-    check_radius(config.eps, config.norm)
     for name in ("momentum", "weight_decay", "label_smoothing", "ema"):
         value = getattr(config, name)
         if not 0 <= value < 1:

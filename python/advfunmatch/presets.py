@@ -1,7 +1,12 @@
 """Published recipes by name: `--preset adaad-cifar10`. Flags and --config override them.
 
 A preset fixes what its source fixes: the method, the schedule, the optimizer and the attack. Data, teacher and folder
-are the user's. Sources are the official code's, as listed with the methods; `speedrun` is this project's own.
+are the user's. Sources are the official code's training scripts, in the repositories that `advfunmatch methods` lists
+(for pgd_at: Rice et al. 2020, which AdaAD's script follows); `speedrun` is this project's own.
+
+Milestones count completed epochs. The scripts of TRADES and MART count epochs from one and divide the learning rate at
+the start of epoch 75, which is after 74. Those of ARD and IAD mean to divide twice but divide the first rate again, so
+that it stays at 0.01 from epoch 100 on; the presets divide twice, as the papers do.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 76,
         "lr": 0.1,
         "schedule": "piecewise",
-        "milestones": "75",
+        "milestones": "74",
         "weight_decay": 2e-4,
         "eps": 0.031,
         "step_size": 0.007,
@@ -42,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 120,
         "lr": 0.01,
         "schedule": "piecewise",
-        "milestones": "75,90",
+        "milestones": "74,89,99",
         "weight_decay": 3.5e-3,
         "beta": 5.0,
         "eps": 0.031,
