@@ -44,9 +44,12 @@ struct DklParams {
   bool stats_are_given = false;  // a backward
 };
 
-// Scratch memory that one worker needs, in elements of the accumulation type: five tiles, and a
-// block for each tensor.
-constexpr int64_t dkl_scratch(int64_t classes) { return 5 * kTile + block_scratch(classes, 5); }
+// Scratch memory that one worker needs, in elements of the accumulation type, 64-byte aligned: five
+// tiles; and a block for each tensor, or the tiles and the stage of short rows, of up to 64 rows.
+constexpr int64_t dkl_block_scratch(int64_t classes) {
+  return classes <= kLaneClasses ? 7 * 64 * classes : block_scratch(classes, 5);
+}
+constexpr int64_t dkl_scratch(int64_t classes) { return 5 * kTile + dkl_block_scratch(classes); }
 
 AFM_DECLARE_KERNEL(void, dkl_rows_float,
                    (const DklParams& params, int64_t begin, int64_t end, void* scratch))

@@ -4,7 +4,9 @@
 #include "cpu/dkl.h"
 
 #include "cpu/kl_sweeps.h"
+#include "cpu/lane_tiles.h"
 #include "cpu/row_tiles.h"
+#include "cpu/short_dkl.h"
 
 namespace afm::cpu::AFM_CAPABILITY {
 namespace {
@@ -247,8 +249,7 @@ struct Worker {
   }
 
   void run(int64_t i) const {
-    const double weight =
-        params.row_weight == nullptr ? 1 : static_cast<const T*>(params.row_weight)[i];
+    const double weight = weight_of(i);
     RowSummary row;
     if (weight == 0)
       row.kind = RowKind::kMasked;
@@ -263,22 +264,116 @@ struct Worker {
       fill(grad_student, grad_student_tile, value);
       return fill(grad_teacher, grad_teacher_tile, value);
     }
-    double scale = weight * params.scale;
-    if (params.grad_loss != nullptr)
-      scale *= static_cast<const T*>(params.grad_loss)[params.grad_loss_stride * i];
-    write_gradients(row, scale);
+    write_gradients(row, gradient_scale(i));
+  }
+
+  double weight_of(int64_t i) const {
+    return params.row_weight == nullptr ? 1 : static_cast<const T*>(params.row_weight)[i];
+  }
+
+  double gradient_scale(int64_t i) const {
+    const double scale = weight_of(i) * params.scale;
+    if (params.grad_loss == nullptr) return scale;
+    return scale * static_cast<const T*>(params.grad_loss)[params.grad_loss_stride * i];
+  }
+
+  // Keeps what lanes made of row i, unless they did not serve it.
+  bool take_short(int64_t i, double value) const {
+    const double weight = weight_of(i);
+    if (weight == 0 || !__builtin_isfinite(value)) return false;
+    if (params.row_values != nullptr) params.row_values[i] = value * weight * params.scale;
+    if (!params.stats_are_given) save(RowSummary(), i);
+    return true;
+  }
+};
+
+// Short rows side by side, as LaneWorker of softmax_kl_kernel.cpp.
+template <class T>
+struct LaneWorker {
+  using V = Vec<T>;
+  static constexpr int kLanes = V::width;
+  const DklParams& params;
+  Worker<T>& worker;
+  const int64_t classes = params.classes;
+  const bool wants_student = params.grad_student.data != nullptr,
+             wants_teacher = params.grad_teacher.data != nullptr;
+  const T inv_t = static_cast<T>(worker.inv_t);
+
+  template <DklWeights kWeights>
+  void run_block(const DklTiles<T>& tiles, int64_t i, int count) const {
+    const V alpha(static_cast<T>(params.alpha)), beta(static_cast<T>(params.beta));
+    const DklSums<T> sums =
+        sum_dkl_lanes<kWeights>(tiles, classes, worker.exp, worker.weight_exp, inv_t);
+    // A softmax's own sum is 1.
+    const bool is_given = kWeights == DklWeights::kGiven;
+    const V total = is_given ? sums.weight_sum : V(T(1));
+    const V square = beta * total * total * sums.variance;
+    const V value = fma(alpha, sums.soft_cross_entropy, V(T(0.5)) * square);
+    T values[kLanes];
+    for (int r = 0; r < kLanes; ++r)
+      values[r] = static_cast<T>(worker.gradient_scale(i + (r < count ? r : 0)));
+    const V scale = V::load(values), soft = scale * alpha * V(inv_t);
+    const DklScales<T> by = {soft / sums.student_sum, V(T(0)) - soft / sums.teacher_sum,
+                             scale * beta * (is_given ? total : total / sums.weight_sum),
+                             params.symmetric};
+    if (wants_student && wants_teacher)
+      dkl_gradient_lanes<kWeights, true, true>(tiles, classes, sums.mean, by);
+    else if (wants_student)
+      dkl_gradient_lanes<kWeights, true, false>(tiles, classes, sums.mean, by);
+    else if (wants_teacher)
+      dkl_gradient_lanes<kWeights, false, true>(tiles, classes, sums.mean, by);
+    value.store(values);
+    for (int r = 0; r < count; ++r)
+      if (!worker.take_short(i + r, values[r])) run_alone(tiles, i + r, r);
+  }
+
+  // Row i, lane r of the tiles.
+  void run_alone(const DklTiles<T>& tiles, int64_t i, int r) const {
+    worker.student = lane_of(tiles.student, r), worker.teacher = lane_of(tiles.teacher, r);
+    worker.class_weight = lane_of<T>(tiles.weight, r, !worker.own_weights);
+    worker.grad_student = lane_of<T>(tiles.student_exp, r, wants_student);
+    worker.grad_teacher = lane_of<T>(tiles.difference, r, wants_teacher);
+    worker.run(i);
+  }
+
+  template <DklWeights kWeights>
+  void run(int64_t begin, int64_t end, T* scratch) const {
+    const int64_t size = lane_blocks(classes) * kLanes * classes;
+    const auto tile = [&](int k) { return scratch + k * size; };
+    LaneSlot<T> slots[] = {{LaneRows<T>(params.student, classes), tile(0), false},
+                           {LaneRows<T>(params.teacher, classes), tile(1), false},
+                           {LaneRows<T>(params.class_weight, classes), tile(2), false},
+                           {LaneRows<T>(params.grad_student, classes), tile(3), true},
+                           {LaneRows<T>(params.grad_teacher, classes), tile(5), true}};
+    for_lane_blocks(
+        params.shape, classes, slots, tile(6), begin, end, [&](int64_t i, int count, int64_t at) {
+          run_block<kWeights>(
+              {tile(0) + at, tile(1) + at, tile(2) + at, tile(3) + at, tile(4) + at, tile(5) + at},
+              i, count);
+        });
+  }
+
+  void run(int64_t begin, int64_t end, T* scratch) const {
+    if (!worker.own_weights)
+      run<DklWeights::kGiven>(begin, end, scratch);
+    else if (params.weight_temperature == params.temperature)
+      run<DklWeights::kOfTeacher>(begin, end, scratch);
+    else
+      run<DklWeights::kOwn>(begin, end, scratch);
   }
 };
 
 template <class T>
 AFM_INLINE void run_rows(const DklParams& params, int64_t begin, int64_t end, void* scratch) {
   Worker<T> worker(params, scratch);
+  T* extra = static_cast<T*>(scratch) + 5 * kTile;
+  if (params.classes <= kLaneClasses) return LaneWorker<T>{params, worker}.run(begin, end, extra);
   const RowSlot slots[] = {{params.student, worker.student, false},
                            {params.teacher, worker.teacher, false},
                            {params.class_weight, worker.class_weight, false},
                            {params.grad_student, worker.grad_student, true},
                            {params.grad_teacher, worker.grad_teacher, true}};
-  for_rows(params.shape, params.classes, slots, static_cast<T*>(scratch) + 5 * kTile, begin, end,
+  for_rows(params.shape, params.classes, slots, extra, begin, end,
            [&](int64_t i) { worker.run(i); });
 }
 

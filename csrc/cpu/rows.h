@@ -13,6 +13,9 @@ namespace afm::cpu {
 // of gradients are 48 KiB in float32, about a first-level cache.
 constexpr int64_t kTile = 2048;
 
+// Rows of up to this many classes are worked on side by side. See Note [Rows across lanes].
+constexpr int64_t kLaneClasses = 128;
+
 // Rows that are transposed at a time, see Note [Strided classes] in row_tiles.h, and the scratch
 // memory that takes, in elements, for so many tensors. Rows of more than 4096 classes are left
 // where they lie.

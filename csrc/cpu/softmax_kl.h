@@ -56,9 +56,6 @@ struct SoftmaxKlParams {
   bool stream = false;           // gradients are too large to be worth keeping in the caches
 };
 
-// Rows of up to this many classes are worked on side by side. See Note [Rows across lanes].
-constexpr int64_t kLaneClasses = 128;
-
 // Scratch memory that one worker needs, in elements of the accumulation type, 64-byte aligned: four
 // tiles and four rows of what the first loop keeps for the second; and four blocks of 16 rows, of
 // up to 4096 classes, see Note [Strided classes], or six tiles and a stage of up to 64 rows.
