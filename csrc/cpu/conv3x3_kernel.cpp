@@ -123,16 +123,16 @@ template <int kVectors>
 AFM_INLINE void transform_weights(const P& p, int64_t first_in, int64_t slice, int64_t first_out,
                                   float* u) {
   constexpr int kPanel = kVectors * kWidth;
+  const int64_t tap_stride = p.reverse_taps ? -p.tap_stride : p.tap_stride;
+  const float* first_tap = p.weight + (p.reverse_taps ? 8 * p.tap_stride : 0);
   for (int64_t k = 0; k < slice; ++k) {
-    const float* weight = p.weight + (first_in + k) * p.weight_stride + first_out;
+    const float* weight = first_tap + (first_in + k) * p.weight_stride + first_out;
     for (int vector = 0; vector < kVectors; ++vector) {
       V columns[P::kPatch][3];
       for (int j = 0; j < 3; ++j) {
         V g[3], t[P::kPatch];
-        for (int i = 0; i < 3; ++i) {
-          const int tap = p.reverse_taps ? 8 - (3 * i + j) : 3 * i + j;
-          g[i] = V::load(weight + tap * p.tap_stride + vector * kWidth);
-        }
+        for (int i = 0; i < 3; ++i)
+          g[i] = V::load(weight + (3 * i + j) * tap_stride + vector * kWidth);
         weight_transform(g, t);
         for (int i = 0; i < P::kPatch; ++i) columns[i][j] = t[i];
       }
@@ -140,23 +140,26 @@ AFM_INLINE void transform_weights(const P& p, int64_t first_in, int64_t slice, i
         V t[P::kPatch];
         weight_transform(columns[i], t);
         for (int j = 0; j < P::kPatch; ++j)
-          t[j].store(u + ((i * P::kPatch + j) * slice + k) * kPanel + vector * kWidth);
+          t[j].store(u + (i * P::kPatch + j) * P::kPointU + k * kPanel + vector * kWidth);
       }
     }
   }
 }
 
-// M += V U for a group of tiles at one point, over a slice of input channels.
+// M += V U for a group of tiles at one point, over a slice of input channels. The next group's V,
+// from the second-level cache, is asked for meanwhile.
 template <int kVectors>
 AFM_INLINE void multiply(const float* v, int64_t chunk_stride, const float* u, int64_t slice,
                          bool first, float* m) {
   constexpr int kPanel = kVectors * kWidth;
+  constexpr int kGroupLines = kRows * kWidth / P::kLine;
   V sum[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
     for (int i = 0; i < kVectors; ++i)
       sum[r][i] = first ? V(0.0f) : V::load(m + r * kPanel + i * kWidth);
   for (int64_t chunk = 0; chunk < slice; chunk += kWidth, v += chunk_stride) {
     for (int k = 0; k < kWidth; ++k, u += kPanel) {
+      if (k < kGroupLines) __builtin_prefetch(v + kRows * kWidth + k * P::kLine);
       V weight[kVectors];
       for (int i = 0; i < kVectors; ++i) weight[i] = V::load(u + i * kWidth);
       for (int r = 0; r < kRows; ++r)
@@ -198,7 +201,7 @@ template <int kVectors>
 AFM_INLINE void panel(const P& p, int64_t first_tile, int64_t first_out, const float* v, float* u,
                       float* m) {
   constexpr int kPanel = kVectors * kWidth;
-  const int64_t m_stride = p.block * kPanel + P::kChannels;
+  const int64_t m_stride = p.m_stride();
   for (int64_t first_in = 0; first_in < p.in_channels; first_in += P::kSlice) {
     const int64_t rest = p.in_channels - first_in;
     const int64_t slice = rest < P::kSlice ? rest : P::kSlice;
@@ -206,7 +209,7 @@ AFM_INLINE void panel(const P& p, int64_t first_tile, int64_t first_out, const f
     for (int point = 0; point < P::kPoints; ++point)
       for (int64_t tile = 0; tile < p.block; tile += kRows)
         multiply<kVectors>(v + point * p.v_stride() + first_in * p.block + tile * kWidth,
-                           p.block * kWidth, u + point * slice * kPanel, slice, first_in == 0,
+                           p.block * kWidth, u + point * P::kPointU, slice, first_in == 0,
                            m + point * m_stride + tile * kPanel);
   }
   for (int64_t tile = 0; tile < p.block && first_tile + tile < p.tiles(); ++tile) {
@@ -222,8 +225,8 @@ void conv3x3_block(const Conv3x3Params& p, int64_t index, int64_t begin, int64_t
                    float* scratch) {
   float* v = scratch;
   float* u = v + P::kPoints * p.v_stride();
-  float* m = u + P::kPoints * P::kSlice * P::kPanel;
-  float* zeros = m + P::kPoints * (p.block * P::kPanel + P::kChannels);
+  float* m = u + P::kPoints * P::kPointU;
+  float* zeros = m + P::kPoints * p.m_stride();
   memset(zeros, 0, p.in_channels * sizeof(float));
   const int64_t first_tile = index * p.block;
   if (p.gate != nullptr)

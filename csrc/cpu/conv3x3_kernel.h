@@ -38,6 +38,11 @@ struct Conv3x3Params {
   static constexpr int kSlice = 64;     // input channels of a slice of U
   static constexpr int kChannels = 16;  // numbers of channels are multiples of this
   static constexpr int kPanel = 32;     // output channels of a panel, at most
+  static constexpr int kLine = 16;      // floats of a cache line
+  // Floats between one point's U, V or M and the next one's: an odd number of lines, or all 36
+  // would share a set of the first-level cache. U's is a constant, so that its 36 stores need no
+  // address arithmetic.
+  static constexpr int kPointU = kSlice * kPanel + kLine;
 
   float* out;             // (images, height, width, out_channels)
   const float* x;         // (images, height, width, in_channels)
@@ -53,11 +58,10 @@ struct Conv3x3Params {
   int64_t block;                    // tiles of a block, a multiple of kRowGroup
 
   int64_t tiles() const { return images * tile_rows * tile_columns; }
-  // Floats between one point's V, or M, and the next one's: the odd cache line keeps the 36 apart
-  // in the sets of the first-level cache.
-  int64_t v_stride() const { return block * in_channels + kChannels; }
+  int64_t v_stride() const { return block * in_channels + kLine; }
+  int64_t m_stride() const { return block * kPanel + kLine; }
   int64_t scratch_floats() const {
-    return kPoints * (v_stride() + kSlice * kPanel + block * kPanel + kChannels) + in_channels;
+    return kPoints * (v_stride() + kPointU + m_stride()) + in_channels;
   }
 };
 
