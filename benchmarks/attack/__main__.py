@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -204,6 +205,12 @@ def run_case(case: Case, device: str, arguments: argparse.Namespace) -> list[res
     # On a CPU, compiling the large networks takes minutes.
     compile_too = arguments.compile and (x.is_cuda or case.size == 8 or arguments.full)
     calls, dtypes = variants(case, student, teacher, x, compile_too)
+    calls = {
+        name: call
+        for name, call in calls.items()
+        if name in (case.loop, "live", "engine") or re.search(arguments.variants, name)
+    }
+    dtypes = {name: dtypes[name] for name in calls}
 
     reached = {}
     for name, call in calls.items():
@@ -277,6 +284,12 @@ def main() -> None:
     parser.add_argument("--case", default="", help="only cases whose name holds this")
     parser.add_argument("--full", action="store_true", help="more cases, and every one beside torch.compile")
     parser.add_argument("--steps", type=int, help="steps of every case")
+    parser.add_argument(
+        "--variants",
+        default="",
+        metavar="REGEX",
+        help="beside the loop and the float32 engine only these: bf16 takes minutes with AVX2, compile on CPUs",
+    )
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--budget", type=float, default=10.0, help="seconds of timing for each case")
     parser.add_argument("--min-rounds", type=int, default=5)

@@ -10,10 +10,13 @@
 //   V[p][t][k] = (B^T x B)[p]      U[p][k][n] = (G w G^T)[p]      M[p] = V[p] U[p]      y = A^T M A
 //
 // and the 36 M[p] are ordinary matrix products. A thread takes a block of tiles through all four
-// steps with everything in its second-level cache: V for the block, then for each panel of output
-// channels U in slices of input channels, M, and the epilogue. U is made anew for each block: by
-// count of instructions that is 5 to 10 % of the products, while 36 stored numbers for 9 weights
-// would be read from memory, and would have to follow the weights.
+// steps: V for the block, then for each panel of output channels U in slices of input channels, M,
+// and the epilogue. U and M stay in its second-level cache, V too up to 128 channels.
+//
+// On AVX-512 the products run at nine tenths of the matrix rate and take two thirds of the time.
+// The transforms are bound by their stores, each to a line that the first-level cache has lost: V
+// an eighth of the time at 128 channels, y and U a tenth each. U is made anew for each block; 36
+// stored numbers for 9 weights would be read from memory, and would have to follow the weights.
 //
 // The gradient by the input is the same convolution of the output's gradient, with input and output
 // channels of the weight exchanged and its taps in reverse.
