@@ -69,7 +69,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     types = typing.get_type_hints(TrainConfig)
     options: dict[str, tuple[Any, str]] = {
         "preset": (str, "start from a published recipe: " + ", ".join(PRESETS)),
-        "config": (str, "YAML file of settings; flags override it"),
+        "config": (str, "YAML file of settings, or the run.json of a run to repeat; flags override it"),
     }
     for setting in dataclasses.fields(TrainConfig):
         text = setting.metadata["help"]

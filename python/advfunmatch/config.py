@@ -195,7 +195,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
 
 def read_settings(path: str) -> dict[str, Any]:
-    """The settings in a YAML file of names and values; InputError if it is not one."""
+    """The settings in a YAML file of names and values, or in the run.json of a run; InputError if it is neither."""
     import yaml
 
     try:
@@ -204,6 +204,10 @@ def read_settings(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise InputError(f"config {path!r} cannot be read as YAML: {reason}") from error
+    if isinstance(settings, dict) and set(settings) == {"config", "environment"}:
+        settings = settings["config"]
+        for how_it_was_started in ("resume", "overwrite"):  # which is no part of what is to be repeated
+            settings.pop(how_it_was_started, None)
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise InputError(f"config {path!r} must hold lines such as 'epochs: 30'")
     return settings

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from .progress import TrainingProgress
 
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for the device
+LEAST_SCALE = (
+    2.0**-14
+)  # of fp16 losses, which halves at each overflow: below this a loss of 1 is not a normal number
 
 
 def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -> dict[str, Any]:
@@ -234,28 +237,40 @@ def saves_after(run: Run, index: int) -> bool:
 
 
 def require_finite(losses: list[Tensor], run: Run) -> None:
-    """Stop a run whose losses since the last look are not all finite.
+    """Stop a run whose losses since the last look are not all finite, or whose fp16 gradients never are.
 
     Raises:
         TrainingDiverged: it names the step, what came before it, and the checkpoint that was kept.
     """
     values = torch.stack(losses)
     bad = (~values.isfinite()).nonzero()
-    if not len(bad):
-        return
-    index = int(bad[0])
-    step = run.state.step - len(losses) + index + 1
-    before = (
-        f"after {float(values[index - 1]):g} one step before" if index else "without a finite loss before it"
-    )
-    raise _diverged(run, f"the loss became {float(values[index])} at step {step} ({before})")
+    if len(bad):
+        index = int(bad[0])
+        step = run.state.step - len(losses) + index + 1
+        before = (
+            f"after {float(values[index - 1]):g} one step before" if index else "all before it were finite"
+        )
+        raise _diverged(run, f"the loss became {float(values[index])} at step {step} ({before})")
+    scaler = run.state.scaler
+    if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+        raise _diverged(run, f"fp16 gradients overflow whatever their scale, at step {run.state.step} too")
+
+
+def require_finite_weights(run: Run) -> None:
+    """Stop a run before it saves weights that are not finite, which the losses so far need not show."""
+    for name, value in run.student.state_dict().items():
+        if not value.isfinite().all():
+            raise _diverged(
+                run, f"{name} is no longer finite after step {run.state.step}, though the loss was"
+            )
 
 
 def _diverged(run: Run, what: str) -> TrainingDiverged:
     path = run.checkpoint_path
     kept = f"the last good checkpoint is {str(path)!r}" if path.is_file() else "no checkpoint was saved yet"
     lr = run.state.optimizer.param_groups[0]["lr"]
-    return TrainingDiverged(f"{what} at learning rate {lr:g}; {kept}; a smaller lr usually helps")
+    advice = "bf16 or fp32" if run.state.scaler.is_enabled() else "a smaller lr"
+    return TrainingDiverged(f"{what} at learning rate {lr:g}; {kept}; {advice} usually helps")
 
 
 def monitor(run: Run, epoch: int) -> dict[str, float]:
@@ -283,7 +298,8 @@ def epoch_row(run: Run, epoch: int) -> dict[str, Any]:
 
 
 def save(run: Run) -> None:
-    """Replace metrics.jsonl and checkpoint.pt. See Note [Checkpoint]."""
+    """Replace metrics.jsonl and checkpoint.pt, unless the weights are no good. See Note [Checkpoint]."""
+    require_finite_weights(run)
     data = run.train_set
     with run.world.together():
         if not run.world.leads:

@@ -1,10 +1,12 @@
-"""What a run left behind, to compare runs by."""
+"""What a run left behind, to compare runs by; and its settings as flags, to start it elsewhere."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
+from advfunmatch import TrainConfig
 
 
 def same(first: object, second: object) -> bool:
@@ -27,3 +29,15 @@ def state_of(out: str | Path) -> dict[str, object]:
         row.pop("seconds")
         row.pop("images_per_second")
     return kept
+
+
+def flags_of(config: TrainConfig) -> list[str]:
+    """The command line's flags for whatever a configuration has beside its defaults."""
+    flags = []
+    for field in fields(config):
+        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if value is True:
+            flags.append(flag)
+        elif value is not None and value != field.default:
+            flags += [flag, str(value)]
+    return flags

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import advfunmatch.run
 import pytest
 import torch
 from advfunmatch import InputError, TrainConfig, train
-from saved import same, state_of
+from conftest import tiny_config
+from processes import start
+from saved import flags_of, same, state_of
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -25,58 +24,64 @@ STATEFUL = {
     "ema": 0.9,
     "schedule": "one_cycle",
     "batch_size": 50,
+    "save_every": 1,
+    "eval_every": 2,
 }
 
 
-def test_killed_at_any_moment_and_continued(make_config: MakeConfig, teacher: str, tmp_path: Path) -> None:
-    settings = {**STATEFUL, "teacher": teacher, "epochs": 25, "save_every": 1, "eval_every": 10}
-    whole = make_config(out=tmp_path / "whole", **settings)
-    train(whole)
+# Eight steps that each save, killed at the third: in the midst of it, with half a file written, with a whole one that has
+# not replaced the old yet, and between metrics.jsonl and checkpoint.pt, which are two files.
+MOMENTS = {
+    "in a step": ("advfunmatch.run.augmented", 3),
+    "while writing": ("os.fsync", 3 * 2 + 1),
+    "before replacing": ("os.replace", 3 * 2 + 1),
+    "between two files": ("advfunmatch.trainer.save_checkpoint", 3),
+}
 
-    killed = make_config(out=tmp_path / "killed", **settings)
-    flags = []
-    for name in (
-        "data",
-        "model",
-        "method",
-        "teacher",
-        "out",
-        "epochs",
-        "limit",
-        "eval_limit",
-        "eps",
-        "steps",
-    ):
-        flags += [f"--{name.replace('_', '-')}", str(getattr(killed, name))]
-    for name in ("augment", "ema", "schedule", "batch_size", "save_every", "eval_every"):
-        flags += [f"--{name.replace('_', '-')}", str(getattr(killed, name))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "advfunmatch", "train", *flags], env=environment)
-    checkpoint = tmp_path / "killed" / "checkpoint.pt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    stored = torch.load(checkpoint, weights_only=True)
-    assert 0 < stored["step"] < 100, "it was to be killed on the way"
-    assert not (tmp_path / "killed" / "result.json").exists()
 
-    train(make_config(out=tmp_path / "killed", resume=True, **settings))
-    assert same(state_of(killed.out), state_of(whole.out))
-    rows = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["epoch"] for row in rows] == list(range(1, 26))
+@pytest.fixture(scope="module")
+def whole(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """What a run that nothing disturbs leaves."""
+    out = tmp_path_factory.mktemp("whole")
+    train(tiny_config(out, **STATEFUL, teacher=teacher))
+    return state_of(out)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_any_moment_and_continued(
+    moment: str, whole: dict[str, object], teacher: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    command = ["train", *flags_of(tiny_config(out, **STATEFUL, teacher=teacher))]
+    process = start(command, tmp_path / "said", dies=MOMENTS[moment])
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "said").read_text()
+    assert 0 < torch.load(out / "checkpoint.pt", weights_only=True)["step"] < 8, (
+        "it was to be killed on the way"
+    )
+    assert not (out / "result.json").exists()
+
+    process = start([*command, "--resume"], tmp_path / "said")
+    process.join(timeout=120)
+    assert process.exitcode == 0, (tmp_path / "said").read_text()
+    assert same(state_of(out), whole)
+    rows = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["epoch"] for row in rows] == [1, 2]
+    assert not list(out.glob(".*")), "half a file was left behind"
 
 
 @pytest.mark.parametrize(
-    "extra", [{"swa_start": 1}, {"accumulate": 2}, {"precision": "bf16"}, {"precision": "fp16"}]
+    "extra",
+    [
+        {"swa_start": 1},
+        {"accumulate": 2, "save_every": 5},  # saved at 6, where the two batches that share a step end
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+    ],
 )
 def test_stopped_in_the_middle_of_an_epoch(  # type: ignore[no-untyped-def]
     make_config: MakeConfig, tmp_path: Path, monkeypatch, extra
 ) -> None:
-    import advfunmatch.run
-
     settings = {"method": "pgd_at", "epochs": 3, "batch_size": 50, "save_every": 2, **extra}
     whole, stopped = (
         make_config(out=tmp_path / "whole", **settings),

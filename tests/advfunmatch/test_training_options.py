@@ -112,8 +112,8 @@ def test_accumulated_batches_equal_one_large_batch(
 ) -> None:
     monkeypatch.setattr(advfunmatch.run, "create_model", lambda *_, **__: WithoutBatchNorm())
     settings = {"schedule": "constant", "epochs": 3, "clip_grad": 0.5}
-    train(make_config(out=tmp_path / "large", batch_size=100, **settings))
-    train(make_config(out=tmp_path / "small", batch_size=50, accumulate=2, **settings))
+    train(make_config(out=tmp_path / "large", batch_size=120, **settings))
+    train(make_config(out=tmp_path / "small", batch_size=30, accumulate=4, **settings))  # 4·30, 2·30 + 20
     large, small = (
         torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["state_dict"]["fc.weight"]
         for name in ("large", "small")
@@ -138,10 +138,10 @@ def test_accumulated_batches_equal_one_large_batch(
     ],
 )
 def test_learns_with(make_config: MakeConfig, teacher: str, settings: dict[str, object]) -> None:
-    result = train(
-        make_config(method="advfunmatch", teacher=teacher, epochs=4, model="small_cnn-8", **settings)
-    )
-    assert result["clean"] > 30  # three times chance; mixup reaches 40 or so in four epochs, the others more
+    config = make_config(method="advfunmatch", teacher=teacher, epochs=3, model="small_cnn-8", **settings)
+    train(config)
+    rows = [json.loads(row) for row in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    assert rows[2]["loss"] < 0.8 * rows[0]["loss"]
 
 
 def test_prepared_networks_change_the_attack_by_rounding_only(
