@@ -8,14 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from advfunmatch import InputError, TrainConfig, train
 from advfunmatch.distributed import World, synchronise_batch_norm
-from saved import same, state_of
+from processes import start
+from saved import flags_of, same, state_of
 from torch import nn
 
 # Whatever couples the images of a batch or draws for them: batch norm, AWP, clipping, augmentation, noise, and a last
@@ -35,38 +35,62 @@ SETTINGS: dict[str, object] = {
     "clip_grad": 1.0,
     "lr": 0.01,
     "ema": 0.5,
+    "awp": True,
     "save_every": 1,
     "eval_every": 2,
 }
 
 
-def two_processes(out: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for name, value in SETTINGS.items():
-        flags += (f"--{name.replace('_', '-')}", str(value))
-    return subprocess.Popen(
-        [*command, "-m", "advfunmatch", "train", *flags, "--awp", "--device", "cpu", "--out", str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+COMMAND = ["train", *flags_of(TrainConfig(**SETTINGS, out="")), "--device", "cpu"]  # type: ignore[arg-type]
+
+
+def two_processes(
+    folder: Path, *flags: str, second_dies: tuple[str, int] | None = None
+) -> tuple[list[int | None], str]:
+    """Run two processes as torchrun would; their exit codes, and what both said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    said = [folder / f"said-{rank}" for rank in range(2)]
+    both = [
+        start(
+            [*COMMAND, *flags],
+            said[rank],
+            environment={
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+            dies=second_dies if rank == 1 else None,
+        )
+        for rank in range(2)
+    ]
+    for process in both:
+        process.join(timeout=120)
+    return [process.exitcode for process in both], "".join(file.read_text() for file in said)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, teacher: str) -> tuple[Path, str, str]:
     """The folder of a run of two processes, and what was said."""
     out = tmp_path_factory.mktemp("two") / "run"
-    process = two_processes(out, "--teacher", teacher)
-    said, complained = process.communicate(timeout=300)
-    assert process.returncode == 0, complained
-    return out, said, complained
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "advfunmatch", *COMMAND, "--teacher", teacher, "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout, done.stderr
 
 
 def test_two_processes_compute_what_one_does(
     finished: tuple[Path, str, str], teacher: str, tmp_path: Path
 ) -> None:
-    train(TrainConfig(**SETTINGS, teacher=teacher, awp=True, out=str(tmp_path / "one")))  # type: ignore[arg-type]
+    train(TrainConfig(**SETTINGS, teacher=teacher, out=str(tmp_path / "one")))  # type: ignore[arg-type]
     one, two = (
         torch.load(out / "checkpoint.pt", weights_only=True) for out in (tmp_path / "one", finished[0])
     )
@@ -89,34 +113,24 @@ def test_one_process_speaks_and_writes(finished: tuple[Path, str, str]) -> None:
 def test_a_killed_process_ends_both_and_they_continue_bit_for_bit(
     finished: tuple[Path, str, str], teacher: str, tmp_path: Path
 ) -> None:
-    out = tmp_path / "killed"
-    process = two_processes(out, "--teacher", teacher)
-    deadline = time.monotonic() + 120
-    while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(workers[1]), signal.SIGKILL)
-    _, complained = process.communicate(timeout=120)
-    assert "rank0" not in complained, "the other process ends quietly"
-    assert 0 < torch.load(out / "checkpoint.pt", weights_only=True)["step"] < 8, (
-        "it was to be killed on the way"
-    )
+    flags = ["--teacher", teacher, "--out", str(tmp_path / "killed")]
+    codes, said = two_processes(tmp_path, *flags, second_dies=("advfunmatch.trainer.train_step", 6))
+    assert codes == [2, -signal.SIGKILL]
+    assert "Traceback" not in said, "the other process ends quietly"
+    assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"] == 5
 
-    process = two_processes(out, "--teacher", teacher, "--resume")
-    _, complained = process.communicate(timeout=300)
-    assert process.returncode == 0, complained
-    assert same(state_of(out), state_of(finished[0]))
+    codes, said = two_processes(tmp_path, *flags, "--resume")
+    assert codes == [0, 0], said
+    assert same(state_of(tmp_path / "killed"), state_of(finished[0]))
 
 
 def test_what_one_process_cannot_do_ends_all_with_one_sentence(tmp_path: Path, teacher: str) -> None:
     (tmp_path / "file").write_text("kept")
-    process = two_processes(tmp_path / "file" / "run", "--teacher", teacher)  # only the first process writes
-    _, complained = process.communicate(timeout=300)
-    assert process.returncode != 0  # torchrun's own
-    assert complained.count("error: out ") == 1, complained
-    assert "exitcode  : 2" in complained, complained
-    assert "rank0" not in complained
-    assert "rank1" not in complained
+    # Only the first process writes.
+    codes, said = two_processes(tmp_path, "--teacher", teacher, "--out", str(tmp_path / "file" / "run"))
+    assert codes == [2, 2]
+    assert said.count("error: out ") == 1, said
+    assert "Traceback" not in said
 
 
 LEAVES = """

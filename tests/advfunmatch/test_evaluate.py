@@ -102,9 +102,10 @@ def test_stronger_attacks_leave_less(teacher: str, small_test) -> None:  # type:
     left = evaluate(
         load_model(teacher), small_test, ["clean", "fgsm", "pgd20", "pgd100", "cw"], eps=0.08
     ).accuracies
-    assert left["clean"] >= left["fgsm"] >= left["pgd20"] >= left["pgd100"]
-    assert left["clean"] >= left["cw"]
-    assert left["pgd100"] < left["clean"]
+    by_luck = 100 / len(small_test)  # one image, which a weaker attack may break and a stronger one not
+    assert left["fgsm"] < left["clean"] - 2 * by_luck
+    for weak, strong in (("fgsm", "pgd20"), ("pgd20", "pgd100"), ("pgd20", "cw")):
+        assert left[strong] <= left[weak] + by_luck
 
 
 def test_per_class_accuracies_make_up_the_whole(teacher: str) -> None:

@@ -29,8 +29,8 @@ STATEFUL = {
 }
 
 
-# Eight steps that each save, killed at the third: in the midst of it, with half a file written, with a whole one that has
-# not replaced the old yet, and between metrics.jsonl and checkpoint.pt, which are two files.
+# Eight steps that each save, killed at the third: in the midst of it, with half a file written, with a whole one that
+# has not replaced the old yet, and between metrics.jsonl and checkpoint.pt, which are two files.
 MOMENTS = {
     "in a step": ("advfunmatch.run.augmented", 3),
     "while writing": ("os.fsync", 3 * 2 + 1),
