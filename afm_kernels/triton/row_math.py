@@ -22,7 +22,8 @@ KL = +inf. A masked lane of a tile is -inf on both sides: an excluded class like
 Note [Row offset]
 ~~~~~~~~~~~~~~~~~
 s - t is exact where the logits are close, and loses digits where one side carries an offset that the other has
-not. Then a whole number near the difference of the maxima is taken off s first, which is exact.
+not. Then a whole number near the difference of the maxima is taken off the side that has the offset first, which is
+exact: (s - offset_s) - (t - offset_t), where one of the two is 0.
 
 Note [Row scalars]
 ~~~~~~~~~~~~~~~~~~
@@ -117,10 +118,12 @@ def log1p_row(y):
 
 
 @triton.jit
-def row_offset(max_s, max_t):
-    """The whole number to take off s before t is subtracted. See Note [Row offset]."""
+def row_offsets(max_s, max_t):
+    """What to take off s, and off t, before their difference is taken. See Note [Row offset]."""
     gap = max_s - max_t
-    return tl.where((tl.abs(gap) > 8.0) & (tl.abs(gap) < FAR), tl.floor(gap), 0.0)
+    offset = tl.where((tl.abs(gap) > 8.0) & (tl.abs(gap) < INF), tl.floor(gap), 0.0)
+    is_of_s = tl.abs(max_s) >= tl.abs(max_t)
+    return tl.where(is_of_s, offset, 0.0), tl.where(is_of_s, 0.0, -offset)
 
 
 @triton.jit
@@ -130,13 +133,14 @@ def clamp_far(d):
 
 
 @triton.jit
-def row_scalars(max_s, z_s, max_t, z_t, offset, c, r, a, lowest, inv_t):
+def row_scalars(z_s, z_t, apart, c, r, a, lowest, inv_t):
     """centre, tail and KL of a row from its sums; see the head of the file.
 
+    ``apart`` is the difference of the maxima, less the offsets;
     ``r`` and ``a`` are E_p[x] and E_p[expm1(x) - x] for x = d - c; ``lowest`` is the least d, -inf where the
     student excludes a class that the teacher has.
     """
-    log_ratio = (max_s - offset - max_t) * inv_t + (tl.log(z_s) - tl.log(z_t))
+    log_ratio = apart * inv_t + (tl.log(z_s) - tl.log(z_t))
     direct = (log_ratio - c) - r
     centred = (direct < 1.0) & (tl.abs(r) < 0.5) & (lowest > -INF)
     tail = log1p_row(tl.where(centred, a + r, 0.0))
@@ -207,7 +211,8 @@ def row_gradients(
     """T times the gradients of a row's loss to s and to t. The row's scalars broadcast against s and t."""
     p = tl.exp2((t - max_t) * (inv_t * LOG2E)) * rz_t
     q = tl.exp2((s - max_s) * (inv_t * LOG2E)) * rz_s
-    d = clamp_far(((s - row_offset(max_s, max_t)) - t) * inv_t)
+    offset_s, offset_t = row_offsets(max_s, max_t)
+    d = clamp_far(((s - offset_s) - (t - offset_t)) * inv_t)
     u = (d - centre) - tail
     if DIVERGENCE == JS:
         m_over_p, q_over_m = js_logs(u, beta)

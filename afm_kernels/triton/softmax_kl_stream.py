@@ -23,21 +23,21 @@ from afm_kernels.triton.row_math import (
     mixed_gradients,
     mixed_value,
     row_gradients,
-    row_offset,
+    row_offsets,
     row_scalars,
     scalar,
     stored_as,
 )
 from afm_kernels.triton.row_memory import STATS, aligned_rows, kernel, row_factor, row_start, store_stats
 
-PARTS = tl.constexpr(16)  # columns of a part of a row, of which 3 to 14 are in use
+PARTS = tl.constexpr(16)  # columns of a part of a row, of which 3 to 15 are in use
 
 
 @triton.jit
 def _lane_step(
     g_s, g_t, tile, lead, end,
     max_s, z_s, max_t, z_t, sum_x, sum_a, far_s, lowest, highest, sum_qx, sum_qa, far_t, z_1, sum_s,
-    offset, center, base, inv_t,
+    offset_s, offset_t, center, base, inv_t,
     DIVERGENCE: tl.constexpr, HAS_LABELS: tl.constexpr,
     EDGE: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,7 @@ def _lane_step(
     keep_t = tl.exp2((max_t - safe_t) * (inv_t * LOG2E))
     e_s = tl.exp2((s - safe_s[:, None]) * (inv_t * LOG2E))
     e_t = tl.exp2((t - safe_t[:, None]) * (inv_t * LOG2E))
-    gap = (s - offset) - t
+    gap = (s - offset_s) - (t - offset_t)
     x = clamp_far(gap * inv_t - center)
     near = tl.abs(x) < NEAR
     ex = e_t * x
@@ -124,18 +124,17 @@ def _merge(
 def _finish_row(
     g_weight, g_labels, g_loss, g_stats, g_row, row, rows, classes,
     max_s, z_s, max_t, z_t, sum_x, sum_a, far_s, lowest, highest, sum_qx, sum_qa, far_t, z_1, sum_s,
-    offset, center, base, inv_t, ignore_index, temperature, scale, alpha, smoothing,
+    offset_s, offset_t, center, base, inv_t, ignore_index, temperature, scale, alpha, smoothing,
     DIVERGENCE: tl.constexpr, HAS_LABELS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The loss and the scalars of a row from its sums."""
     z_s = tl.where(max_s == -INF, INF - INF, z_s)
     z_t = tl.where(max_t == -INF, INF - INF, z_t)
-    exponent = (max_s - offset - max_t) * (inv_t * LOG2E) - center * LOG2E
+    apart = (max_s - offset_s) - (max_t - offset_t)
+    exponent = apart * (inv_t * LOG2E) - center * LOG2E
     far = far_s * tl.exp2(tl.minimum(exponent, MAX_EXPONENT))
     r = sum_x / z_t
-    centre, tail, kl = row_scalars(
-        max_s, z_s, max_t, z_t, offset, center, r, (sum_a + far) / z_t, lowest, inv_t
-    )
+    centre, tail, kl = row_scalars(z_s, z_t, apart, center, r, (sum_a + far) / z_t, lowest, inv_t)
     value = kl
     slope_p = kl
     slope_q = kl
@@ -143,7 +142,7 @@ def _finish_row(
         far = far_t * tl.exp2(tl.minimum(-exponent, MAX_EXPONENT))
         r = -sum_qx / z_s
         a = (sum_qa + far) / z_s
-        _, _, slope_q = row_scalars(max_t, z_t, max_s, z_s, -offset, -center, r, a, -highest, inv_t)
+        _, _, slope_q = row_scalars(z_t, z_s, -apart, -center, r, a, -highest, inv_t)
         value = kl + slope_q
     if HAS_LABELS:
         label = tl.load(g_labels + row)
@@ -153,8 +152,9 @@ def _finish_row(
         hard = cross_entropy(max_s, z_1, below, label_logit, label, ignore_index, scalar(smoothing, ACC))
         value = mixed_value(kl, hard, scalar(alpha, ACC), scalar(temperature, ACC))
         slope_q = 1.0 / z_1
-    # From the offset of this pass to the one that a gradient finds again in the row's maxima.
-    centre = centre + (offset - row_offset(max_s, max_t)) * inv_t
+    # From the offsets of this pass to those that a gradient finds again in the row's maxima.
+    row_offset_s, row_offset_t = row_offsets(max_s, max_t)
+    centre = centre + ((offset_s - row_offset_s) - (offset_t - row_offset_t)) * inv_t
     in_rows = row < rows
     if DIVERGENCE == JS:
         value = tl.abs(centre)  # finite where the row has its two distributions: JS has no infinite rows
@@ -166,7 +166,7 @@ def _finish_row(
 
 @triton.jit
 def _row_constants(g_s, g_t, tile, inv_t, LANES: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr):
-    """offset, centre and base of a row, from one tile of it: near its own, and the same for all its parts.
+    """offsets, centre and base of a row, from one tile of it: near its own, and the same for all its parts.
 
     The centre is the tile's mean of d under p: the nearer it is to the row's, the less cancels in the end; it
     takes a tile that is not typical of the row by 30 to lose 1e-2 of a KL below 1.
@@ -178,14 +178,14 @@ def _row_constants(g_s, g_t, tile, inv_t, LANES: tl.constexpr, VECTOR: tl.conste
     t = tl.load(g_t + columns).to(ACC)
     max_s = tl.max(tl.max(s, axis=1), axis=0)
     max_t = tl.max(tl.max(t, axis=1), axis=0)
-    offset = row_offset(max_s, max_t)
+    offset_s, offset_t = row_offsets(max_s, max_t)
     e_t = tl.exp2((t - max_t) * (inv_t * LOG2E))
-    d = clamp_far(((s - offset) - t) * inv_t)
+    d = clamp_far(((s - offset_s) - (t - offset_t)) * inv_t)
     centre = tl.sum(tl.sum(e_t * d, axis=1), axis=0) / tl.sum(tl.sum(e_t, axis=1), axis=0)
     # NaN where the tile has no finite logit: any constant serves such a row
     centre = tl.where(tl.abs(centre) < FAR, centre, 0.0)
     base = tl.where(tl.abs(max_s) < INF, max_s, 0.0)
-    return offset, centre, base
+    return offset_s, offset_t, centre, base
 
 
 @kernel
@@ -235,7 +235,7 @@ def stream_kernel(
     body_begin = (lead + (LANES * VECTOR - 1)) // (LANES * VECTOR)
     body_end = end // (LANES * VECTOR)
     tiles = (end + (LANES * VECTOR - 1)) // (LANES * VECTOR)
-    offset, center, base = _row_constants(g_s, g_t, body_begin, inv_t, LANES, VECTOR, ACC)
+    offset_s, offset_t, center, base = _row_constants(g_s, g_t, body_begin, inv_t, LANES, VECTOR, ACC)
 
     begin = 0
     finish = tiles
@@ -250,7 +250,7 @@ def stream_kernel(
         max_s, z_s, max_t, z_t, sum_x, sum_a, far_s, lowest, highest, sum_qx, sum_qa, far_t, z_1, sum_s = _lane_step(
             g_s, g_t, tile, lead, end,
             max_s, z_s, max_t, z_t, sum_x, sum_a, far_s, lowest, highest, sum_qx, sum_qa, far_t, z_1, sum_s,
-            offset, center, base, inv_t, DIVERGENCE, HAS_LABELS, False, LANES, VECTOR, ACC,
+            offset_s, offset_t, center, base, inv_t, DIVERGENCE, HAS_LABELS, False, LANES, VECTOR, ACC,
         )  # fmt: skip
     for edge in range(2):
         tile = edge * (tiles - 1)
@@ -258,7 +258,7 @@ def stream_kernel(
             max_s, z_s, max_t, z_t, sum_x, sum_a, far_s, lowest, highest, sum_qx, sum_qa, far_t, z_1, sum_s = _lane_step(  # noqa: E501
                 g_s, g_t, tile, lead, end,
                 max_s, z_s, max_t, z_t, sum_x, sum_a, far_s, lowest, highest, sum_qx, sum_qa, far_t, z_1, sum_s,
-                offset, center, base, inv_t, DIVERGENCE, HAS_LABELS, True, LANES, VECTOR, ACC,
+                offset_s, offset_t, center, base, inv_t, DIVERGENCE, HAS_LABELS, True, LANES, VECTOR, ACC,
             )  # fmt: skip
     max_s, z_s, max_t, z_t, sum_x, sum_a, far_s, lowest, highest, sum_qx, sum_qa, far_t, z_1, sum_s = _merge(
         max_s, z_s, max_t, z_t, sum_x, sum_a, far_s, lowest, highest, sum_qx, sum_qa, far_t, z_1, sum_s, inv_t
@@ -273,8 +273,9 @@ def stream_kernel(
         tl.store(at + 5, sum_a)
         tl.store(at + 6, far_s)
         tl.store(at + 7, lowest)
-        tl.store(at + 8, offset)
+        tl.store(at + 8, offset_s)
         tl.store(at + 9, center)
+        tl.store(at + 14, offset_t)
         if DIVERGENCE == JEFFREYS:
             tl.store(at + 10, highest)
             tl.store(at + 11, sum_qx)
@@ -289,7 +290,7 @@ def stream_kernel(
         _finish_row(
             g_weight, g_labels, g_loss, g_stats, g_row, row, rows, classes,
             max_s, z_s, max_t, z_t, sum_x, sum_a, far_s, lowest, highest, sum_qx, sum_qa, far_t, z_1, sum_s,
-            offset, center, base, inv_t, ignore_index, temperature, scale, alpha, smoothing,
+            offset_s, offset_t, center, base, inv_t, ignore_index, temperature, scale, alpha, smoothing,
             DIVERGENCE, HAS_LABELS, ACC,
         )  # fmt: skip
 
@@ -335,8 +336,9 @@ def combine_kernel(
     sum_a = tl.load(at + 5, mask=mask, other=0.0)
     far_s = tl.load(at + 6, mask=mask, other=0.0)
     lowest = tl.load(at + 7, mask=mask, other=INF)
-    offset = tl.load(first + 8)
+    offset_s = tl.load(first + 8)
     center = tl.load(first + 9)
+    offset_t = tl.load(first + 14)
     base = center
     highest, sum_qx, sum_qa, far_t, z_1, sum_s = lowest, z_s, z_s, z_s, z_s, z_s
     if DIVERGENCE == JEFFREYS:
@@ -355,7 +357,7 @@ def combine_kernel(
     _finish_row(
         g_weight, g_labels, g_loss, g_stats, g_row, row, rows, classes,
         max_s, z_s, max_t, z_t, sum_x, sum_a, far_s, lowest, highest, sum_qx, sum_qa, far_t, z_1, sum_s,
-        offset, center, base, inv_t, ignore_index, temperature, scale, alpha, smoothing,
+        offset_s, offset_t, center, base, inv_t, ignore_index, temperature, scale, alpha, smoothing,
         DIVERGENCE, HAS_LABELS, ACC,
     )  # fmt: skip
 
@@ -378,7 +380,8 @@ def _js_step(
         t = tl.load(g_t + columns).to(ACC)
     p = tl.exp2((t - max_t) * (inv_t * LOG2E)) * rz_t
     q = tl.exp2((s - max_s) * (inv_t * LOG2E)) * rz_s
-    u = (clamp_far(((s - row_offset(max_s, max_t)) - t) * inv_t) - centre) - tail
+    offset_s, offset_t = row_offsets(max_s, max_t)
+    u = (clamp_far(((s - offset_s) - (t - offset_t)) * inv_t) - centre) - tail
     terms, p_m, q_m = js_terms(p, q, u, beta)
     return value + tl.sum(terms, axis=1), sum_p + tl.sum(p_m, axis=1), sum_q + tl.sum(q_m, axis=1)
 

@@ -21,7 +21,7 @@ from afm_kernels.triton.row_math import (
     mixed_gradients,
     mixed_value,
     row_gradients,
-    row_offset,
+    row_offsets,
     row_scalars,
     scalar,
     stored_as,
@@ -110,20 +110,21 @@ def tile_kernel(
         e_t = tl.exp2((t - max_t[:, None]) * (inv_t * LOG2E))
         z_s = tl.sum(e_s, axis=1)
         z_t = tl.sum(e_t, axis=1)
-        offset = row_offset(max_s, max_t)
-        gap = (s - offset[:, None]) - t
+        offset_s, offset_t = row_offsets(max_s, max_t)
+        gap = (s - offset_s[:, None]) - (t - offset_t[:, None])
         lowest = tl.min(gap, axis=1)
         d = clamp_far(gap * inv_t)
         mean = tl.sum(e_t * d, axis=1) / z_t
         x = d - mean[:, None]
         rest = tl.sum(e_t * x, axis=1) / z_t
-        exponent = (max_s - offset - max_t) * (inv_t * LOG2E) - mean * LOG2E
+        apart = (max_s - offset_s) - (max_t - offset_t)
+        exponent = apart * (inv_t * LOG2E) - mean * LOG2E
         to_p = tl.exp2(tl.minimum(exponent, MAX_EXPONENT))
         bulge = tl.where(
             tl.abs(x) < NEAR, e_t * expm1_minus_identity(x), e_s * to_p[:, None] - (e_t + e_t * x)
         )
         bulge = tl.sum(bulge, axis=1) / z_t
-        centre, tail, kl = row_scalars(max_s, z_s, max_t, z_t, offset, mean, rest, bulge, lowest, inv_t)
+        centre, tail, kl = row_scalars(z_s, z_t, apart, mean, rest, bulge, lowest, inv_t)
         value = kl
         slope_p = kl
         slope_q = kl

@@ -77,14 +77,15 @@ constexpr double kFarKlFloor = 0.1;
 // ... or below this fraction of |r|, whose rounding error would show.
 constexpr double kFarMeanFraction = 0.05;
 
-// A whole number k that takes a large gap between the sides out of s - t, by subtracting it from
-// the side that has the offset before the other side comes in: both steps are then exact or nearly
-// so.
+// A number k that takes a large gap between the sides out of s - t, by subtracting it from the side
+// that has the offset before the other side comes in: both steps are then exact or nearly so. A
+// whole number, but where float32 has no fraction left: there a cast to int32 would not be defined,
+// and the gap itself does.
 template <class T>
 AFM_INLINE T coarse_gap(T gap) {
-  const T limit =
-      T(8388608);  // beyond it float32 has no fraction left, and casts to int32 stay defined
-  if (!(gap > T(16) || gap < T(-16)) || gap > limit || gap < -limit) return T(0);
+  const T limit = T(8388608);
+  if (!(gap > T(16) || gap < T(-16))) return T(0);
+  if (gap > limit || gap < -limit) return gap - gap == T(0) ? gap : T(0);  // 0 for infinity
   return T(static_cast<int>(gap));
 }
 

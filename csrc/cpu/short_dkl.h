@@ -40,7 +40,7 @@ AFM_LOOP DklSums<T> sum_dkl_lanes(const DklTiles<T>& tiles, int64_t classes,
                                   const ScaledExp<T>& exp, const ScaledExp<T>& weight_exp,
                                   T inv_t) {
   using V = Vec<T>;
-  V s_max = no_class<T>(), t_max = no_class<T>();
+  V s_max(Float<T>::lowest), t_max(Float<T>::lowest);
   for (int64_t j = 0; j < classes * V::width; j += V::width)
     s_max = max(V::load(tiles.student + j), s_max), t_max = max(V::load(tiles.teacher + j), t_max);
   const LaneGaps<T> gaps(s_max, t_max, inv_t);

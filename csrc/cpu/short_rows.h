@@ -56,7 +56,7 @@ struct LaneSums {
 };
 
 // (s - t) / T about its value at the maxima, without the digits that an offset of one side costs:
-// a whole number comes off the side that has it, as RowConstants does with coarse_gap.
+// it comes off the side that has it, as RowConstants does with coarse_gap.
 template <class T>
 struct LaneGaps {
   using V = Vec<T>;
@@ -64,11 +64,11 @@ struct LaneGaps {
 
   AFM_MEMBER LaneGaps(V s_max, V t_max, T inverse_temperature) : inv_t(inverse_temperature) {
     const V zero(T(0)), apart = s_max - t_max;
-    const V whole = select(both(V(T(16)) < abs(apart), abs(apart) < V(T(4194304))),
-                           nearest_integer(apart), zero);
+    const V whole = select(abs(apart) < V(T(4194304)), nearest_integer(apart), apart);
+    const V gap = select(V(T(16)) < abs(apart), whole, zero);
     const auto student_is_large = abs(t_max) <= abs(s_max);
-    student = select(student_is_large, whole, zero);
-    teacher = select(student_is_large, zero, zero - whole);
+    student = select(student_is_large, gap, zero);
+    teacher = select(student_is_large, zero, zero - gap);
     centre = zero - difference(s_max, t_max) * inv_t;
   }
   AFM_MEMBER V difference(V s, V t) const { return (s - student) - (t - teacher); }
@@ -125,7 +125,7 @@ AFM_LOOP LaneSums<T> far_lanes(const LaneTiles<T>& tiles, int64_t classes, const
                                T inv_t) {
   using V = Vec<T>;
   const V zero(T(0)), one(T(1));
-  V s_max = no_class<T>(), t_max = no_class<T>();
+  V s_max(Float<T>::lowest), t_max(Float<T>::lowest);
   const int64_t end = classes * V::width;
   for (int64_t j = 0; j < end; j += V::width)
     s_max = max(V::load(tiles.student + j), s_max), t_max = max(V::load(tiles.teacher + j), t_max);

@@ -76,16 +76,24 @@ struct Worker {
     extra_cache[0] = teacher_cache + row, extra_cache[1] = extra_cache[0] + row;
   }
 
+  // The gap is taken off the side that has the offset.
+  static bool gap_is_students(const RowSummary& row) {
+    return __builtin_fabs(row.student_shift) >= __builtin_fabs(row.teacher_shift);
+  }
+
+  // student - teacher - gap, in the order in which RowConstants::x takes it.
+  static double apart(const RowSummary& row, double student, double teacher) {
+    return gap_is_students(row) ? (student - row.gap) - teacher : student - (teacher + row.gap);
+  }
+
   RowConstants<T> constants(const RowSummary& row) const {
-    // The gap is taken off the side that has the offset.
-    const bool large_student =
-        __builtin_fabs(row.student_shift) >= __builtin_fabs(row.teacher_shift);
+    const bool of_student = gap_is_students(row);
     return {exp,
             static_cast<T>(inv_t),
             static_cast<T>(row.student_shift),
             static_cast<T>(row.teacher_shift),
-            static_cast<T>(large_student ? row.gap : 0),
-            static_cast<T>(large_student ? 0 : -row.gap),
+            static_cast<T>(of_student ? row.gap : 0),
+            static_cast<T>(of_student ? 0 : -row.gap),
             static_cast<T>(row.centre),
             T(0)};
   }
@@ -150,7 +158,7 @@ struct Worker {
     if (width <= kNearLimit) {
       // At the maxima the two sides mostly agree on the class, and where p is concentrated this is
       // the mean.
-      const double guess = (row.student_shift - row.teacher_shift - row.gap) * inv_t;
+      const double guess = apart(row, row.student_shift, row.teacher_shift) * inv_t;
       bool is_near = summarise_near<kCache>(row, guess);
       if (is_near && near_centre_is_off(row.divergence, row.mean))
         is_near = summarise_near<kCache>(row, row.centre + row.mean);
@@ -214,7 +222,7 @@ struct Worker {
     const double log_ratio = __builtin_log(sums.student / sums.teacher);
     row.divergence = log_ratio - row.mean;
     if (far_kl_is_too_small(row.divergence, row.mean)) {
-      row.centre = row.mean + (row.student_shift - row.teacher_shift) * inv_t;
+      row.centre = row.mean;
       return false;
     }
     if (jeffreys) {
@@ -225,7 +233,7 @@ struct Worker {
     return true;
   }
 
-  // row.centre: a guess at E_p[(s - t) / T], or NaN.
+  // row.centre: E_p[(s - m_s - (t - m_t)) / T] with the shifts of `row`, or NaN.
   void summarise_general(RowSummary& row) {
     double student_max = -kInfinity, teacher_max = -kInfinity;
     bool broken = false;
@@ -235,13 +243,16 @@ struct Worker {
     });
     row.kind = RowKind::kNan, row.divergence = kNotANumber;
     if (broken || student_max == -kInfinity || teacher_max == -kInfinity) return;
-    const double difference = student_max - teacher_max;
+    const double student_probe = row.student_shift, teacher_probe = row.teacher_shift;
     row.student_shift = student_max, row.teacher_shift = teacher_max;
-    row.gap = coarse_gap(static_cast<T>(difference));
-    const double guess = __builtin_isnan(row.centre) ? difference * inv_t : row.centre;
-    row.centre = static_cast<T>(guess - row.gap * inv_t);
+    row.gap = coarse_gap(static_cast<T>(student_max - teacher_max));
+    const double difference = apart(row, student_max, teacher_max) * inv_t;
+    row.centre =
+        static_cast<T>(__builtin_isnan(row.centre)
+                           ? difference
+                           : row.centre + apart(row, student_probe, teacher_probe) * inv_t);
     RowConstants<T> c = constants(row);
-    c.bridge = static_cast<T>(__builtin_exp((difference - row.gap) * inv_t - row.centre));
+    c.bridge = static_cast<T>(__builtin_exp(difference - row.centre));
     RowSums sums;
     for_tiles([&](const T* s, const T* t, int64_t, int64_t n) { sum_general(s, t, n, c, sums); });
     row.kind = RowKind::kGeneral;
@@ -249,8 +260,7 @@ struct Worker {
     row.mean = sums.linear / sums.teacher;
     row.student_mean = sums.student_linear / sums.student;
     row.student_lse = __builtin_log(sums.student);
-    const double log_ratio =
-        __builtin_log(sums.student / sums.teacher) + (difference - row.gap) * inv_t - row.centre;
+    const double log_ratio = __builtin_log(sums.student / sums.teacher) + difference - row.centre;
     const double plain = log_ratio - row.mean, excess = sums.excess / sums.teacher,
                  a = row.mean + excess;
     const bool is_small = plain < 1 && __builtin_fabs(log_ratio) < 1;
@@ -279,7 +289,7 @@ struct Worker {
       per_student = 1 / (1 + row.a);
       row.log_ratio = __builtin_log1p(row.a);
     } else if (row.kind == RowKind::kFar) {
-      const double centre = (row.student_shift - row.teacher_shift - row.gap) * inv_t;
+      const double centre = apart(row, row.student_shift, row.teacher_shift) * inv_t;
       row.centre = static_cast<T>(centre);
       row.log_ratio = __builtin_log(row.student_sum / row.teacher_sum) + (centre - row.centre);
     }
@@ -404,7 +414,8 @@ struct Worker {
     for_student_tiles([&](const T* s, int64_t j0, int64_t n) {
       Accumulator<T> exponentials, logits, top(-Float<T>::infinity);
       sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
-        const Vec<T> a = access.load(s + j, no_class<T>()), above = a - shift, e = plain_exp(above);
+        const Vec<T> a = access.load(s + j, Vec<T>(-Float<T>::infinity)), above = a - shift,
+                     e = plain_exp(above);
         exponentials.add(u, e), logits.add(u, access.or_zero(above)), top.take_max(u, a);
         if constexpr (kKeep) access.store(extra_cache[0] + j0 + j, e);
       });

@@ -185,6 +185,27 @@ def test_one_class_is_no_choice(device: torch.device, divergence: str) -> None:
         assert torch.equal(zero, torch.zeros_like(zero))
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("offset", [torch.finfo(torch.float32).min, 1e30, -(2.0**25)])
+def test_offset_of_one_side_alone(device: torch.device, offset: float, divergence: str) -> None:
+    """A mask may leave a whole row at the dtype's lowest value: uniform, however far from the other side."""
+    generator = torch.Generator().manual_seed(7)
+    for num_classes in (1, 3, 19, 203):
+        # At 2^25 float32 still tells multiples of 4 apart.
+        steps = 4.0 * torch.randint(0, 2, (3, num_classes), generator=generator) * (abs(offset) < 1e9)
+        other = 2 * torch.randn(3, num_classes, generator=generator)
+        for sides in ((steps, other), (other, steps)):
+            truth = truth_divergence(*sides, 1.0, divergence, BETA)
+            student, teacher = (
+                (side + offset * (side is steps)).to(device).requires_grad_() for side in sides
+            )
+            rows = softmax_kl_div(student, teacher, divergence=divergence, beta=BETA, reduction="none")
+            assert_loss(rows, truth[0], terms=gradient_terms(*sides) / 8)
+            gradients = torch.autograd.grad(rows.sum(), (student, teacher))
+            for gradient, wanted in zip(gradients, truth[1:], strict=True):
+                assert_gradient(gradient, wanted, terms=gradient_terms(*sides))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -345,11 +366,11 @@ def test_backward_twice(device: torch.device, recompute: bool) -> None:
 ERROR_CLASSES = (2, 10, 100, 1000, 32000)
 
 
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("offsets", [(0, 0), (1000, 1000), (1000, 0), (0, -1000)])
 @pytest.mark.parametrize("num_classes", ERROR_CLASSES)
 @pytest.mark.parametrize(("difference", "largest"), [(1.0, 2e-6), (1e-2, 2e-5), (1e-3, 3e-4)])
 def test_error_of_small_divergences(
-    device: torch.device, difference: float, largest: float, num_classes: int, offset: float
+    device: torch.device, difference: float, largest: float, num_classes: int, offsets: tuple[int, int]
 ) -> None:
     """Median relative error of the row KL at KL ≈ 0.4, 4e-5 and 4e-7; gradients no worse than PyTorch's."""
     if is_reference(device) and num_classes not in (10, 1000):
@@ -358,7 +379,7 @@ def test_error_of_small_divergences(
     rows = max(3, min(200, 20000 // num_classes))
     teacher = 3 * torch.randn(rows, num_classes, generator=generator, dtype=torch.float64)
     student = teacher + difference * torch.randn(rows, num_classes, generator=generator, dtype=torch.float64)
-    student, teacher = ((x + offset).float() for x in (student, teacher))
+    student, teacher = ((x + offset).float() for x, offset in zip((student, teacher), offsets, strict=True))
     truth = eager_with_grads(student.double(), teacher.double())
     eager = eager_with_grads(student, teacher)
     ours_student, ours_teacher = student.to(device).requires_grad_(), teacher.to(device).requires_grad_()
