@@ -90,17 +90,23 @@ def fused_forward(
     device_type = student.device.type
     if backend is None:
         backend = ops.backend_for(names.forward_grad, device_type)
+    # Logits may come from torch.inference_mode(), as a teacher's often do, whose tensors no graph can save.
+    kept = (student, teacher, *tensors)
+    if not torch.compiler.is_compiling() and (student.is_inference() or teacher.is_inference()):
+        kept = tuple(
+            tensor.clone() if tensor is not None and tensor.is_inference() else tensor for tensor in kept
+        )
     if recompute:
         loss, row_stats = ops.kernel(names.forward, device_type, backend)(
             student, teacher, *tensors, *params, reduction, scale
         )
-        ctx.save_for_backward(student, teacher, *tensors, row_stats)
+        ctx.save_for_backward(*kept, row_stats)
     else:
         wrt = ctx.needs_input_grad
         loss, grad_student, grad_teacher = ops.kernel(names.forward_grad, device_type, backend)(
             student, teacher, *tensors, *params, *grad_params, reduction, scale, wrt[0], wrt[1]
         )
-        ctx.save_for_backward(student, teacher, *tensors, grad_student, grad_teacher)
+        ctx.save_for_backward(*kept, grad_student, grad_teacher)
     ctx.call = (names, device_type, backend, (*params, *grad_params, scale), recompute)
     return loss
 
@@ -122,10 +128,14 @@ def fused_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor |
         )
     else:
         grad_student, grad_teacher = saved[-2:]
-        # The loss itself was differentiated: nothing to multiply. Looked up only where that waits for no
-        # device.
-        if device_type != "cpu" or compiling or grad_loss.dim() != 0 or grad_loss.item() != 1:
-            in_place = not compiling and not torch._C._autograd._get_current_graph_task_keep_graph()
+        in_place = not (
+            compiling
+            or torch._C._autograd._get_current_graph_task_keep_graph()
+            or torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # autograd.grad(is_grads_batched=True)
+        )
+        # The loss itself was differentiated: nothing to multiply, and nobody to keep the gradients for. Looked
+        # up only where that waits for no device.
+        if not in_place or device_type != "cpu" or grad_loss.dim() != 0 or grad_loss.item() != 1:
             factor = grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss
             if wrt_student:
                 grad_student = _scaled(grad_student, factor, in_place)
@@ -211,7 +221,8 @@ class TransformedLoss(torch.autograd.Function):
         ]
         arguments[2:] = [t if t is None else t.contiguous() for t in arguments[2:]]
         values = TransformedLoss.apply(*arguments, call._replace(reduction=0))
-        return (values if call.reduction == 0 else values.flatten(1).sum(1)), 0
+        has_rows = call.reduction == 1 and values.dim() > 1  # of a single row there is nothing to sum
+        return (values.flatten(1).sum(1) if has_rows else values), 0
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:

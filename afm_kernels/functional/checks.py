@@ -48,6 +48,13 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, dim: int) -> Lo
             else ("student_logits", student_logits.dtype)
         )
         raise TypeError(f"{name} has dtype {got_dtype}; allowed: float16, bfloat16, float32, float64")
+    if student_logits.layout is not torch.strided or teacher_logits.layout is not torch.strided:
+        name, layout = (
+            ("teacher_logits", teacher_logits.layout)
+            if student_logits.layout is torch.strided
+            else ("student_logits", student_logits.layout)
+        )
+        raise TypeError(f"{name} has layout {layout}; a dense tensor (torch.strided) is expected")
     if student_logits.device != teacher_logits.device:
         raise ValueError(
             f"teacher_logits is on {teacher_logits.device} and student_logits on {student_logits.device}; "
@@ -60,7 +67,7 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, dim: int) -> Lo
     ):
         refuse_forward_mode()
     last = len(shape) - 1
-    if not isinstance(dim, int):
+    if not isinstance(dim, int) or dim is True or dim is False:
         raise TypeError(f"dim is {_described(dim)}; an int is expected")
     if dim != -1 and dim != last:
         if not -last - 1 <= dim <= last:
@@ -167,6 +174,8 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} is {_described(value)}; a floating-point tensor is expected")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}; allowed: float16, bfloat16, float32, float64")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}; a dense tensor (torch.strided) is expected")
 
 
 def check_like(name: str, value: Tensor, other_name: str, other: Tensor, same_dtype: bool = False) -> None:

@@ -101,8 +101,7 @@ def softmax_kl_div(
     logits = check_logits(student_logits, teacher_logits, dim)
     temperature = check_positive("temperature", temperature)
     kind = 0 if divergence == "kl" else check_choice("divergence", divergence, ops.DIVERGENCES)
-    if kind == 3:
-        beta = check_between("beta", beta, 0, 1, open_ends=True)
+    beta = check_between("beta", beta, 0, 1, open_ends=True) if kind == 3 else 0.5
     student, teacher, rows, _ = logits
     if row_weight is not None:
         row_weight = check_row_weight(row_weight, logits)
@@ -183,8 +182,7 @@ def softmax_kl_div_grad(
     logits = check_logits(student_logits, teacher_logits, dim)
     temperature = check_positive("temperature", temperature)
     kind = 0 if divergence == "kl" else check_choice("divergence", divergence, ops.DIVERGENCES)
-    if kind == 3:
-        beta = check_between("beta", beta, 0, 1, open_ends=True)
+    beta = check_between("beta", beta, 0, 1, open_ends=True) if kind == 3 else 0.5
     if row_weight is not None:
         row_weight = check_row_weight(row_weight, logits)
     wrt_student, wrt_teacher = (True, True) if wrt is _SIDES else _sides(wrt)
@@ -223,8 +221,8 @@ def softmax_kl_div_grad(
 
 
 def _sides(wrt: Sequence[str]) -> tuple[bool, bool]:
-    sides = tuple(wrt) if not isinstance(wrt, str) else (wrt,)
-    if isinstance(wrt, str) or not sides or len(set(sides)) != len(sides) or not set(sides) <= set(_SIDES):
+    sides = tuple(wrt) if isinstance(wrt, (tuple, list)) else ()
+    if not sides or any(side not in _SIDES for side in sides) or len(set(sides)) != len(sides):
         raise ValueError(
             f"wrt is {wrt!r}; allowed: ('student', 'teacher'), ('student',), ('teacher',) or reversed"
         )
@@ -234,8 +232,8 @@ def _sides(wrt: Sequence[str]) -> tuple[bool, bool]:
 def _checked_out(
     wrt: Sequence[str], out: Sequence[Tensor], logits: dict[str, Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
-    if isinstance(out, Tensor) or len(out) != len(wrt):
-        raise ValueError(f"out must hold one tensor for each side of wrt={tuple(wrt)!r}")
+    if not isinstance(out, (tuple, list)) or len(out) != len(wrt):
+        raise ValueError(f"out must hold one tensor for each side of wrt={tuple(wrt)!r}, in a tuple or list")
     for side, tensor in zip(wrt, out, strict=True):
         like = logits[side]
         if not isinstance(tensor, Tensor):

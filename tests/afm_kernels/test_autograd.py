@@ -142,6 +142,62 @@ def test_func_transforms(device: torch.device, name: str, reduction: str) -> Non
 
 
 @pytest.mark.default_backend
+@pytest.mark.parametrize("name", ["kl", "js", "dkl"])
+def test_mapped_over_single_rows(device: torch.device, name: str) -> None:
+    """Per-sample losses and gradients: under vmap, logits have one dimension."""
+    student, teacher = (x.detach() for x in logits(device, 4, 5))
+    loss = LOSSES[name]
+    by_row = torch.func.vmap(loss)(student, teacher)
+    torch.testing.assert_close(by_row, loss(student, teacher, reduction="none"))
+    gradients = torch.func.vmap(torch.func.grad(loss))(student, teacher)
+    whole = torch.func.grad(lambda s: loss(s, teacher, reduction="sum"))(student)
+    torch.testing.assert_close(gradients, whole)
+
+
+@pytest.mark.default_backend
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_batch_of_upstream_gradients(device: torch.device, name: str, recompute: bool) -> None:
+    """autograd.grad(is_grads_batched=True), on which functional.jacobian(vectorize=True) is built."""
+    student, teacher = logits(device, 4, 5)
+    rows = LOSSES[name](student, teacher, reduction="none", recompute=recompute)
+    upstream = torch.eye(4, dtype=rows.dtype, device=device)
+    one_by_one = [torch.autograd.grad(rows, student, each, retain_graph=True)[0] for each in upstream]
+    (batched,) = torch.autograd.grad(rows, student, upstream, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack(one_by_one))
+    total = LOSSES[name](student, teacher, recompute=recompute)
+    (scaled,) = torch.autograd.grad(total, student, upstream[0] + 1, is_grads_batched=True)
+    torch.testing.assert_close(scaled[0], 2 * scaled[1])
+
+
+@pytest.mark.default_backend
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_retained_graph_keeps_its_gradients(device: torch.device, name: str, recompute: bool) -> None:
+    """What a backward returned is the caller's, who may zero it in place before the next one."""
+    student, teacher = logits(device, 4, 5)
+    loss = LOSSES[name](student, teacher, recompute=recompute)
+    first = torch.autograd.grad(loss, (student, teacher), retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.zero_()
+    for again, before in zip(torch.autograd.grad(loss, (student, teacher)), kept, strict=True):
+        assert torch.equal(again, before)
+
+
+@pytest.mark.default_backend
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_teacher_from_inference_mode(device: torch.device, name: str, recompute: bool) -> None:
+    student, teacher = logits(device, 4, 5)
+    with torch.inference_mode():
+        inferred = teacher * 1
+    (gradient,) = torch.autograd.grad(LOSSES[name](student, inferred, recompute=recompute), student)
+    (wanted,) = torch.autograd.grad(LOSSES[name](student, teacher, recompute=recompute), student)
+    assert torch.equal(gradient, wanted)
+
+
+@pytest.mark.default_backend
 @pytest.mark.parametrize("name", EXACT)
 def test_func_hessian_in_reverse_mode(device: torch.device, name: str) -> None:
     student, teacher = (x.detach() for x in logits(device, 2, 3))

@@ -58,6 +58,8 @@ COMMON = [
         r"student_logits has dtype torch.int32; allowed: float16, bfloat16, float32",
     ),
     (GOOD, GOOD.to(torch.complex64), {}, TypeError, r"teacher_logits has dtype torch.complex64; allowed"),
+    (GOOD, GOOD.to_sparse(), {}, TypeError, r"teacher_logits has layout torch.sparse_coo; a dense tensor"),
+    (GOOD, GOOD, {"dim": True}, TypeError, r"dim is a bool \(True\); an int is expected"),
     (GOOD, GOOD.bool(), {}, TypeError, r"teacher_logits has dtype torch.bool; allowed"),
     (GOOD, GOOD.to("meta"), {}, ValueError, r"teacher_logits is on meta and student_logits on cpu"),
     (torch.zeros(4, 0), torch.zeros(4, 0), {}, ValueError, r"class dimension of student_logits is empty"),
@@ -180,6 +182,8 @@ OWN = {
             r"wrt is \('student', 'student'\); allowed",
         ),
         (GOOD, GOOD, {"wrt": ("input",)}, ValueError, r"wrt is \('input',\); allowed"),
+        (GOOD, GOOD, {"wrt": None}, ValueError, r"wrt is None; allowed"),
+        (GOOD, GOOD, {"out": 1}, ValueError, r"out must hold one tensor for each side of wrt="),
         (GOOD, GOOD, {"out": GOOD}, ValueError, r"out must hold one tensor for each side of wrt="),
         (GOOD, GOOD, {"out": (GOOD,)}, ValueError, r"out must hold one tensor for each side of wrt="),
         (
