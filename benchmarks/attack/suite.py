@@ -22,7 +22,9 @@ def cases(options: Options) -> list[Case]:
 
 
 def measure(case: Case, seconds: float, options: Options, limits: Any) -> list[Record]:
-    settings = argparse.Namespace(variants="", compile=options.compile, full=options.full, budget=seconds, min_rounds=3)
+    settings = argparse.Namespace(
+        variants="", compile=options.compile, full=options.full, budget=seconds, min_rounds=3
+    )
     return run_case(case, options.device, settings)
 
 

@@ -155,6 +155,8 @@ def evaluate(
     names = [name.strip() for name in attacks.split(",") if name.strip()]
     check_attacks(names)
     settings = _attack_settings(eps, norm, seed, batch_size)
+    if teacher_model and teacher is None:
+        raise InputError(f"teacher_model is {teacher_model!r}, but teacher names no file of its weights")
     test_set = load_dataset(data, split="test", limit=limit).to(choose_device(device))
     network, stored = load_network(checkpoint, model, test_set)
     if teacher is None:

@@ -310,5 +310,11 @@ def _check_combinations(config: TrainConfig, method: Method) -> None:
                 "it goes with "
                 + ", ".join(other.name for other in METHODS.values() if not other.needs_labels)
             )
+    if method.name == "kd" and not config.scale_by_t2:
+        raise InputError("scale_by_t2 is False, but kd always multiplies its KL term by temperature²")
+    if config.teacher_model and config.teacher is None:
+        raise InputError(
+            f"teacher_model is {config.teacher_model!r}, but teacher names no file of its weights"
+        )
     if method.needs_teacher and config.teacher is None:
         raise InputError(f"method {config.method!r} matches a teacher, so teacher must name a checkpoint")

@@ -204,8 +204,10 @@ def iad(logits: Logits, config: TrainConfig) -> Tensor:
 
 ABSTRACT_ONLY = "arXiv 2305.14700; not in its abstract, so this project's choice"
 ARD_CODE = "goldblum/AdversariallyRobustDistillation main.py"
-RSLAD_CODE = "zibojia/RSLAD rslad_loss.py"
-ADAAD_CODE = "boyellow/AdaAD AT_helper.py"
+RSLAD_LOSS = "zibojia/RSLAD resnet18_rslad_cifar10.py"
+RSLAD_ATTACK = "zibojia/RSLAD rslad_loss.py"
+ADAAD_LOSS = "boyellow/AdaAD main.py"
+ADAAD_ATTACK = "boyellow/AdaAD AT_helper.py"
 IAD_CODE = "ZFancy/IAD IAD-I.py"
 TRADES_CODE = "yaodongyu/TRADES trades.py"
 MART_CODE = "YisenWang/MART mart.py"
@@ -274,7 +276,7 @@ METHODS: dict[str, Method] = {
             needs_labels=True,
             source="Zhang et al. 2019",
             defaults={
-                "beta": Default(6.0, TRADES_CODE),
+                "beta": Default(6.0, "yaodongyu/TRADES train_trades_cifar10.py"),
                 "reduction": Default("batchmean", TRADES_CODE),
                 "detach_target": Default(False, TRADES_CODE),
                 "attack_init": Default("gaussian", TRADES_CODE),
@@ -322,12 +324,12 @@ METHODS: dict[str, Method] = {
             needs_labels=False,
             source="Zi et al. 2021",
             defaults={
-                "alpha": Default(5 / 6, RSLAD_CODE),
-                "temperature": Default(1.0, RSLAD_CODE),
-                "reduction": Default("mean", RSLAD_CODE + ": torch.mean over classes too"),
-                "teacher_input": Default("clean", RSLAD_CODE),
-                "attack_init": Default("gaussian", RSLAD_CODE),
-                "attack_bn": Default("eval", RSLAD_CODE),
+                "alpha": Default(5 / 6, RSLAD_LOSS),
+                "temperature": Default(1.0, RSLAD_LOSS),
+                "reduction": Default("mean", RSLAD_LOSS + ": torch.mean over classes too"),
+                "teacher_input": Default("clean", RSLAD_LOSS),
+                "attack_init": Default("gaussian", RSLAD_ATTACK),
+                "attack_bn": Default("eval", RSLAD_ATTACK),
             },
         ),
         Method(
@@ -358,13 +360,13 @@ METHODS: dict[str, Method] = {
             needs_labels=False,
             source="Huang et al. 2023",
             defaults={
-                "alpha": Default(1.0, ADAAD_CODE),
-                "temperature": Default(1.0, ADAAD_CODE),
-                "reduction": Default("mean", ADAAD_CODE + " on CIFAR-10; batchmean on CIFAR-100"),
-                "teacher_input": Default("adversarial", ADAAD_CODE),
-                "teacher_gradient": Default(True, ADAAD_CODE),
-                "attack_init": Default("gaussian", ADAAD_CODE),
-                "attack_bn": Default("eval", ADAAD_CODE),
+                "alpha": Default(1.0, ADAAD_LOSS),
+                "temperature": Default(1.0, ADAAD_LOSS),
+                "reduction": Default("mean", ADAAD_LOSS + " on CIFAR-10; batchmean on CIFAR-100"),
+                "teacher_input": Default("adversarial", ADAAD_LOSS),
+                "teacher_gradient": Default(True, ADAAD_ATTACK),
+                "attack_init": Default("gaussian", ADAAD_ATTACK),
+                "attack_bn": Default("eval", ADAAD_ATTACK),
             },
         ),
         Method(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from advfunmatch import create_model
 from advfunmatch.cli import run
 from processes import start
 
@@ -301,6 +302,41 @@ def test_weights_of_another_project(tmp_path: Path, teacher: str, capsys: pytest
         stored["model"],
     ]
     assert run([*TRAIN, *more, "--out", str(tmp_path / "run")]) == 0
-    assert "lacks" in refused(
-        evaluate(tmp_path / "foreign.pt", tmp_path / "x.json", "--model", "resnet18"), capsys
+    # The student remembers its teacher and what that is; both sides may be another project's.
+    student = tmp_path / "run" / "checkpoint.pt"
+    assert run(evaluate(student, tmp_path / "figures.json", "--attacks", "clean")) == 0
+    assert "agreement" in json.loads((tmp_path / "figures.json").read_text())
+    both = ["--model", stored["model"], "--teacher-model", stored["model"], "--teacher"]
+    command = ["attack", *evaluate(tmp_path / "foreign.pt", tmp_path / "x.npz")[1:], "--attack", "mismatch"]
+    assert run([*command, *both, str(tmp_path / "foreign.pt")]) == 0
+
+    out = tmp_path / "x.json"
+    for more, expected in (
+        (["--model", "resnet18"], "lacks"),
+        ([], "if it is another project's, model must name its architecture"),
+        (["--teacher", str(tmp_path / "foreign.pt"), "--model", stored["model"]], "teacher_model must name"),
+        (["--teacher-model", "resnet18", "--model", stored["model"]], "but teacher names no file"),
+    ):
+        assert expected in refused(evaluate(tmp_path / "foreign.pt", out, *more), capsys)
+    assert not out.exists()
+
+
+def test_a_teacher_that_cannot_take_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels, images = np.array([0, 1] * 4), np.zeros((8, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "small.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    torch.save(
+        create_model("torchvision:squeezenet1_1", num_classes=2, in_channels=3).state_dict(),
+        tmp_path / "t.pt",
     )
+    command = [
+        *TRAIN,
+        "--data",
+        f"npz:{tmp_path / 'small.npz'}",
+        "--method",
+        "rslad",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    more = ["--teacher", str(tmp_path / "t.pt"), "--teacher-model", "torchvision:squeezenet1_1"]
+    assert "cannot take images of 8×8 pixels" in refused([*command, *more], capsys)
+    assert not (tmp_path / "run").exists()

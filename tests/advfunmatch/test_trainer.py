@@ -220,6 +220,16 @@ def test_an_existing_run_is_not_replaced_unasked(make_config: MakeConfig) -> Non
         ({"extra_ratio": 1.0}, "extra_ratio is 1"),
         ({"schedule": "step"}, "schedule is 'step'"),
         ({"device": "tpu"}, "device is 'tpu'"),
+        (
+            {"extra_data": "digits", "extra_ratio": 0.001},
+            "extra_ratio is 0.001, which is 0 of batch_size = 128",
+        ),
+        (
+            {"extra_data": "digits", "extra_ratio": 0.9, "batch_size": 1},
+            "which is 1 of batch_size = 1 images",
+        ),
+        ({"method": "kd", "teacher": "t.pt", "scale_by_t2": False}, "scale_by_t2 is False, but kd always"),
+        ({"teacher_model": "resnet18"}, "teacher_model is 'resnet18', but teacher names no file"),
         ({"method": "advfunmatch"}, "matches a teacher"),
         ({"method": "funmatch", "teacher": "absent.pt"}, "teacher 'absent.pt' does not exist"),
     ],

@@ -19,6 +19,7 @@ from advfunmatch.data.augment import MIXING, ON_STORED, augmented, parse_augment
 from advfunmatch.presets import PRESETS
 from advfunmatch.progress import TrainingProgress
 from advfunmatch.schedule import learning_rate
+from saved import same
 from torch import nn
 
 MakeConfig = Callable[..., TrainConfig]
@@ -246,6 +247,19 @@ def test_config_file_and_flags_over_preset(tmp_path: Path, capsys: pytest.Captur
     )  # from the file
     assert (config["epochs"], config["steps"]) == (1, 2)  # from flags
     assert set(stored["environment"]) >= {"torch", "python", "advfunmatch", "git_commit"}
+
+
+def test_a_run_is_repeated_from_its_own_record(tmp_path: Path, make_config: MakeConfig, teacher: str) -> None:
+    first = make_config(method="trades", teacher=teacher, overwrite=True, lr=1e-5, epochs=1)
+    train(first)
+    record = Path(first.out) / "run.json"
+    assert run(["train", "--config", str(record)]) == 2, "overwrite is not repeated"
+    assert run(["train", "--config", str(record), "--out", str(tmp_path / "again")]) == 0
+    weights = [
+        torch.load(out / "checkpoint.pt", weights_only=True)["state_dict"]
+        for out in (Path(first.out), tmp_path / "again")
+    ]
+    assert same(*weights)
 
 
 @pytest.mark.parametrize("name", PRESETS)
