@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from afm_kernels.autograd.fused import refuse_forward_mode
 
@@ -208,6 +209,14 @@ def check_writable(name: str, out: Tensor, **others: Tensor) -> None:
             raise ValueError(
                 f"{name} overlaps {other_name} in memory; it must be {other_name} itself, or apart from it"
             )
+
+
+def mark_written(*outs: Tensor | None) -> None:
+    """Tells autograd that a kernel wrote these tensors, so that a graph that saved one refuses its backward."""
+    if not torch.compiler.is_compiling():  # a compiled graph knows it from the operator's schema
+        for out in outs:
+            if out is not None:
+                increment_version(out)
 
 
 def check_apart(name: str, a: Tensor, other_name: str, b: Tensor) -> None:

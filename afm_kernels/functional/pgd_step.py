@@ -13,6 +13,7 @@ from afm_kernels.functional.checks import (
     check_positive,
     check_real,
     check_writable,
+    mark_written,
 )
 
 Clip = tuple[float | None, float | None] | None
@@ -80,6 +81,7 @@ def pgd_step(
         return kernel(x_adv, grad, x, step_size, eps, norm_index, clip_min, clip_max)
     kernel = ops.kernel("pgd_step_out", device_type)
     kernel(x_adv, grad, x, step_size, eps, norm_index, clip_min, clip_max, _detached(out))
+    mark_written(out)
     return out
 
 
@@ -121,6 +123,8 @@ def pgd_start(
     kind = INITS[check_choice("init", init, INITS)]
     norm_index = _check_norm(norm, x)
     clip_min, clip_max = _check_clip(clip)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is a {type(generator).__name__}; a torch.Generator or None is expected")
     if generator is not None and generator.device.type != x.device.type:
         raise ValueError(
             f"generator is on {generator.device} and x on {x.device}; they must be on one device"

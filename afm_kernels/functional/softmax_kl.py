@@ -41,6 +41,7 @@ from afm_kernels.functional.checks import (
     check_recompute,
     check_row_weight,
     check_writable,
+    mark_written,
 )
 from afm_kernels.functional.reduction import divides_outside, divisor, loss_of_no_rows, reduction_and_scale
 
@@ -203,6 +204,7 @@ def softmax_kl_div_grad(
                 1.0,
                 *(None if side is None else side.movedim(dim, -1) for side in sides),
             )
+        mark_written(*sides)
         return tuple(out)
     recording = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)  # as torch.no_grad, which costs as much as all the checks together

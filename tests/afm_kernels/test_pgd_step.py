@@ -207,6 +207,15 @@ def test_out(device: torch.device, norm: str) -> None:
     assert torch.equal(in_place, expected)
 
 
+def test_autograd_sees_what_is_written_in_place(device: torch.device) -> None:
+    """A network's graph holds x_adv: its backward must be refused after the step, not run on other values."""
+    x_adv, grad, x = case(device, (2, 3, 4, 4), torch.float32, torch.float32)
+    loss = (x_adv * torch.ones_like(x, requires_grad=True)).sum()
+    pgd_step(x_adv, grad, x, step_size=0.02, eps=0.0625, out=x_adv)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_inputs_are_untouched_and_no_graph_grows(device: torch.device) -> None:
     operands = case(device, (2, 3, 4, 4), torch.float32, torch.float32)
     copies = [t.clone() for t in operands]
@@ -347,6 +356,12 @@ X = torch.rand(2, 3)
         ),
         (lambda: pgd_start(X, eps=0), ValueError, "eps is 0"),
         (lambda: pgd_start(X, eps=1, init="normal"), ValueError, "init is 'normal'; allowed"),
+        (lambda: pgd_start(X, eps=1, generator=7), TypeError, "generator is a int"),
+        (
+            lambda: pgd_step(X, X.to_sparse(), X, step_size=1, eps=1),
+            TypeError,
+            "grad has layout torch.sparse_coo",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(call: Callable[[], Tensor], error: type[Exception], sentence: str) -> None:

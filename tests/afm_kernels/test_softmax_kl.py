@@ -264,7 +264,9 @@ def test_grad_function(device: torch.device, name: str, divergence: str) -> None
         (torch.full_like(student, 7), torch.full_like(teacher, 7)),
         tuple(torch.full((*student.shape, 2), 7.0, device=device)[..., 0] for _ in range(2)),
     ):
+        versions = [each._version for each in out]
         returned = softmax_kl_div_grad(sample.student, sample.teacher, out=out, **arguments)
+        assert all(each._version > version for each, version in zip(out, versions, strict=True))
         assert returned[0] is out[0]
         assert returned[1] is out[1]
         # Where the logits are, and which sides are wanted, may choose another loop: the same up to rounding.
