@@ -1,6 +1,6 @@
 """The CPU kernels under AddressSanitizer and UBSan: no access outside a row, no undefined behaviour.
 
-The kernels need no PyTorch, so tests/cpp/kernels_test.cpp calls them directly, on buffers of the exact size with
+The kernels need no PyTorch, so the programs in tests/cpp call them directly, on buffers of the exact size with
 sentinels between the rows. Each instruction set is built here and runs where the machine has it.
 """
 
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-KERNELS = ("softmax_kl_kernel.cpp", "dkl_kernel.cpp")
+PROGRAMS = {"losses": ("softmax_kl", "dkl"), "images": ("pgd_step", "scale_shift_relu", "conv3x3")}
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl"]
 CAPABILITIES = {"portable": [], "avx2": AVX2, "avx512": AVX512}  # as in setup.py
@@ -35,27 +35,26 @@ def compile_object(source: Path, target: Path, *flags: str) -> Path:
     return target
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The test program, with the kernels of every instruction set of this architecture."""
+@pytest.fixture(scope="module", params=PROGRAMS)
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A test program, with its kernels for every instruction set of this architecture."""
     folder = tmp_path_factory.mktemp("sanitizers")
     machine = os.uname().machine
-    objects = [compile_object(ROOT / "tests/cpp/kernels_test.cpp", folder / "main.o")]
+    objects = [compile_object(ROOT / f"tests/cpp/{request.param}_test.cpp", folder / "main.o")]
     for name, flags in CAPABILITIES.items():
         if name != "portable" and machine != "x86_64":
             continue
         defines = [f"-DAFM_CAPABILITY={name}", f"-DAFM_CAPABILITY_{name.upper()}=1"]
-        for kernel in KERNELS:
-            objects.append(
-                compile_object(CSRC / "cpu" / kernel, folder / f"{name}_{kernel}.o", *flags, *defines)
-            )
-    target = folder / "kernels_test"
+        for kernel in PROGRAMS[request.param]:
+            source = CSRC / "cpu" / f"{kernel}_kernel.cpp"
+            objects.append(compile_object(source, folder / f"{name}_{kernel}.o", *flags, *defines))
+    target = folder / f"{request.param}_test"
     subprocess.run([str(COMPILER), *FLAGS, *map(str, objects), "-o", str(target)], check=True)
     return target
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_kernels_stay_within_their_rows(program: Path, capability: str) -> None:
+def test_kernels_stay_within_their_buffers(program: Path, capability: str) -> None:
     done = subprocess.run([str(program), capability], capture_output=True, text=True, check=False)
     if done.returncode == NOT_SUPPORTED:
         pytest.skip(done.stdout.strip())

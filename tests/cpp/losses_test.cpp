@@ -1,18 +1,17 @@
-// The CPU kernels without PyTorch, for AddressSanitizer and UBSan: every buffer is an allocation of
-// its exact size, starts off the alignment that vectors would like, and has gaps between its rows
-// that must keep their sentinels. Values are compared with plain double-precision formulas.
-// tests/afm_kernels/test_sanitizers.py builds and runs this.
+// The losses' kernels without PyTorch, for AddressSanitizer and UBSan: every buffer is an
+// allocation of its exact size, starts off the alignment that vectors would like, and has gaps
+// between its rows that must keep their sentinels. Values are compared with plain double-precision
+// formulas. tests/afm_kernels/test_sanitizers.py builds and runs this.
 //
-//   kernels_test portable|avx2|avx512
+//   losses_test portable|avx2|avx512
 
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "cpu/dkl.h"
 #include "cpu/softmax_kl.h"
 
@@ -21,85 +20,8 @@ using namespace afm::cpu;
 
 namespace {
 
-int failures = 0, checks = 0;
-
-void expect(bool ok, const std::string& what) {
-  ++checks;
-  if (ok) return;
-  if (++failures <= 20) std::printf("FAILED %s\n", what.c_str());
-}
-
-// A fixed sequence: the same inputs in every run.
-struct Random {
-  uint64_t state = 1;
-  double uniform() {
-    state = state * 6364136223846793005ULL + 1442695040888963407ULL;
-    return static_cast<double>(state >> 11) / 9007199254740992.0;
-  }
-  double normal() {
-    return std::sqrt(-2 * std::log(uniform() + 1e-300)) * std::cos(6.283185307179586 * uniform());
-  }
-};
-
-int64_t bytes_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
-// Conversions written a second time, and slowly, to check the kernels' own.
-double decode(const char* p, DType dtype) {
-  if (dtype == DType::kFloat64) {
-    double x;
-    std::memcpy(&x, p, 8);
-    return x;
-  }
-  if (dtype == DType::kFloat32) {
-    float x;
-    std::memcpy(&x, p, 4);
-    return x;
-  }
-  uint16_t h;
-  std::memcpy(&h, p, 2);
-  if (dtype == DType::kBFloat16) {
-    const uint32_t bits = static_cast<uint32_t>(h) << 16;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-  }
-  const int exponent = (h >> 10) & 31, fraction = h & 1023;
-  const double sign = h & 0x8000 ? -1 : 1;
-  if (exponent == 31) return fraction ? NAN : sign * INFINITY;
-  return sign *
-         (exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25));
-}
-
-void encode(double x, char* p, DType dtype) {
-  const float f = static_cast<float>(x);
-  if (dtype == DType::kFloat64) {
-    std::memcpy(p, &x, 8);
-  } else if (dtype == DType::kFloat32) {
-    std::memcpy(p, &f, 4);
-  } else if (dtype == DType::kBFloat16) {
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    const uint16_t h = static_cast<uint16_t>(bits >> 16);
-    std::memcpy(p, &h, 2);
-  } else {  // towards zero; logits need no better
-    uint16_t h = std::signbit(x) ? 0x8000 : 0;
-    const double m = std::fabs(x);
-    if (std::isinf(m)) {
-      h |= 0x7c00;
-    } else if (m >= std::ldexp(1, -14)) {
-      int exponent;
-      const double fraction = std::frexp(m, &exponent);
-      h |= static_cast<uint16_t>(((exponent + 14) << 10) +
-                                 static_cast<int>((fraction * 2 - 1) * 1024));
-    }
-    std::memcpy(p, &h, 2);
-  }
-}
-
 // Rows in a block of exactly as many bytes as they need, `misalign` elements off the allocator's
-// alignment.
+// alignment. Class stride 0: rows lie side by side, as pixels of (N, C, H, W).
 struct Rows {
   DType dtype;
   int64_t rows, classes, row_stride, class_stride;
@@ -111,12 +33,12 @@ struct Rows {
       : dtype(dtype),
         rows(rows),
         classes(classes),
-        row_stride(classes * class_stride + row_gap),
-        class_stride(class_stride),
+        row_stride(class_stride == 0 ? 1 : classes * class_stride + row_gap),
+        class_stride(class_stride == 0 ? rows + row_gap : class_stride),
         bytes(static_cast<size_t>(
-                  (misalign + (rows - 1) * row_stride + (classes - 1) * class_stride + 1) *
+                  (misalign + (rows - 1) * row_stride + (classes - 1) * this->class_stride + 1) *
                   bytes_of(dtype)),
-              static_cast<char>(0xa5)),
+              kSentinel),
         misalign(misalign) {
     bytes.shrink_to_fit();
   }
@@ -140,7 +62,7 @@ struct Rows {
         for (int64_t b = 0; b < bytes_of(dtype); ++b)
           used[static_cast<size_t>(at(i, j) - bytes.data() + b)] = 1;
     for (size_t k = 0; k < bytes.size(); ++k)
-      if (!used[k] && bytes[k] != static_cast<char>(0xa5)) return false;
+      if (!used[k] && bytes[k] != kSentinel) return false;
     return true;
   }
 };
@@ -275,14 +197,6 @@ Inputs make_inputs(const Case& c, Random& random) {
     }
   return in;
 }
-
-// Exact scratch, 64-byte aligned as the kernels are promised.
-struct ScratchBlock {
-  explicit ScratchBlock(int64_t bytes)
-      : data(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64))) {}
-  ~ScratchBlock() { std::free(data); }
-  void* data;
-};
 
 double unit_of(bool is_double) { return is_double ? 0x1p-53 : 0x1p-24; }
 
@@ -445,7 +359,8 @@ void test_dkl(const Kernels& kernels, const Case& c, bool own_weights) {
   std::vector<double> values(static_cast<size_t>(c.rows));
   DklParams params;
   params.shape.sizes[0] = c.rows;
-  params.classes = c.classes, params.temperature = c.temperature, params.weight_temperature = 2;
+  params.classes = c.classes, params.temperature = c.temperature;
+  params.weight_temperature = c.temperature == 1 ? 1 : 2;
   params.alpha = 0.8, params.beta = 1.5, params.symmetric = true;
   in.student.view(params.student), in.teacher.view(params.teacher);
   if (!own_weights) class_weight.view(params.class_weight);
@@ -456,7 +371,8 @@ void test_dkl(const Kernels& kernels, const Case& c, bool own_weights) {
   for (int64_t i = 0; i < c.rows; ++i) {
     const std::vector<double> s = in.s(i), t = in.t(i), q = softmax(s, c.temperature),
                               p = softmax(t, c.temperature);
-    std::vector<double> w = own_weights ? softmax(t, 2) : Inputs::row(class_weight, i);
+    std::vector<double> w =
+        own_weights ? softmax(t, params.weight_temperature) : Inputs::row(class_weight, i);
     double value = 0, total = 0, mean = 0;
     for (size_t j = 0; j < s.size(); ++j)
       value -= 0.8 * p[j] * std::log(q[j]), total += w[j], mean += w[j] * (t[j] - s[j]);
@@ -492,11 +408,13 @@ void test_all(const Kernels& kernels) {
   for (const auto& pair : pairs)
     for (int64_t n : classes)
       for (double distance : distances) {
-        const bool long_row = n > 200;
-        const int64_t layout = (n + static_cast<int64_t>(distance)) % 3;
+        // Of short rows, whole blocks of every instruction set and a part of one.
+        const int64_t rows = n > 200 ? 2 : n > 40 ? 5 : 37;
+        const int64_t layout = (n + static_cast<int64_t>(distance)) % 4;
+        const int64_t class_strides[] = {1, 1, 2, 0};
         const Case c{
-            pair[0], pair[1],  long_row ? 2 : 5, n, layout == 0 ? 0 : 3, layout == 2 ? 2 : 1,
-            layout,  distance, n % 2 ? 1.0 : 3.0};
+            pair[0],  pair[1],          rows, n, layout == 0 ? 0 : 3, class_strides[layout], layout,
+            distance, n % 2 ? 1.0 : 3.0};
         for (Divergence divergence : {Divergence::kKl, Divergence::kJeffreys, Divergence::kJs})
           test_softmax_kl(kernels, c, divergence, false, n % 4 == 1);
         test_softmax_kl(kernels, c, Divergence::kKl, true, n % 4 == 0);
@@ -509,26 +427,8 @@ void test_all(const Kernels& kernels) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::string capability = argc > 1 ? argv[1] : "portable";
-#define AFM_KERNELS_OF(NAME)                                                         \
-  Kernels {                                                                          \
-    NAME::softmax_kl_rows_float, NAME::softmax_kl_rows_double, NAME::dkl_rows_float, \
-        NAME::dkl_rows_double                                                        \
-  }
-  if (capability == "portable") {
-    test_all(AFM_KERNELS_OF(portable));
-#if defined(__x86_64__)
-  } else if (capability == "avx2" && __builtin_cpu_supports("avx2") &&
-             __builtin_cpu_supports("fma")) {
-    test_all(AFM_KERNELS_OF(avx2));
-  } else if (capability == "avx512" && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq")) {
-    test_all(AFM_KERNELS_OF(avx512));
-#endif
-  } else {
-    std::printf("this machine does not run %s\n", capability.c_str());
-    return 77;
-  }
-  std::printf("%s: %d checks, %d failures\n", capability.c_str(), checks, failures);
-  return failures == 0 ? 0 : 1;
+#define AFM_KERNELS_OF(NAME)                                                               \
+  Kernels{NAME::softmax_kl_rows_float, NAME::softmax_kl_rows_double, NAME::dkl_rows_float, \
+          NAME::dkl_rows_double}
+  AFM_RUN_CAPABILITY(argc, argv, test_all, AFM_KERNELS_OF)
 }
