@@ -2,6 +2,14 @@
 // block of that type and unit stride is used where it lies, any other is converted through a
 // scratch buffer that stays in the first-level cache. So a kernel is one loop over float or double,
 // whatever the dtypes and strides. For kernel units.
+//
+// Note [bfloat16 as it lies]
+// ~~~~~~~~~~~~~~~~~~~~~~~~~~
+// On the way through a scratch buffer every element is loaded and stored once more. For bfloat16
+// that took as long as the arithmetic wherever the images lie in a cache. Its conversions are a few
+// integer operations, which the compiler vectorises with the loop itself: to_float on what is read,
+// from_float on what is written. So loops are written with those, and where all operands are
+// bfloat16 without gaps they run on the tensors.
 
 #pragma once
 
