@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,13 +29,6 @@ STUDENT_METHODS = ("ce", "funmatch", "advfunmatch")
 ATTACKS = ("clean", "pgd20", "autoattack")
 
 
-def _measure(checkpoint: Path, teacher_checkpoint: str, seed: int) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    teacher = None if str(checkpoint) == teacher_checkpoint else load_model(teacher_checkpoint)
-    test_set = load_dataset(DATA, split="test")
-    return evaluate(load_model(checkpoint), test_set, ATTACKS, eps=EPS, seed=seed, teacher=teacher).to_dict()
-
-
 def run_demo(out: Path, *, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any]:
     """Train the teacher and the students, evaluate all four alike, and write the picture and the figures.
 
@@ -50,15 +44,14 @@ def run_demo(out: Path, *, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any
         What ``demo.json`` holds.
     """
     started = time.perf_counter()
-    teacher_checkpoint = str(out / "teacher" / "checkpoint.pt")
-    runs: dict[str, dict[str, Any]] = {}
+    teacher_checkpoint = out / "teacher" / "checkpoint.pt"
+    runs = {}
     for name in ("teacher", *STUDENT_METHODS):
-        is_teacher = name == "teacher"
         config = TrainConfig(
             data=DATA,
-            model=TEACHER_MODEL if is_teacher else STUDENT_MODEL,
-            method="pgd_at" if is_teacher else name,
-            teacher=None if is_teacher else teacher_checkpoint,
+            model=TEACHER_MODEL if name == "teacher" else STUDENT_MODEL,
+            method="pgd_at" if name == "teacher" else name,
+            teacher=None if name == "teacher" else str(teacher_checkpoint),
             out=str(out / name),
             epochs=epochs,
             eps=EPS,
@@ -74,15 +67,8 @@ def run_demo(out: Path, *, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any
         }
 
     print("evaluating all four with the same attacks", file=sys.stderr)
-    cores = torch.get_num_threads()
-    # One process a core: AutoAttack on networks this small keeps one core busy, and two together slow each other.
-    with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
-        measured = {
-            name: pool.submit(_measure, out / name / "checkpoint.pt", teacher_checkpoint, seed)
-            for name in runs
-        }
-        for name, run in runs.items():
-            run |= measured[name].result()
+    for name, measured in _measure_all(out, list(runs), teacher_checkpoint, seed).items():
+        runs[name] |= measured
     result = {
         "data": DATA,
         "test_images": runs["teacher"]["images"],
@@ -95,3 +81,17 @@ def run_demo(out: Path, *, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any
     write_json(out / "demo.json", result)
     draw_demo(out, result)
     return result
+
+
+def _measure_all(out: Path, names: Sequence[str], teacher: Path, seed: int) -> dict[str, dict[str, Any]]:
+    """Each network's figures. One process a core: AutoAttack on networks this small keeps one core busy."""
+    with ProcessPoolExecutor(torch.get_num_threads(), mp_context=get_context("spawn")) as pool:
+        futures = {name: pool.submit(_measure, out / name / "checkpoint.pt", teacher, seed) for name in names}
+        return {name: future.result() for name, future in futures.items()}
+
+
+def _measure(checkpoint: Path, teacher_checkpoint: Path, seed: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    teacher = None if checkpoint == teacher_checkpoint else load_model(teacher_checkpoint)
+    test_set = load_dataset(DATA, split="test")
+    return evaluate(load_model(checkpoint), test_set, ATTACKS, eps=EPS, seed=seed, teacher=teacher).to_dict()

@@ -32,12 +32,11 @@ from .board import Board
 from .checkpoint import save_checkpoint
 from .config import TrainConfig
 from .data import as_float, choose
-from .distributed import World
 from .errors import TrainingDiverged
 from .evaluate import evaluate
 from .files import write_json, write_json_lines
 from .lean import PreparedModel
-from .methods import Logits, Method
+from .methods import Logits, Method, Network
 from .run import Run, set_up
 from .schedule import learning_rate
 
@@ -150,7 +149,7 @@ def train_step(run: Run, epoch: int, index: int, indices: Tensor) -> Tensor:
         parameters["lr"] = learning_rate(state.step, run.steps_per_epoch, config)
     if index == group[0]:
         state.optimizer.zero_grad(set_to_none=True)
-    with worst_weights(run.student, run.method, logits, config, world, weight):
+    with worst_weights(run, logits, weight):
         with run.autocast():
             loss = weight * run.method.loss(logits, config)
         state.scaler.scale(loss * share_of_group).backward()
@@ -187,18 +186,18 @@ def run_attack(
     return attack(student, teacher, logits.x, logits.labels, teacher_logits=known, x_start=x_start)
 
 
-def worst_weights(
-    student: nn.Module, method: Method, logits: Logits, config: TrainConfig, world: World, weight: float
-) -> AbstractContextManager[None]:
+def worst_weights(run: Run, logits: Logits, weight: float) -> AbstractContextManager[None]:
     """Where --awp is on and warmed up: the weights moved against this batch; otherwise nothing."""
+    config = run.config
     if not config.awp or logits.epoch < config.awp_warmup:
         return nullcontext()
-    return perturbed_weights(
-        student,
-        lambda proxy: weight * method.loss(logits.for_student(proxy), config),
-        config.awp_gamma,
-        world,
-    )
+
+    def loss_of(proxy: Network) -> Tensor:
+        # fp16 gradients would need a scale of their own, so these are float32 there.
+        with nullcontext() if config.precision == "fp16" else run.autocast():
+            return weight * run.method.loss(logits.for_student(proxy), config)
+
+    return perturbed_weights(run.student, loss_of, config.awp_gamma, run.world)
 
 
 def step_optimizer(run: Run) -> None:

@@ -133,7 +133,7 @@ def test_accumulated_batches_equal_one_large_batch(
         {"attack_bn": "train"},
         {"attack_bn": "batch"},
         {"norm": "l2", "eps": 0.5},
-        {"awp": True, "awp_warmup": 0},
+        {"awp": True, "awp_warmup": 0, "precision": "bf16"},
         {"early_steps": 1},
         {"augment": "mixup,flip"},
     ],
