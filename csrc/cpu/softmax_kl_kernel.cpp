@@ -44,7 +44,8 @@ struct HardLabel {
   bool is_present = false;
   int64_t label = 0;
   double scale = 0;        // of its gradient
-  double log_sum_exp = 0;  // of the student's logits, at temperature 1
+  double shift = 0;        // the student's
+  double log_sum_exp = 0;  // of the student's logits less the shift, at temperature 1
   bool is_kept = false;    // whether the worker kept exp(logit - shift), at temperature 1
   double inv_sum = 1;      // of those
 };
@@ -349,8 +350,7 @@ struct Worker {
 
   // The cross-entropy.
 
-  // -log q of the label, smoothed, at temperature 1; also sets hard.log_sum_exp, and where `keep`
-  // the exponentials for the gradient.
+  // -log q of the label, smoothed, at temperature 1; also sets what the gradient takes from `hard`.
   double cross_entropy(const RowSummary& row, HardLabel& hard, bool keep) {
     const double smoothing = params.cross_entropy.label_smoothing;
     const bool known = params.temperature == 1 && row.kind < RowKind::kUnlooked;
@@ -363,7 +363,8 @@ struct Worker {
     const double log_sum = !known                       ? __builtin_log(plain.sum)
                            : row.kind == RowKind::kNear ? near_log_sum(row, hard.label)
                                                         : row.student_lse;
-    hard.log_sum_exp = plain.shift + log_sum;
+    hard.shift = row.kind == RowKind::kUnlooked ? plain.shift : row.student_shift;
+    hard.log_sum_exp = log_sum + (plain.shift - hard.shift);
     hard.is_kept = !known && keep, hard.inv_sum = 1 / plain.sum;
     double value = smoothing == 1 ? 0 : (1 - smoothing) * (log_sum - above);
     if (smoothing == 0) return value;
@@ -562,11 +563,12 @@ struct Worker {
       });
     } else {
       // The exponentials are probabilities, up to a factor near 1.
-      const T shift = static_cast<T>(hard.log_sum_exp);
-      const double rounding = __builtin_exp(static_cast<double>(shift) - hard.log_sum_exp);
-      const Vec<T> factor(static_cast<T>(hard.scale * rounding));
+      const T log_sum = static_cast<T>(hard.log_sum_exp);
+      const double rounding = __builtin_exp(static_cast<double>(log_sum) - hard.log_sum_exp);
+      const Vec<T> factor(static_cast<T>(hard.scale * rounding)), shift(static_cast<T>(hard.shift));
       sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
-        add(access, j, plain_exp(access.load(s + j, no_class<T>()) - Vec<T>(shift)), factor);
+        const Vec<T> above = access.load(s + j, no_class<T>()) - shift;
+        add(access, j, plain_exp(above - Vec<T>(log_sum)), factor);
       });
     }
   }
@@ -619,8 +621,7 @@ struct Worker {
     stats[kStatTeacherSum] = static_cast<T>(row.teacher_sum);
     stats[kStatCentre] = static_cast<T>(row.centre);
     stats[kStatMean] = static_cast<T>(row.mean);
-    stats[kStatLast] =
-        static_cast<T>(jeffreys ? row.student_mean : hard.log_sum_exp - row.student_shift);
+    stats[kStatLast] = static_cast<T>(jeffreys ? row.student_mean : hard.log_sum_exp);
   }
 
   RowSummary restore(int64_t i, HardLabel& hard) const {
@@ -633,7 +634,7 @@ struct Worker {
     row.teacher_sum = stats[kStatTeacherSum];
     row.centre = stats[kStatCentre], row.mean = stats[kStatMean],
     row.student_mean = stats[kStatLast];
-    hard.log_sum_exp = row.student_shift + stats[kStatLast];
+    hard.shift = row.student_shift, hard.log_sum_exp = stats[kStatLast];
     return row;
   }
 
@@ -652,6 +653,7 @@ struct Worker {
       row.kind = RowKind::kUnlooked;
     }
     if (hard.is_present) value += params.cross_entropy.weight * cross_entropy(row, hard, cache);
+    if (row.kind == RowKind::kUnlooked) row.student_shift = hard.shift;
     if (!__builtin_isfinite(value))
       row.kind = __builtin_isnan(value) ? RowKind::kNan : RowKind::kInfinite;
     if (params.row_values != nullptr) params.row_values[i] = value * weight_of(i) * params.scale;

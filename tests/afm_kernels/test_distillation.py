@@ -143,6 +143,31 @@ def test_each_hard_row_by_itself(
     assert_gradient(teacher.grad, truth[2], terms=terms)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.0, 1.0), (0.3, 4.0)])
+@pytest.mark.parametrize("offset", [1000.0, 2.0**24, -1e30])
+def test_offset_of_the_student(
+    device: torch.device, offset: float, alpha: float, temperature: float, recompute: bool
+) -> None:
+    """A softmax knows no offset, and its gradient must not: not even where the logits have no digits left."""
+    steps = torch.tensor([[0.0, 4.0, 2.0, 0.0, 6.0]]) * (abs(offset) < 1e9)
+    teacher = torch.tensor([[1.0, 3.0, -2.0, 0.5, 0.0]])
+    gradients = []
+    for logits in (steps.double(), (steps + offset).to(device)):
+        student = logits.requires_grad_()
+        loss = distillation_loss(
+            student,
+            teacher.to(student),
+            torch.tensor([1], device=student.device),
+            alpha=alpha,
+            temperature=temperature,
+            label_smoothing=0.1,
+            recompute=recompute,
+        )
+        gradients.append(torch.autograd.grad(loss, student)[0].cpu())
+    torch.testing.assert_close(gradients[1].double(), gradients[0], rtol=1e-6, atol=1e-6)
+
+
 def test_table_by_hand(device: torch.device) -> None:
     """Cells worked out on paper: two classes, T = 1, α = ½."""
     ln2 = 0.6931471805599453
