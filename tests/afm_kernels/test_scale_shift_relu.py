@@ -217,12 +217,13 @@ def test_compiles_to_one_graph(device: torch.device) -> None:
         outputs = [
             f(a, scale, shift, b) for f, (a, b) in zip((compiled, scale_shift_relu), leaves, strict=True)
         ]
-        # Not bit by bit: torch 2.11 traces the reference to other rounding than it has in eager mode.
-        torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
+        # torch 2.11 traces the reference to other rounding than it has in eager mode.
+        rounding = 1e-5 if ops.served_by("scale_shift_relu_forward", device.type) == "reference" else 0
+        torch.testing.assert_close(*outputs, rtol=rounding, atol=rounding)
         for output in outputs:
             output.square().sum().backward()
         for ours, theirs in zip(*leaves, strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=rounding, atol=rounding)
     assert counter.frame_count <= 2
 
 
