@@ -50,6 +50,8 @@ SHAPES = (
     Shape("128x100", (128, 100), "adversarial"),
     Shape("256x100", (256, 100), "adversarial"),
     Shape("128x200", (128, 200), "adversarial"),
+    Shape("65536x10", (65536, 10), "segmentation"),
+    Shape("65536x19", (65536, 19), "segmentation"),
     Shape("512x1000", (512, 1000), "imagenet"),
     Shape("96x21841", (96, 21841), "imagenet"),
     Shape("8x19x128x256-cl", (8, 19, 128, 256), "segmentation", dim=1),
@@ -282,11 +284,11 @@ def _built(op: str, ours: dict[str, Call], eager: Loss, student: Tensor, teacher
 # torch.compile takes. Each shape family, each mode and each dtype is there once at least.
 STANDARD = {
     "softmax_kl": r"(both|grad)/(128x10|256x100|512x1000|8x19x128x256-cl|256x32000)/float32"
-    r"|student/(128x10|512x1000|256x32000)/float32|loss/512x1000/float32"
+    r"|both/65536x10/float32|student/(128x10|512x1000|256x32000)/float32|loss/512x1000/float32"
     r"|(both|grad)/(8x19x128x256-cl|256x32000)/bfloat16|both/512x1000/(float16|float64)",
     "softmax_kl-reverse_kl": r"both/512x1000/float32",
     "softmax_kl-jeffreys": r"both/512x1000/float32",
-    "softmax_kl-js": r"both/512x1000/float32",
+    "softmax_kl-js": r"both/(512x1000|8x19x128x256-cl)/float32",
     "distillation": r"student/(128x10|512x1000|256x32000)/float32",
     "dkl": r"both/(128x10|128x100)/float32",
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from truth import eager_divergence, gradient_terms, truth_divergence
 
 from afm_kernels import DistillationLoss, distillation_loss
+from afm_kernels.ops import backend_for
 
 STEM = "distillation"
 NAN, INF = float("nan"), float("inf")
@@ -90,9 +91,11 @@ def check(sample: Sample, alpha: float, smoothing: float, recompute: bool | None
         dim=sample.dim,
         recompute=recompute,
     )
-    # log q is a difference of numbers of the size of the logits: 0 comes out as their rounding.
+    # log q is a difference of numbers of the size of the logits: 0 comes out as their rounding, but not where a CPU
+    # kernel takes the maximum off every logit first.
     size = student.detach().double().cpu().nan_to_num(0, 0, 0).abs().amax(-1)
-    assert_loss(rows, truth[0], eager[0], terms=size)
+    exact = backend_for("distillation_forward_grad", student.device.type) == "cpp"
+    assert_loss(rows, truth[0], eager[0], terms=None if exact else size)
     gradients = torch.autograd.grad(rows.sum(), (own_student, own_teacher))
     for logits, gradient, wanted, peer in zip(
         (own_student, own_teacher), gradients, truth[1:], eager[1:], strict=True
