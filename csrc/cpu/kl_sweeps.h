@@ -113,6 +113,7 @@ struct RowSums {
   double excess = 0;          // near and general: of e * (exp(x) - 1 - x)
   double curvature = 0;       // near and general: of e * x * (exp(x) - 1)
   double student_linear = 0;  // far and general: of exp((s - m_s) / T) * x
+  // Of the logits, unless overflow shows in the sums.
   double student_max = -__builtin_inf(), teacher_max = -__builtin_inf();
   double largest_square = 0;     // near: of x
   bool one_sided = false;        // general: a class is -inf on one side only
@@ -136,6 +137,13 @@ struct RowConstants {
   }
   AFM_MEMBER Vec<T> student_exp(Vec<T> s) const { return exp(s - Vec<T>(student_shift)); }
   AFM_MEMBER Vec<T> teacher_exp(Vec<T> t) const { return exp(t - Vec<T>(teacher_shift)); }
+  // Of near and far rows.
+  AFM_MEMBER Vec<T> finite_student_exp(Vec<T> s) const {
+    return exp.unbounded(s - Vec<T>(student_shift));
+  }
+  AFM_MEMBER Vec<T> finite_teacher_exp(Vec<T> t) const {
+    return exp.unbounded(t - Vec<T>(teacher_shift));
+  }
   // Far rows take c = (m_s - m_t - k) / T, and x in units of logits.
   AFM_MEMBER Vec<T> far_x(Vec<T> s, Vec<T> t) const {
     return (s - Vec<T>(student_shift)) - (t - Vec<T>(teacher_shift));
@@ -206,9 +214,9 @@ AFM_LOOP void sum_far(const In* s, const In* t, int64_t n, const RowConstants<T>
   sweep<V>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
     const V a = access.load(s + j, no_class<T>()), b = access.load(t + j, no_class<T>());
     if constexpr (kCache) lines.request(j);
-    student_max.take_max(u, a), teacher_max.take_max(u, b);
-    const V v = a - V(row.student_shift), w = b - V(row.teacher_shift);
-    const V e_s = row.exp(v), e_t = row.exp(w), x = v - w;
+    if constexpr (!ScaledExp<T>::kOverflowShows) student_max.take_max(u, a), teacher_max.take_max(u, b);
+    const V v = a - V(row.student_shift), w = b - V(row.teacher_shift), x = v - w;
+    const V e_s = access.or_zero(row.exp.unbounded(v)), e_t = access.or_zero(row.exp.unbounded(w));
     student.add(u, e_s), teacher.add(u, e_t), linear.add_product(u, e_t, x);
     if constexpr (kJeffreys) student_linear.add_product(u, e_s, x);
     if constexpr (kCache)
@@ -231,8 +239,8 @@ AFM_LOOP void sum_near(const In* s, const In* t, int64_t n, const RowConstants<T
   sweep<V>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
     const V a = access.load(s + j, no_class<T>()), b = access.load(t + j, no_class<T>());
     if constexpr (kCache) lines.request(j);
-    teacher_max.take_max(u, b);
-    const V e_t = row.teacher_exp(b), x = access.or_zero(row.x(a, b)), square = x * x;
+    if constexpr (!ScaledExp<T>::kOverflowShows) teacher_max.take_max(u, b);
+    const V e_t = access.or_zero(row.finite_teacher_exp(b)), x = access.or_zero(row.x(a, b)), square = x * x;
     largest_square.take_max(u, square);
     const V above = square * polynomial(Float<T>::excess, x);
     teacher.add(u, e_t), linear.add_product(u, e_t, x), excess.add_product(u, e_t, above);
@@ -351,8 +359,11 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
                    e = access.load(teacher_cache + j, V(T(0)));
                    if constexpr (kNeedsF) f = access.load(student_cache + j, V(T(0)));
                  } else {
-                   e = row.teacher_exp(b);
-                   if constexpr (kNeedsF) f = kNear ? x + excess_of_exp<T>(x) : row.student_exp(a);
+                   e = kGeneral ? row.teacher_exp(b) : row.finite_teacher_exp(b);
+                   if constexpr (kNeedsF)
+                     f = kNear      ? x + excess_of_exp<T>(x)
+                         : kGeneral ? row.student_exp(a)
+                                    : row.finite_student_exp(a);
                  }
                  if constexpr (kNear && kNeedsF) f = e * f;
                  if constexpr (kStudent) {

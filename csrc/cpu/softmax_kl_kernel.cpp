@@ -24,7 +24,7 @@ constexpr double kInfinity = __builtin_inf(), kNotANumber = __builtin_nan("");
 constexpr int64_t kProbe = 128;
 
 // Shifted logits may exceed the shift by 100 doublings before sums would lose their range.
-constexpr double kMaxDoublings = 100;
+constexpr double kMaxDoublings = 100, kLargestSum = 0x1p100;
 
 // What a row comes to; what a backward needs of it is saved as RowStat.
 struct RowSummary {
@@ -170,6 +170,13 @@ struct Worker {
     return row;
   }
 
+  // Whether the exponentials of one side kept to the range. `above`: its largest logit less the
+  // shift, where the loops had to look for it.
+  bool is_in_range(double sum, double above) const {
+    if constexpr (ScaledExp<T>::kOverflowShows) return sum <= kLargestSum;
+    return above * to_log2 <= kMaxDoublings;
+  }
+
   template <bool kCache>
   bool summarise_near(RowSummary& row, double centre) {
     row.centre = static_cast<T>(centre);
@@ -184,8 +191,8 @@ struct Worker {
     });
     constexpr double kLimit =
         kNearLimit * kNearLimit * 1.01;  // the polynomial is fitted a little beyond 1
-    const bool in_range = (sums.teacher_max - row.teacher_shift) * to_log2 <= kMaxDoublings;
-    if (!(sums.largest_square <= kLimit && in_range && __builtin_isfinite(sums.linear)))
+    if (!(sums.largest_square <= kLimit && __builtin_isfinite(sums.linear) &&
+          is_in_range(sums.teacher, sums.teacher_max - row.teacher_shift)))
       return false;
     row.kind = RowKind::kNear;
     row.teacher_sum = sums.teacher;
@@ -211,9 +218,9 @@ struct Worker {
       else
         sum_far<kCache, false>(s, t, n, c, lines, student_cache + j, teacher_cache + j, sums);
     });
-    const double above =
-        larger(sums.student_max - row.student_shift, sums.teacher_max - row.teacher_shift);
-    if (!__builtin_isfinite(sums.linear) || !(above * to_log2 <= kMaxDoublings)) {
+    if (!(__builtin_isfinite(sums.linear) &&
+          is_in_range(sums.student, sums.student_max - row.student_shift) &&
+          is_in_range(sums.teacher, sums.teacher_max - row.teacher_shift))) {
       row.centre = kNotANumber;  // no better guess for the general loop
       return false;
     }
@@ -676,7 +683,11 @@ struct Worker {
     return true;
   }
 
-  double gradient_scale(int64_t i) const { return weight_of(i) * params.scale * given_gradient(i); }
+  // A NaN comes out as the one whose bfloat16 is a NaN too, whatever the caller's was.
+  double gradient_scale(int64_t i) const {
+    const double scale = weight_of(i) * params.scale * given_gradient(i);
+    return __builtin_isnan(scale) ? kNotANumber : scale;
+  }
 
   double given_gradient(int64_t i) const {
     return params.grad_loss == nullptr
@@ -715,7 +726,7 @@ struct Worker {
       fill(grad_student, grad_student_tile, nan);
       return fill(grad_teacher, grad_teacher_tile, has_divergence ? nan : T(0));
     }
-    double scale = weight * params.scale * given_gradient(i);
+    double scale = gradient_scale(i);
     hard.scale = hard.is_present ? scale * ce.weight : 0;
     scale *= params.divergence_weight;
     if (!has_divergence)

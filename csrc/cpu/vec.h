@@ -70,6 +70,8 @@ struct Vec<float> {
 AFM_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm512_add_ps(a.v, b.v); }
 AFM_INLINE Vec<float> operator-(Vec<float> a, Vec<float> b) { return _mm512_sub_ps(a.v, b.v); }
 AFM_INLINE Vec<float> operator*(Vec<float> a, Vec<float> b) { return _mm512_mul_ps(a.v, b.v); }
+AFM_INLINE Vec<float> fms(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmsub_ps(a.v, b.v, c.v); }
+AFM_INLINE Vec<float> times_power_of_2(Vec<float> a, Vec<float> n) { return _mm512_scalef_ps(a.v, n.v); }
 AFM_INLINE Vec<float> operator/(Vec<float> a, Vec<float> b) { return _mm512_div_ps(a.v, b.v); }
 AFM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 AFM_INLINE Vec<float> max(Vec<float> a, Vec<float> bound) { return _mm512_max_ps(a.v, bound.v); }
@@ -108,6 +110,8 @@ struct Vec<double> {
 AFM_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) { return _mm512_add_pd(a.v, b.v); }
 AFM_INLINE Vec<double> operator-(Vec<double> a, Vec<double> b) { return _mm512_sub_pd(a.v, b.v); }
 AFM_INLINE Vec<double> operator*(Vec<double> a, Vec<double> b) { return _mm512_mul_pd(a.v, b.v); }
+AFM_INLINE Vec<double> fms(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmsub_pd(a.v, b.v, c.v); }
+AFM_INLINE Vec<double> times_power_of_2(Vec<double> a, Vec<double> n) { return _mm512_scalef_pd(a.v, n.v); }
 AFM_INLINE Vec<double> operator/(Vec<double> a, Vec<double> b) { return _mm512_div_pd(a.v, b.v); }
 AFM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
 AFM_INLINE Vec<double> max(Vec<double> a, Vec<double> bound) { return _mm512_max_pd(a.v, bound.v); }
@@ -124,20 +128,31 @@ AFM_INLINE __mmask16 both(__mmask16 a, __mmask16 b) { return static_cast<__mmask
 AFM_INLINE __mmask8 both(__mmask8 a, __mmask8 b) { return static_cast<__mmask8>(a & b); }
 // clang-format on
 
-// bfloat16 in memory, float32 in registers. Stores round to nearest, ties to even.
+// bfloat16 in memory, float32 in registers. Stores round to nearest, ties to even; of a NaN they
+// expect that its low 16 bits are not all ones, as of those that arithmetic makes.
+
+// The words of a vector's even lanes, and of its odd ones.
+alignas(64) constexpr uint16_t kUpperHalves[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                   23, 25, 27, 29, 31, 0,  0,  0,  0,  0,  0,
+                                                   0,  0,  0,  0,  0,  0,  0,  0,  0,  0};
+alignas(64) constexpr uint16_t kToUpperHalves[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0,
+                                                     5, 0, 6, 0, 7, 0,  8, 0,  9, 0,  10,
+                                                     0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+
 AFM_INLINE Vec<float> widen(__m256i x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(
+      0xaaaaaaaa, _mm512_load_si512(kToUpperHalves), _mm512_castsi256_si512(x)));
 }
 // The upper half of each lane is the rounded number.
 AFM_INLINE __m512i rounded_to_bfloat16(Vec<float> x) {
   const __m512i bits = _mm512_castps_si512(x.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __mmask16 is_nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  return _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  return _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
 }
 AFM_INLINE __m256i narrow(Vec<float> x) {
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_to_bfloat16(x), 16));
+  return _mm512_castsi512_si256(
+      _mm512_permutexvar_epi16(_mm512_load_si512(kUpperHalves), rounded_to_bfloat16(x)));
 }
 AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

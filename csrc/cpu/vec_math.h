@@ -103,6 +103,20 @@ struct ScaledExp {
     return fma(polynomial(Float<T>::exp2_tail, fraction), fraction, V(T(1))) *
            shifted.exponent_from_magic();
   }
+
+  // Without the bounds, where the instructions tell: what is too large for the range gives inf, and
+  // -inf and NaN, or a v so far below 0 that the reduction fails, NaN or inf.
+#if AFM_CAPABILITY_AVX512
+  static constexpr bool kOverflowShows = true;
+  AFM_MEMBER V unbounded(V v) const {
+    constexpr T kMagic = static_cast<T>(3LL << (Float<T>::mantissa_bits - 1));
+    const V n = fma(v, V(to_log2), V(kMagic)) - V(kMagic), fraction = fms(v, V(to_log2), n);
+    return times_power_of_2(fma(polynomial(Float<T>::exp2_tail, fraction), fraction, V(T(1))), n);
+  }
+#else
+  static constexpr bool kOverflowShows = false;
+  AFM_MEMBER V unbounded(V v) const { return (*this)(v); }
+#endif
 };
 
 // exp(x) - 1 - x for |x| <= 1, without cancellation.
