@@ -132,7 +132,7 @@ AFM_LOOP LaneSums<T> far_lanes(const LaneTiles<T>& tiles, int64_t classes, const
   ChunkedSum<T> student, teacher, linear, student_linear;
   const auto add = [&](int64_t j) AFM_LAMBDA_INLINE {
     const V v = V::load(tiles.student + j) - s_max, w = V::load(tiles.teacher + j) - t_max;
-    const V e_s = exp(v), e_t = exp(w), gap = v - w;
+    const V e_s = exp.unbounded(v), e_t = exp.unbounded(w), gap = v - w;
     student.part = student.part + e_s, teacher.part = teacher.part + e_t;
     linear.part = fma(e_t, gap, linear.part);
     if constexpr (kJeffreys) student_linear.part = fma(e_s, gap, student_linear.part);
@@ -150,8 +150,8 @@ AFM_LOOP LaneSums<T> far_lanes(const LaneTiles<T>& tiles, int64_t classes, const
   sums.x_unit = V(inv_t);
   sums.mean = linear.total * sums.p_exp * V(inv_t);
   sums.student_mean = student_linear.total * sums.q_part * V(inv_t);
-  // Anything that is not finite has shown in `linear`, and makes the row NaN.
-  const V lost = linear.total - linear.total;
+  // Anything that is not finite has shown in a sum, and makes the row NaN.
+  const V lost = (linear.total - linear.total) + (student.total - student.total);
   sums.divergence = log(student.total * sums.p_exp) - sums.mean + lost;
   return sums;
 }
