@@ -214,7 +214,8 @@ AFM_LOOP void sum_far(const In* s, const In* t, int64_t n, const RowConstants<T>
   sweep<V>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
     const V a = access.load(s + j, no_class<T>()), b = access.load(t + j, no_class<T>());
     if constexpr (kCache) lines.request(j);
-    if constexpr (!ScaledExp<T>::kOverflowShows) student_max.take_max(u, a), teacher_max.take_max(u, b);
+    if constexpr (!ScaledExp<T>::kOverflowShows)
+      student_max.take_max(u, a), teacher_max.take_max(u, b);
     const V v = a - V(row.student_shift), w = b - V(row.teacher_shift), x = v - w;
     const V e_s = access.or_zero(row.exp.unbounded(v)), e_t = access.or_zero(row.exp.unbounded(w));
     student.add(u, e_s), teacher.add(u, e_t), linear.add_product(u, e_t, x);
@@ -240,7 +241,8 @@ AFM_LOOP void sum_near(const In* s, const In* t, int64_t n, const RowConstants<T
     const V a = access.load(s + j, no_class<T>()), b = access.load(t + j, no_class<T>());
     if constexpr (kCache) lines.request(j);
     if constexpr (!ScaledExp<T>::kOverflowShows) teacher_max.take_max(u, b);
-    const V e_t = access.or_zero(row.finite_teacher_exp(b)), x = access.or_zero(row.x(a, b)), square = x * x;
+    const V e_t = access.or_zero(row.finite_teacher_exp(b)), x = access.or_zero(row.x(a, b)),
+            square = x * x;
     largest_square.take_max(u, square);
     const V above = square * polynomial(Float<T>::excess, x);
     teacher.add(u, e_t), linear.add_product(u, e_t, x), excess.add_product(u, e_t, above);

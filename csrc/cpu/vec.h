@@ -135,8 +135,8 @@ AFM_INLINE __mmask8 both(__mmask8 a, __mmask8 b) { return static_cast<__mmask8>(
 alignas(64) constexpr uint16_t kUpperHalves[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
                                                    23, 25, 27, 29, 31, 0,  0,  0,  0,  0,  0,
                                                    0,  0,  0,  0,  0,  0,  0,  0,  0,  0};
-alignas(64) constexpr uint16_t kToUpperHalves[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0,
-                                                     5, 0, 6, 0, 7, 0,  8, 0,  9, 0,  10,
+alignas(64) constexpr uint16_t kToUpperHalves[32] = {0, 0,  0, 1,  0, 2,  0, 3,  0, 4, 0,
+                                                     5, 0,  6, 0,  7, 0,  8, 0,  9, 0, 10,
                                                      0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
 
 AFM_INLINE Vec<float> widen(__m256i x) {
@@ -544,18 +544,27 @@ AFM_PORTABLE_VEC(double)
 // clang-format on
 
 // bfloat16 in memory, float32 in registers. Stores round to nearest, ties to even.
+typedef uint16_t PortableHalves __attribute__((vector_size(8)));
+typedef uint32_t PortableWords __attribute__((vector_size(16)));
+AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p) {
+  PortableHalves halves;
+  memcpy(&halves, p, sizeof(halves));
+  return Vec<float>((Vec<float>::Lanes)(__builtin_convertvector(halves, PortableWords) << 16));
+}
 AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p, int n, Vec<float> fill) {
   for (int i = 0; i < n; ++i) fill.v[i] = from_bfloat16(p[i].bits);
   return fill;
 }
-AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p) {
-  return load_bfloat16(p, Vec<float>::width, Vec<float>(0.0f));
+AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p) {
+  const PortableWords bits = (PortableWords)x.v;
+  const PortableWords rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const auto is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  const PortableHalves halves =
+      __builtin_convertvector(is_nan ? PortableWords{} + 0x7fc0 : rounded, PortableHalves);
+  memcpy(p, &halves, sizeof(halves));
 }
 AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p, int n) {
   for (int i = 0; i < n; ++i) p[i].bits = to_bfloat16(x.v[i]);
-}
-AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p) {
-  store_bfloat16(x, p, Vec<float>::width);
 }
 AFM_INLINE void stream_bfloat16(Vec<float> x, BFloat16* p) { store_bfloat16(x, p); }
 AFM_INLINE Vec<float> load_float16(const uint16_t* p) {

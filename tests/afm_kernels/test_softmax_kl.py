@@ -465,6 +465,36 @@ def test_gradients_sum_to_zero(device: torch.device, name: str) -> None:
         assert (gradient.sum(-1).abs().cpu() <= 2e-6 * terms(sample) + 1e-9).all()
 
 
+@pytest.mark.parametrize("gap", [100.0, 1e5, 1e9, 1e14, 1e30])
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+@pytest.mark.parametrize("classes", [5, 300])
+def test_any_finite_gap(device: torch.device, classes: int, side: str, gap: float) -> None:
+    """Beyond what an exponential's reduction can take the result must be that of a probability of 0."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, classes, generator=generator)
+    if side != "teacher":
+        student[1, 2] -= gap
+    if side != "student":
+        teacher[1, 2] -= gap
+    truth, *by_truth = truth_divergence(student, teacher, 1.0, "kl", BETA)
+    student, teacher = student.to(device).requires_grad_(), teacher.to(device).requires_grad_()
+    loss = softmax_kl_div(student, teacher, reduction="none")
+    assert_loss(loss, truth)
+    gradients = torch.autograd.grad(loss.sum(), (student, teacher))
+    for gradient, wanted in zip(gradients, by_truth, strict=True):
+        assert_gradient(gradient, wanted, terms=gradient_terms(student, teacher))
+
+
+@pytest.mark.parametrize("classes", [10, 300])
+def test_a_nan_upstream_stays_one_in_bfloat16(device: torch.device, classes: int) -> None:
+    """Rounding must not carry a NaN's bits over into the sign, as it would those of 0x7fffffff, CUDA's NaN."""
+    student, teacher = torch.randn(2, 4, classes).to(device, torch.bfloat16).requires_grad_()
+    upstream = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32).to(device)
+    loss = softmax_kl_div(student, teacher, recompute=True)
+    for gradient in torch.autograd.grad(loss, (student, teacher), upstream):
+        assert gradient.isnan().all()
+
+
 def test_samples_hold_what_they_promise() -> None:
     """A hard sample that lost its hard values would make every test above pass for nothing."""
     for name in ("hard_rows", "hard_values_in_long_rows", "weighted"):
