@@ -89,8 +89,7 @@ def dkl_loss(
         ValueError, TypeError: an argument is not as above.
 
     Source: Cui et al., "Decoupled Kullback-Leibler Divergence Loss", NeurIPS 2024, and "Generalized
-        Kullback-Leibler
-    Divergence Loss", 2025.
+    Kullback-Leibler Divergence Loss", 2025.
     """
     logits = check_logits(student_logits, teacher_logits, dim)
     temperature = check_positive("temperature", temperature)
