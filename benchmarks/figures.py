@@ -81,15 +81,8 @@ def kernels(results: Path, path: Path) -> Path:
             have = [(i, r.speedup[peer]) for i, r in enumerate(chosen) if peer in r.speedup]
             if not have:
                 continue
-            where = [i + 0.4 - height * (k + 0.5) for i, _ in have]
-            middle = np.array([s["median"] for _, s in have])
-            reach = np.array([[s["median"] - s["low"], s["high"] - s["median"]] for _, s in have]).T
-            axis.barh(where, middle, height * 0.9, color=COLOURS[peer], label=f"over {_PEER_WORDS[peer]}")
-            axis.errorbar(middle, where, xerr=reach, fmt="none", ecolor="#4a4f57", elinewidth=0.8)
-            ends = middle + reach[1]
-            axis.set_xlim(0, max(axis.get_xlim()[1] if k else 0, 1.12 * ends.max()))
-            for y, x, end in zip(where, middle, ends, strict=True):
-                axis.text(end, y - 0.02, f" {x:.1f}", va="center", fontsize=7, color="#30343a")
+            speedups = {i + 0.4 - height * (k + 0.5): s for i, s in have}
+            speedup_bars(axis, speedups, 0.9 * height, COLOURS[peer], f"over {_PEER_WORDS[peer]}")
         labels = [shape_label(r, "\n") for r in chosen]
         axis.set_yticks(range(len(chosen)), labels, fontsize=8)
         axis.axvline(1, color=COLOURS["limit"], linewidth=0.9)
@@ -98,6 +91,20 @@ def kernels(results: Path, path: Path) -> Path:
         axis.grid(axis="y", visible=False)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2, fontsize=8)
     return save_figure(figure, path, provenance(load(results / "kernels-cpu.json")))
+
+
+def speedup_bars(
+    axis: Any, speedups: dict[float, dict[str, float]], thickness: float, colour: str, label: str
+) -> None:
+    """A bar at each height as long as the median, with the quartiles as its whisker and the number beside it."""
+    where, values = list(speedups), list(speedups.values())
+    medians = [s["median"] for s in values]
+    whiskers = [[s["median"] - s["low"] for s in values], [s["high"] - s["median"] for s in values]]
+    axis.barh(where, medians, thickness, color=colour, label=label)
+    axis.errorbar(medians, where, xerr=whiskers, fmt="none", ecolor="#30343a", elinewidth=0.8)
+    for y, s in speedups.items():
+        axis.text(s["high"], y, f" {s['median']:#.3g}", va="center", fontsize=7, color="#30343a")
+        axis.set_xlim(0, max(axis.get_xlim()[1], 1.12 * s["high"]))
 
 
 def shape_label(record: Record, separator: str) -> str:
@@ -278,19 +285,17 @@ def attack(results: Path, path: Path) -> Path:
     content = load(results / "attack-cpu.json")
     engines = [r for r in records(content) if r.variant == "engine"]
     colours = {"": COLOURS["eager"], "+autocast": "#cc79a7", "+compile": COLOURS["compile"]}
-    words = {"": "official loop", "+autocast": "+ autocast, channels-last", "+compile": "+ torch.compile"}
+    words = {
+        "": "the official loop",
+        "+autocast": "it + autocast, channels-last",
+        "+compile": "it + torch.compile",
+    }
     figure, axis = plt.subplots(figsize=(10.5, 0.75 * len(engines) + 1.3), layout="constrained")
     engines = engines[::-1]
     for k, (suffix, colour) in enumerate(colours.items()):
         have = [(i, r.speedup.get(r.group.split("/")[0] + suffix)) for i, r in enumerate(engines)]
-        kept = [(i, s) for i, s in have if s is not None]
-        where = [i + 0.27 - 0.27 * k for i, _ in kept]
-        values = [s["median"] for _, s in kept]
-        reach = np.array([[s["median"] - s["low"], s["high"] - s["median"]] for _, s in kept]).T
-        axis.barh(where, values, 0.24, color=colour, label=f"over {words[suffix]}")
-        axis.errorbar(values, where, xerr=reach, fmt="none", ecolor="#30343a", elinewidth=0.8)
-        for y, v, r in zip(where, values, reach[1], strict=True):
-            axis.text(v + r, y, f" {v:.2f}", va="center", fontsize=7.5)
+        speedups = {i + 0.27 - 0.27 * k: s for i, s in have if s is not None}
+        speedup_bars(axis, speedups, 0.24, colour, f"over {words[suffix]}")
     labels = [step_words(record.group).replace(", ", "\n", 1) for record in engines]
     axis.set_yticks(range(len(engines)), labels, fontsize=8)
     axis.axvline(1, color=COLOURS["limit"], linewidth=0.9)
