@@ -329,7 +329,8 @@ def attack_step(results: Path, path: Path) -> Path:
     record, limits_then = max(engines, key=lambda pair: float(pair[0].details["flops"]))
     parts = record.details["parts"]
     matmul = record.details["matmul_per_second"]
-    copy = max(row["bytes_per_second"]["median"] for row in limits_then["copy"])
+    largest_copy = max(limits_then["copy"], key=lambda row: row["bytes"])
+    copy = largest_copy["bytes_per_second"]["median"]
     _, networks, shape, _ = record.group.split("/")
     whole = sum(part["seconds"] * part["calls"] for part in parts)
     shares = {
@@ -348,7 +349,9 @@ def attack_step(results: Path, path: Path) -> Path:
     low, high = min(intensity) / 2, max(*intensity, matmul / copy) * 3
     roof.plot([low, matmul / copy, high], [low * copy, matmul, matmul], color=COLOURS["limit"], linewidth=1.2)
     roof.text(high, matmul * 1.12, "matrix rate ", ha="right", fontsize=8, color=COLOURS["limit"])
-    roof.text(0.7, 0.55 * copy, "copy bandwidth, out of cache", fontsize=8, color=COLOURS["limit"])
+    roof.text(
+        0.7, 0.55 * copy, f"copy of {largest_copy['bytes'] >> 20} MiB", fontsize=8, color=COLOURS["limit"]
+    )
     for part in sorted(heavy, key=lambda p: -p["seconds"] * p["calls"]):
         roof.scatter(
             part["flops"] / part["bytes"],
@@ -416,7 +419,9 @@ def training(results: Path, path: Path) -> Path:
     axis.set_ylim(-0.5, len(groups) - 0.38)
     parts = {**_SHARES, "not taken apart": "#d5d9de"}
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in parts.values()]
-    axis.legend(handles, list(parts), loc="upper center", ncols=6, fontsize=8, bbox_to_anchor=(0.45, -0.09))
+    below = (0.45, -0.55 / figure.get_figheight())
+    axis.legend(handles, list(parts), loc="upper center", ncols=6, fontsize=8, bbox_to_anchor=below)
+    axis.set_xlim(left=0)
     axis.grid(axis="y", visible=False)
     axis.set_title("A training step: where the time of ours goes, beside the official loops")
     axis.set_xlabel("time, the official loop's = 1")

@@ -166,7 +166,7 @@ def new_run(limits: Json, records: list[Record], **settings: Any) -> Json:
     Its ``other_load`` is the worst of the timed stretches alone: between them torch.compile's own workers are "other
     programs" too.
     """
-    loads = [record.details.get("other_load") for record in records]
+    written = [asdict(record) for record in records]
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
@@ -174,12 +174,18 @@ def new_run(limits: Json, records: list[Record], **settings: Any) -> Json:
         "versions": versions(),
         "settings": {
             "steady_allocator": all(os.environ.get(k) == v for k, v in ALLOCATOR_SETTINGS.items()),
-            "other_load": max((load for load in loads if load is not None), default=None),
+            "other_load": worst_load(written),
             **settings,
         },
         "limits": limits,
-        "records": [asdict(record) for record in records],
+        "records": written,
     }
+
+
+def worst_load(written: list[Json]) -> float | None:
+    """The largest share of the processors that other programs used during any of the records."""
+    loads = [record["details"].get("other_load") for record in written]
+    return max((load for load in loads if load is not None), default=None)
 
 
 def save(path: Path, part: str, run: Json, *, append: bool = False) -> None:
@@ -190,6 +196,7 @@ def save(path: Path, part: str, run: Json, *, append: bool = False) -> None:
         for old in load(path)["runs"]:
             old["records"] = [record for record in old["records"] if record["name"] not in fresh]
             if old["records"]:
+                old["settings"]["other_load"] = worst_load(old["records"])
                 runs.append(old)
     content = {"schema": SCHEMA, "part": part, "runs": [*runs, run]}
     validate(content)
