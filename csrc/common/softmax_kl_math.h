@@ -77,6 +77,10 @@ constexpr double kFarKlFloor = 0.1;
 // ... or below this fraction of |r|, whose rounding error would show.
 constexpr double kFarMeanFraction = 0.05;
 
+// Far rows whose x has a larger mean are summed again around it: what rounding leaves of the mean
+// is noise in the teacher's gradient, which is next to nothing where one class has nearly all of p.
+constexpr double kFarMeanLimit = 64;
+
 // A number k that takes a large gap between the sides out of s - t, by subtracting it from the side
 // that has the offset before the other side comes in: both steps are then exact or nearly so. A
 // whole number, but where float32 has no fraction left: there a cast to int32 would not be defined,
@@ -118,11 +122,12 @@ AFM_INLINE T near_jeffreys(T a, T r, T curvature) {
   return (curvature - a * r) / (T(1) + a);
 }
 
-// Whether a far row's KL has to be taken again in the general form; true for NaN.
+// Whether a far row has to be taken again in the general form; true for NaN.
 template <class T>
-AFM_INLINE bool far_kl_is_too_small(T kl, T r) {
+AFM_INLINE bool far_sums_are_off(T kl, T r) {
   const T magnitude = r < T(0) ? -r : r;
-  return !(kl >= T(kFarKlFloor) && kl >= T(kFarMeanFraction) * magnitude);
+  return !(kl >= T(kFarKlFloor) && kl >= T(kFarMeanFraction) * magnitude &&
+           magnitude <= T(kFarMeanLimit));
 }
 
 }  // namespace afm

@@ -307,16 +307,21 @@ AFM_LOOP void sum_general(const T* s, const T* t, int64_t n, const RowConstants<
 // Gradients of classes [0, n) of a tile.
 
 // What multiplies what in the gradients, everything of the row folded in (weight, scale, 1/T,
-// normalisers).
-//   f = exp((s - m_s) / T), in near rows exp(x) - 1;  e = exp((t - m_t) / T);  x as the loops take
-//   it KL        grad_s = f * student_f + e * student_e + student_1     grad_t = e * (x * teacher_x
-//   + teacher_e) Jeffreys  grad_s += f * x * student_fx (near: (e + e * f) * x * student_fx) grad_t
-//   += f * teacher_f
-// In near rows f * student_f and f * teacher_f are also multiplied by e.
+// normalisers), but for the means: where one class has nearly all of p, x less the mean is next to
+// nothing, and its digits are only kept if it is taken before any factor.
+//
+//   f = exp((s - m_s) / T), in near rows e * (exp(x) - 1);  e = exp((t - m_t) / T);  x as the loops
+//   take it
+//
+//   KL        grad_s  = f * student_f + e * student_e + student_1
+//             grad_t  = e * ((x - mean) * teacher_x)
+//   Jeffreys  grad_s += f * ((x - student_mean) * student_fx), in near rows (e + f) * (...)
+//             grad_t += e * teacher_e + f * teacher_f
 template <class T>
 struct GradientFactors {
   T student_f = 0, student_e = 0, student_1 = 0, student_fx = 0;
   T teacher_x = 0, teacher_e = 0, teacher_f = 0;
+  T mean = 0, student_mean = 0;
 };
 
 // Calls step over n classes; where stores are streamed, whole vectors are aligned.
@@ -344,6 +349,7 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
   const V student_f(by.student_f), student_e(by.student_e), student_1(by.student_1),
       student_fx(by.student_fx);
   const V teacher_x(by.teacher_x), teacher_e(by.teacher_e), teacher_f(by.teacher_f);
+  const V mean(by.mean), student_mean(by.student_mean);
   sweep_out<T>(kStudent ? grad_student : grad_teacher, n, stream,
                [&](auto access, int64_t j, int) AFM_STEP {
                  V a, b, x, e, f;
@@ -370,12 +376,13 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
                  if constexpr (kNear && kNeedsF) f = e * f;
                  if constexpr (kStudent) {
                    V grad = fma(f, student_f, fma(e, student_e, student_1));
-                   if constexpr (kJeffreys) grad = fma(kNear ? e + f : f, x * student_fx, grad);
+                   if constexpr (kJeffreys)
+                     grad = fma(kNear ? e + f : f, (x - student_mean) * student_fx, grad);
                    access.store(grad_student + j, grad);
                  }
                  if constexpr (kTeacher) {
-                   V grad = e * fma(x, teacher_x, teacher_e);
-                   if constexpr (kJeffreys) grad = fma(f, teacher_f, grad);
+                   V grad = e * ((x - mean) * teacher_x);
+                   if constexpr (kJeffreys) grad = fma(f, teacher_f, fma(e, teacher_e, grad));
                    access.store(grad_teacher + j, grad);
                  }
                });

@@ -52,7 +52,8 @@ struct LaneSums {
   V p_exp, q_part, q_exp;
   V apart_exp;  // q - p = student_part * q_part + e * apart_exp
   V x_unit;
-  V mean, student_mean;  // E_p[x]; Jeffreys: E_q[x]; JS: E_p[log(p / m)] and E_q[log(q / m)]
+  // E_p[gap]; Jeffreys: E_q[gap]; JS: E_p[log(p / m)] and E_q[log(q / m)]
+  V mean, student_mean;
 };
 
 // (s - t) / T about its value at the maxima, without the digits that an offset of one side costs:
@@ -148,11 +149,11 @@ AFM_LOOP LaneSums<T> far_lanes(const LaneTiles<T>& tiles, int64_t classes, const
   sums.p_exp = one / teacher.total, sums.q_part = one / student.total;
   sums.q_exp = zero, sums.apart_exp = zero - sums.p_exp;
   sums.x_unit = V(inv_t);
-  sums.mean = linear.total * sums.p_exp * V(inv_t);
-  sums.student_mean = student_linear.total * sums.q_part * V(inv_t);
+  sums.mean = linear.total * sums.p_exp;
+  sums.student_mean = student_linear.total * sums.q_part;
   // Anything that is not finite has shown in a sum, and makes the row NaN.
   const V lost = (linear.total - linear.total) + (student.total - student.total);
-  sums.divergence = log(student.total * sums.p_exp) - sums.mean + lost;
+  sums.divergence = log(student.total * sums.p_exp) - sums.mean * sums.x_unit + lost;
   return sums;
 }
 
@@ -162,12 +163,12 @@ AFM_INLINE LaneSums<T> sum_kl_lanes(const LaneTiles<T>& tiles, int64_t classes,
                                     const ScaledExp<T>& exp, T inv_t) {
   using V = Vec<T>;
   LaneSums<T> sums = far_lanes<kJeffreys>(tiles, classes, exp, inv_t);
-  // As far_kl_is_too_small.
-  const V floor = max(abs(sums.mean) * V(T(kFarMeanFraction)), V(T(kFarKlFloor)));
+  // As far_sums_are_off, but for the mean, which is exact where one class has nearly all of p.
+  const V floor = max(abs(sums.mean * sums.x_unit) * V(T(kFarMeanFraction)), V(T(kFarKlFloor)));
   const auto is_near = sums.divergence < floor;
   if constexpr (kJeffreys) {
     const V lost = sums.divergence - sums.divergence;
-    sums.divergence = sums.student_mean - sums.mean + lost;
+    sums.divergence = (sums.student_mean - sums.mean) * sums.x_unit + lost;
   }
   if (any(is_near)) near_lanes<kJeffreys>(tiles, classes, inv_t, is_near, sums);
   return sums;
@@ -220,8 +221,7 @@ AFM_LOOP void gradient_lanes(const LaneTiles<T>& tiles, int64_t classes, const L
   constexpr bool kJeffreys = kGradient == LaneGradient::kJeffreys;
   constexpr bool kJs = kGradient == LaneGradient::kJs;
   const V zero(T(0)), p_exp = by.teacher * sums.p_exp;
-  const V x_unit = kJs ? p_exp : zero - p_exp * sums.x_unit;
-  const V mean = kJs ? zero - p_exp * sums.mean : p_exp * sums.mean;
+  const V teacher_x = kJs ? p_exp : zero - p_exp * sums.x_unit;
   const V part = sums.q_part * (by.student + by.softmax);
   const V q_exp = by.student * sums.q_exp;
   const V apart_exp = fma(by.student, sums.apart_exp, by.softmax * sums.q_exp);
@@ -235,15 +235,14 @@ AFM_LOOP void gradient_lanes(const LaneTiles<T>& tiles, int64_t classes, const L
       } else {
         grad = fma(f, part, fma(e, apart_exp, by.constant));
         if constexpr (kJeffreys)
-          grad =
-              fma(fma(f, part, e * q_exp), fma(gap, sums.x_unit, zero - sums.student_mean), grad);
+          grad = fma(fma(f, part, e * q_exp), (gap - sums.student_mean) * sums.x_unit, grad);
         if constexpr (kGradient == LaneGradient::kWithPlain)
           grad = fma(V::load(tiles.extra + j), by.plain, grad);
       }
       grad.store(tiles.student_part + j);
     }
     if constexpr (kTeacher) {
-      V grad = e * fma(gap, x_unit, mean);
+      V grad = e * ((gap - sums.mean) * teacher_x);
       if constexpr (kJeffreys) grad = grad - fma(f, part, e * apart_exp);
       grad.store(tiles.gap + j);
     }

@@ -229,7 +229,7 @@ struct Worker {
     row.mean = sums.linear / sums.teacher * inv_t;
     const double log_ratio = __builtin_log(sums.student / sums.teacher);
     row.divergence = log_ratio - row.mean;
-    if (far_kl_is_too_small(row.divergence, row.mean)) {
+    if (far_sums_are_off(row.divergence, row.mean)) {
       row.centre = row.mean;
       return false;
     }
@@ -455,32 +455,25 @@ struct Worker {
   // Gradients.
 
   GradientFactors<T> factors(const RowSummary& row, double scale, double ce_scale) const {
-    const double by_t = scale * inv_t, p = by_t / row.teacher_sum, r = row.mean,
-                 r_q = row.student_mean;
-    const double x_unit = row.kind == RowKind::kFar ? inv_t : 1;
-    double student_f, student_e, student_fx = 0, teacher_e = p * r, teacher_f = 0;
-    const double teacher_x = -p * x_unit;
+    const double by_t = scale * inv_t, p = by_t / row.teacher_sum, unit = x_unit(row);
+    double student_f, student_e, student_fx = 0, teacher_e = 0, teacher_f = 0;
     if (row.kind == RowKind::kNear) {
       const double q = p / (1 + row.a), ce = ce_scale / row.teacher_sum / (1 + row.a);
-      student_f = q, student_e = -q * row.a;
-      if (jeffreys) {
-        student_f -= q * r_q, student_e -= q * r_q, student_fx = q;
-        teacher_e += q * row.a, teacher_f = -q;
-      }
-      student_f += ce, student_e += ce;
+      student_f = q + ce, student_e = ce - q * row.a;
+      if (jeffreys) student_fx = q, teacher_e = q * row.a, teacher_f = -q;
     } else {
       const double q = by_t / row.student_sum;
-      student_f = q, student_e = -p;
-      if (jeffreys) {
-        student_f -= q * r_q, student_fx = q * x_unit;
-        teacher_e += p, teacher_f = -q;
-      }
-      student_f += ce_scale / row.student_sum;
+      student_f = q + ce_scale / row.student_sum, student_e = -p;
+      if (jeffreys) student_fx = q * unit, teacher_e = p, teacher_f = -q;
     }
-    return {static_cast<T>(student_f),  static_cast<T>(student_e), smoothing_constant(ce_scale),
-            static_cast<T>(student_fx), static_cast<T>(teacher_x), static_cast<T>(teacher_e),
-            static_cast<T>(teacher_f)};
+    const auto in_t = [](double value) { return static_cast<T>(value); };
+    return {in_t(student_f),  in_t(student_e),       smoothing_constant(ce_scale),
+            in_t(student_fx), in_t(-p * unit),       in_t(teacher_e),
+            in_t(teacher_f),  in_t(row.mean / unit), in_t(row.student_mean / unit)};
   }
+
+  // What the x that the loops take is worth: far rows leave the temperature out.
+  double x_unit(const RowSummary& row) const { return row.kind == RowKind::kFar ? inv_t : 1; }
 
   template <RowKind kKind, bool kCached, bool kJeffreys, class In>
   AFM_MEMBER void gradient_tile(const In* s, const In* t, int64_t j, int64_t n,
@@ -627,8 +620,8 @@ struct Worker {
     stats[kStatStudent] = static_cast<T>(row.kind == RowKind::kNear ? row.a : row.student_sum);
     stats[kStatTeacherSum] = static_cast<T>(row.teacher_sum);
     stats[kStatCentre] = static_cast<T>(row.centre);
-    stats[kStatMean] = static_cast<T>(row.mean);
-    stats[kStatLast] = static_cast<T>(jeffreys ? row.student_mean : hard.log_sum_exp);
+    stats[kStatMean] = static_cast<T>(row.mean / x_unit(row));
+    stats[kStatLast] = static_cast<T>(jeffreys ? row.student_mean / x_unit(row) : hard.log_sum_exp);
   }
 
   RowSummary restore(int64_t i, HardLabel& hard) const {
@@ -639,8 +632,8 @@ struct Worker {
     row.gap = coarse_gap(static_cast<T>(row.student_shift - row.teacher_shift));
     (row.kind == RowKind::kNear ? row.a : row.student_sum) = stats[kStatStudent];
     row.teacher_sum = stats[kStatTeacherSum];
-    row.centre = stats[kStatCentre], row.mean = stats[kStatMean],
-    row.student_mean = stats[kStatLast];
+    row.centre = stats[kStatCentre], row.mean = stats[kStatMean] * x_unit(row),
+    row.student_mean = stats[kStatLast] * x_unit(row);
     hard.shift = row.student_shift, hard.log_sum_exp = stats[kStatLast];
     return row;
   }

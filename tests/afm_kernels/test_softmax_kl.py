@@ -485,6 +485,25 @@ def test_any_finite_gap(device: torch.device, classes: int, side: str, gap: floa
         assert_gradient(gradient, wanted, terms=gradient_terms(student, teacher))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_a_certain_teacher_far_away(
+    device: torch.device, classes: int, recompute: bool, temperature: float
+) -> None:
+    """Where one class has all of p the teacher's gradient is next to nothing, however large the KL."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 7, classes, generator=generator)
+    student[:, 1] += 1e4
+    teacher[:, 0] += 100
+    student, teacher = student.to(device), teacher.to(device).requires_grad_()
+    loss = softmax_kl_div(
+        student, teacher, temperature=temperature, reduction="batchmean", recompute=recompute
+    )
+    (gradient,) = torch.autograd.grad(loss, teacher)
+    assert gradient.abs().max() < 1e-8
+
+
 @pytest.mark.parametrize("classes", [10, 300])
 def test_a_nan_upstream_stays_one_in_bfloat16(device: torch.device, classes: int) -> None:
     """Rounding must not carry a NaN's bits over into the sign, as it would those of 0x7fffffff, CUDA's NaN."""
