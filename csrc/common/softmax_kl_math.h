@@ -23,9 +23,8 @@
 //   * near rows, |x| <= 1 everywhere: exp(x) - 1 - x is a polynomial, and no exponential of the
 //   student is needed.
 //   * far rows: log1p(A) = log(Z_s / Z_t) + (m_s - m_t) / T - c, from Z_s = sum of exp((s - m_s) /
-//   T). Good while
-//     the KL is not small; below kFarKlFloor a row is summed again with the terms of both kinds
-//     (general rows).
+//   T). Good while the KL is not small and r not large; beyond kFarKlFloor, kFarMeanFraction and
+//   kFarMeanLimit a row is summed again with the terms of both kinds (general rows).
 // Shift and normaliser are kept apart: one merged log-sum-exp loses digits when logits have an
 // offset.
 //

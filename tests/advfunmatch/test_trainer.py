@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import advfunmatch.checkpoint
@@ -13,7 +14,7 @@ import pytest
 import torch
 from advfunmatch import InputError, TrainConfig, TrainingDiverged, load_dataset, load_model, train
 from advfunmatch.config import setting_names
-from advfunmatch.methods import METHODS, Method
+from advfunmatch.methods import METHODS
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -98,7 +99,7 @@ def test_nan_loss_stops_and_keeps_the_last_checkpoint(
         calls.append(1)
         return METHODS["ce"].loss(logits, config) * (float("nan") if len(calls) == 6 else 1)
 
-    broken = Method("ce", "", None, loss_that_breaks, needs_teacher=False, needs_labels=True, source="")
+    broken = replace(METHODS["ce"], loss=loss_that_breaks)
     monkeypatch.setattr(advfunmatch.run, "get_method", lambda name: broken)
     config = make_config(epochs=4, batch_size=50)
     with pytest.raises(TrainingDiverged, match=r"nan at step 6 .*last good checkpoint is '.*checkpoint\.pt'"):
@@ -123,7 +124,7 @@ def test_weights_that_are_not_finite_are_not_saved(
         calls.append(1)
         return (loss_without_a_gradient if len(calls) == 8 else METHODS["ce"].loss)(logits, config)
 
-    broken = Method("ce", "", None, loss, needs_teacher=False, needs_labels=True, source="")
+    broken = replace(METHODS["ce"], loss=loss)
     monkeypatch.setattr(advfunmatch.run, "get_method", lambda name: broken)
     config = make_config(epochs=3, batch_size=50)  # step 8 is the last of epoch 2
     with pytest.raises(
@@ -138,9 +139,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 def test_fp16_steps_over_an_overflow_but_not_for_ever(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = Method(
-        "ce", "", None, loss_without_a_gradient, needs_teacher=False, needs_labels=True, source=""
-    )
+    broken = replace(METHODS["ce"], loss=loss_without_a_gradient)
     config = make_config(epochs=4, batch_size=20, precision="fp16")
     with monkeypatch.context() as patch:
         patch.setattr(advfunmatch.run, "get_method", lambda name: broken)
