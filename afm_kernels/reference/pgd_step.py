@@ -9,8 +9,8 @@ then clamped to [clip_min, clip_max], where there are such. Norms run over all d
 comes last: a pixel of x outside the clip range ends on the range, not in the ball.
 
 * Computed in float64 if a tensor is float64, else float32, and rounded once to the dtype of ``x``. The lengths of
-  l2 are always summed in float64: their squares neither overflow nor vanish, however small the gradient of an
-  attack has become. (Here all of l2 is computed in float64.)
+  l2 are as exact as sums in float64 make them for such a result: squares neither overflow nor vanish, however small
+  the gradient of an attack has become. (Here all of l2 is computed in float64.)
 * sign(0) = 0, and a sample whose gradient is all zero is projected but not moved.
 * A NaN in the gradient makes the pixel NaN (linf) or, through the norm, its sample (l2): gradients that have
   broken down must not pass for a model that resists. (``torch.sign`` turns a NaN into 0.) A NaN in ``x_adv`` or

@@ -44,9 +44,12 @@ struct Move {
 
 class L2Step {
  public:
-  L2Step(const PgdParams& params, int64_t samples,
+  // `sums_params`: `params` with a loop that is independent of how `out` lies, as the order of
+  // additions has to be.
+  L2Step(const PgdParams& params, const PgdParams& sums_params, int64_t samples,
          const std::array<int64_t, kOperands>& sample_strides)
       : params_(params),
+        sums_params_(sums_params),
         samples_(samples),
         sample_strides_(sample_strides),
         chunks_((params.loop.numel + kChunk - 1) / kChunk) {}
@@ -59,8 +62,7 @@ class L2Step {
       parallel_for(0, samples_, grain, [&](int64_t begin, int64_t end) {
         for (int64_t sample = begin; sample < end; ++sample) {
           PgdSums sums{0, 0, 0};
-          for (int64_t chunk = 0; chunk < chunks_; ++chunk)
-            add(&sums, chunk_sums(sample, chunk, 1));
+          for (int64_t chunk = 0; chunk < chunks_; ++chunk) add(&sums, chunk_sums(sample, chunk));
           const Move move = move_of(sample, sums);
           for (int64_t chunk = 0; chunk < chunks_; ++chunk) apply(sample, chunk, move);
         }
@@ -70,7 +72,7 @@ class L2Step {
     // Few large samples: threads share them. The same partial sums are added in the same order.
     std::vector<PgdSums> partial(samples_ * chunks_);
     parallel_for(0, samples_ * chunks_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) partial[i] = chunk_sums(i / chunks_, i % chunks_, 1);
+      for (int64_t i = begin; i < end; ++i) partial[i] = chunk_sums(i / chunks_, i % chunks_);
     });
     std::vector<Move> moves(samples_);
     for (int64_t sample = 0; sample < samples_; ++sample) {
@@ -101,9 +103,14 @@ class L2Step {
     return std::min((chunk + 1) * kChunk, params_.loop.numel);
   }
 
-  PgdSums chunk_sums(int64_t sample, int64_t chunk, double grad_scale) const {
+  PgdSums chunk_sums(int64_t sample, int64_t chunk) const {
     static const auto kernel = AFM_KERNEL(pgd_l2_sums);
-    return kernel(params_, offsets(sample).data(), chunk * kChunk, chunk_end(chunk), grad_scale);
+    return kernel(sums_params_, offsets(sample).data(), chunk * kChunk, chunk_end(chunk));
+  }
+
+  PgdSums double_sums(int64_t sample, double grad_scale) const {
+    static const auto kernel = AFM_KERNEL(pgd_l2_double_sums);
+    return kernel(sums_params_, offsets(sample).data(), 0, params_.loop.numel, grad_scale);
   }
 
   void apply(int64_t sample, int64_t chunk, const Move& move) const {
@@ -112,27 +119,44 @@ class L2Step {
            move.grad_scale, move.shrink);
   }
 
-  // With u = grad / ||grad||, the length of d + reach * u follows from the sums alone.
+  bool is_start() const { return params_.x_adv == nullptr; }
+
+  // How far a sample moves.
+  double reach_of(const PgdSums& sums) const {
+    return is_start() ? params_.step_size * std::sqrt(sums.gg) : params_.step_size;
+  }
+
+  // With u = grad / ||grad||, the squared length of d + reach * u follows from the sums alone.
+  double squared_length(const PgdSums& sums) const {
+    const double reach = reach_of(sums), along_d = is_start() ? 0 : sums.dg / std::sqrt(sums.gg);
+    return sums.dd + 2 * reach * along_d + reach * reach;
+  }
+
+  // Whether sums of float squares have the digits that a float result needs. See Note [Sums of an
+  // l2 step]. NaN: they do not.
+  bool hold(const PgdSums& sums) const {
+    // Each square is off by half the smallest float, 2^-149, or by its rounding.
+    const double least = 0x1p-120 * static_cast<double>(params_.loop.numel), most = 0x1p120;
+    if (!(sums.gg > least && sums.gg < most && sums.dd < most && params_.eps * params_.eps > least))
+      return false;
+    // A step back by nearly all that a sample was off leaves little but roundings.
+    const double reach = reach_of(sums);
+    return 8 * squared_length(sums) > sums.dd + reach * reach;
+  }
+
   Move move_of(int64_t sample, PgdSums sums) const {
-    const bool start = params_.x_adv == nullptr;
     double grad_scale = 1;
-    // Squares that overflowed or vanished, as those of some float64 gradients do: again, scaled by
-    // a power of two.
-    if (!start && !(sums.gg > 1e-280 && sums.gg < 1e280)) {
+    if (!hold(sums)) sums = double_sums(sample, 1);
+    if (!is_start() && !(sums.gg > 1e-280 && sums.gg < 1e280)) {
       static const auto grad_max = AFM_KERNEL(pgd_grad_max);
       const double largest = grad_max(params_, offsets(sample).data(), 0, params_.loop.numel);
       if (largest == 0) return {0, 1, shrink_of(sums.dd)};
       grad_scale = std::isfinite(largest) ? std::ldexp(1.0, -std::max(std::ilogb(largest), -1022))
                                           : std::numeric_limits<double>::quiet_NaN();
-      sums = {0, 0, 0};
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk)
-        add(&sums, chunk_sums(sample, chunk, grad_scale));
+      sums = double_sums(sample, grad_scale);
     }
-    const double grad_length = std::sqrt(sums.gg);
-    const double reach = start ? params_.step_size * grad_length : params_.step_size;
-    const double along_d = start ? 0 : sums.dg / grad_length;
-    return {start ? params_.step_size : params_.step_size / grad_length, grad_scale,
-            shrink_of(sums.dd + 2 * reach * along_d + reach * reach)};
+    return {is_start() ? params_.step_size : params_.step_size / std::sqrt(sums.gg), grad_scale,
+            shrink_of(squared_length(sums))};
   }
 
   double shrink_of(double squared_length) const {
@@ -141,6 +165,7 @@ class L2Step {
   }
 
   const PgdParams& params_;
+  const PgdParams& sums_params_;
   const int64_t samples_;
   const std::array<int64_t, kOperands> sample_strides_;
   const int64_t chunks_;
@@ -172,7 +197,11 @@ void run(Tensor& out, const Tensor* x_adv, const Tensor& grad, const Tensor& x, 
   } else {
     std::array<int64_t, kOperands> sample_strides;
     for (int k = 0; k < kOperands; ++k) sample_strides[k] = strides[k][0];
-    L2Step(params, sizes[0], sample_strides).run();
+    PgdParams sums_params = params;
+    auto sums_strides = strides;
+    sums_strides[PgdParams::kOut] = strides[PgdParams::kXAdv];
+    sums_params.loop = plan_loop<kOperands>(sizes, out.dim(), sums_strides, 1);
+    L2Step(params, sums_params, sizes[0], sample_strides).run();
   }
 }
 

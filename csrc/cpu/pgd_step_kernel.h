@@ -27,6 +27,14 @@ struct PgdParams {
 };
 
 // What l2 has to know of a sample, with d = x_adv - x and g = grad * grad_scale.
+//
+// Note [Sums of an l2 step]
+// ~~~~~~~~~~~~~~~~~~~~~~~~~
+// Squares of small gradients vanish in float, and sums of many thousands of them lose digits; in
+// double they took as long as the rest of a step of 16-bit images. So squares are summed in float a
+// few dozen at a time, and those sums in double, which is as exact as a float result needs. Where
+// it turns out not to be (L2Step::hold), sums are taken again in double, and where that is too
+// narrow in turn, as for some float64 gradients, with the gradient scaled by a power of two.
 struct PgdSums {
   double gg;
   double dg;
@@ -39,6 +47,9 @@ AFM_DECLARE_KERNEL(void, pgd_linf, (const PgdParams& params, int64_t begin, int6
 // Elements [begin, end) of the sample whose first element lies at these offsets. The result depends
 // on nothing else, so that sums over fixed ranges do not depend on the number of threads.
 AFM_DECLARE_KERNEL(PgdSums, pgd_l2_sums,
+                   (const PgdParams& params, const int64_t* sample_offsets, int64_t begin,
+                    int64_t end))
+AFM_DECLARE_KERNEL(PgdSums, pgd_l2_double_sums,
                    (const PgdParams& params, const int64_t* sample_offsets, int64_t begin,
                     int64_t end, double grad_scale))
 

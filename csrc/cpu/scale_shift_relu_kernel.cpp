@@ -29,51 +29,88 @@ AFM_INLINE void for_each_channel_block(const StridedLoop<N>& loop, int64_t perio
   });
 }
 
-// A NaN fails the comparison and stays.
-template <class C>
-AFM_INLINE C relu(C value) {
-  return value < 0 ? 0 : value;
-}
-
-// A channel's number for each element of a run, or one for all.
-template <class C>
-struct EachChannel {
+// A number of each channel along a run: where channels count, one after another, else one for all.
+template <bool kCounts, class C>
+struct ChannelNumbers {
   const C* values;
-  AFM_MEMBER C operator[](int64_t i) const { return values[i]; }
-};
-template <class C>
-struct OneChannel {
-  C value;
-  AFM_MEMBER C operator[](int64_t) const { return value; }
-};
-
-// The loops, over blocks of compute type or bfloat16 as it lies.
-
-template <class X, class R, class Channel>
-AFM_INLINE void forward_run(X* out, const X* x, const R* residual, Channel scale, Channel shift,
-                            int n) {
-  if (residual == nullptr) {
-    AFM_INDEPENDENT
-    for (int i = 0; i < n; ++i) from_float(relu(to_float(x[i]) * scale[i] + shift[i]), out + i);
-  } else {
-    AFM_INDEPENDENT
-    for (int i = 0; i < n; ++i)
-      from_float(relu(to_float(x[i]) * scale[i] + shift[i] + to_float(residual[i])), out + i);
+  Vec<C> first;
+  explicit AFM_MEMBER ChannelNumbers(const C* from) : values(from), first(*from) {}
+  template <class Access>
+  AFM_MEMBER Vec<C> at(Access access, int64_t j) const {
+    if constexpr (kCounts) return access.load(values + j, first);
+    return first;
   }
+};
+
+// The loops. See Note [Elements as they lie].
+
+template <bool kCounts, class C, class X>
+AFM_LOOP void forward_run(X* out, const X* x, const X* residual, const C* scales, const C* shifts,
+                          int64_t n) {
+  using V = Vec<C>;
+  const ChannelNumbers<kCounts, C> scale(scales), shift(shifts);
+  const V zero(C(0));
+  const auto scaled = [&](auto access, int64_t j) AFM_STEP {
+    return fma(access.load(x + j, zero), scale.at(access, j), shift.at(access, j));
+  };
+  const auto put_relu = [&](auto access, int64_t j, V y) AFM_STEP {
+    access.store(out + j, max(zero, y));  // a NaN stays
+  };
+  if (residual == nullptr)
+    sweep<V>(0, n,
+             [&](auto access, int64_t j, int) AFM_STEP { put_relu(access, j, scaled(access, j)); });
+  else
+    sweep<V>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
+      put_relu(access, j, scaled(access, j) + access.load(residual + j, zero));
+    });
 }
 
-template <class X, class G, class Channel>
-AFM_INLINE void backward_x_run(X* grad_x, const X* output, const G* grad, Channel scale, int n) {
-  AFM_INDEPENDENT
-  for (int i = 0; i < n; ++i)
-    from_float(to_float(output[i]) <= 0 ? 0 : to_float(grad[i]) * scale[i], grad_x + i);
+template <bool kCounts, class C, class X>
+AFM_LOOP void backward_run(X* grad_x, X* grad_residual, const X* output, const X* grad,
+                           const C* scales, int64_t n) {
+  using V = Vec<C>;
+  const ChannelNumbers<kCounts, C> scale(scales);
+  const V zero(C(0));
+  const auto passed = [&](auto access, int64_t j) AFM_STEP {
+    return select(access.load(output + j, zero) <= zero, zero, access.load(grad + j, zero));
+  };
+  const auto put_by_x = [&](auto access, int64_t j, V g)
+                            AFM_STEP { access.store(grad_x + j, g * scale.at(access, j)); };
+  if (grad_residual == nullptr)
+    sweep<V>(0, n,
+             [&](auto access, int64_t j, int) AFM_STEP { put_by_x(access, j, passed(access, j)); });
+  else if (grad_x == nullptr)
+    sweep<V>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
+      access.store(grad_residual + j, passed(access, j));
+    });
+  else
+    sweep<V>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
+      const V g = passed(access, j);
+      access.store(grad_residual + j, g), put_by_x(access, j, g);
+    });
 }
 
-template <class X, class G>
-AFM_INLINE void backward_residual_run(X* grad_residual, const X* output, const G* grad, int n) {
-  AFM_INDEPENDENT
-  for (int i = 0; i < n; ++i)
-    from_float(to_float(output[i]) <= 0 ? 0 : to_float(grad[i]), grad_residual + i);
+// Whether the loops run on the tensors themselves: no gaps between their elements, and one dtype.
+template <class C, int N>
+AFM_INLINE bool is_direct(const StridedLoop<N>& loop, DType dtype, DType other_dtype) {
+  bool direct = dtype == other_dtype && is_computed_in<C>(dtype);
+  for (int k = 0; k < N - 1; ++k) direct &= loop.strides[k][0] == 1;
+  return direct;
+}
+
+// n elements of an operand from element `at` on; null where the operand is absent.
+AFM_INLINE RowPointer run_of(const void* data, DType dtype, int64_t at, int64_t stride) {
+  char* base = static_cast<char*>(const_cast<void*>(data));
+  return {base == nullptr ? nullptr : base + at * element_size(dtype), dtype, stride};
+}
+
+template <class X>
+AFM_INLINE X* element_at(void* data, int64_t at) {
+  return data == nullptr ? nullptr : static_cast<X*>(data) + at;
+}
+template <class X>
+AFM_INLINE const X* element_at(const void* data, int64_t at) {
+  return data == nullptr ? nullptr : static_cast<const X*>(data) + at;
 }
 
 template <class C>
@@ -82,10 +119,8 @@ AFM_INLINE void forward(const ScaleShiftReluParams& p, int64_t begin, int64_t en
   alignas(64) C scratch[3][kBlock];
   const auto& strides = p.loop.strides;
   const bool counts = strides[P::kChannel][0] != 0;
-  bool is_direct = sizeof(C) == 4 && p.dtype == DType::kBFloat16 &&
-                   (p.residual == nullptr || p.residual_dtype == DType::kBFloat16);
-  for (int k = 0; k < P::kChannel; ++k) is_direct &= strides[k][0] == 1;
-  const Target target{p.out, p.dtype};
+  const bool direct =
+      is_direct<C>(p.loop, p.dtype, p.residual == nullptr ? p.dtype : p.residual_dtype);
   for_each_channel_block(
       p.loop, p.period, begin, end,
       [&](const int64_t* at, int64_t channel, int n) AFM_LAMBDA_INLINE {
@@ -93,26 +128,26 @@ AFM_INLINE void forward(const ScaleShiftReluParams& p, int64_t begin, int64_t en
         const C* shift = static_cast<const C*>(p.shift) + channel;
         const auto run = [&](auto* out, const auto* x, const auto* residual) AFM_LAMBDA_INLINE {
           if (counts)
-            forward_run(out, x, residual, EachChannel<C>{scale}, EachChannel<C>{shift}, n);
+            forward_run<true>(out, x, residual, scale, shift, n);
           else
-            forward_run(out, x, residual, OneChannel<C>{*scale}, OneChannel<C>{*shift}, n);
+            forward_run<false>(out, x, residual, scale, shift, n);
         };
-        if constexpr (sizeof(C) == 4) {
-          if (is_direct) {
-            const auto* residual = static_cast<const BFloat16*>(p.residual);
-            return run(static_cast<BFloat16*>(p.out) + at[P::kOut],
-                       static_cast<const BFloat16*>(p.x) + at[P::kX],
-                       residual == nullptr ? residual : residual + at[P::kResidual]);
-          }
+        if (direct) {
+          return with_element<C>(p.dtype, [&](auto element) AFM_LAMBDA_INLINE {
+            using X = decltype(element);
+            run(element_at<X>(p.out, at[P::kOut]), element_at<X>(p.x, at[P::kX]),
+                element_at<X>(p.residual, at[P::kResidual]));
+          });
         }
-        const C* x = load_block(Source{p.x, p.dtype}, at[P::kX], strides[P::kX][0], n, scratch[1]);
-        C* out = place_block(target, at[P::kOut], strides[P::kOut][0], scratch[0]);
-        const C* residual = nullptr;
-        if (p.residual != nullptr)
-          residual = load_block(Source{p.residual, p.residual_dtype}, at[P::kResidual],
-                                strides[P::kResidual][0], n, scratch[2]);
-        run(out, x, residual);
-        store_block(target, at[P::kOut], strides[P::kOut][0], n, out, scratch[0]);
+        const auto block = [&](int k, const void* data, DType dtype) AFM_LAMBDA_INLINE {
+          return run_of(data, dtype, at[k], strides[k][0]);
+        };
+        const RowPointer out = block(P::kOut, p.out, p.dtype);
+        const RowPointer residual = block(P::kResidual, p.residual, p.residual_dtype);
+        C* to = out.writable(0, scratch[P::kOut]);
+        run(to, block(P::kX, p.x, p.dtype).read(0, n, scratch[P::kX]),
+            residual.data == nullptr ? nullptr : residual.read(0, n, scratch[P::kResidual]));
+        out.write(0, n, to);
       });
 }
 
@@ -122,45 +157,39 @@ AFM_INLINE void backward(const ScaleShiftReluBackwardParams& p, int64_t begin, i
   alignas(64) C scratch[4][kBlock];
   const auto& strides = p.loop.strides;
   const bool counts = strides[P::kChannel][0] != 0;
-  bool is_direct =
-      sizeof(C) == 4 && p.dtype == DType::kBFloat16 && p.grad_output_dtype == DType::kBFloat16;
-  for (int k = 0; k < P::kChannel; ++k) is_direct &= strides[k][0] == 1;
-  const Target grad_x_target{p.grad_x, p.dtype}, grad_residual_target{p.grad_residual, p.dtype};
+  const bool direct = is_direct<C>(p.loop, p.dtype, p.grad_output_dtype);
   for_each_channel_block(
       p.loop, p.period, begin, end,
       [&](const int64_t* at, int64_t channel, int n) AFM_LAMBDA_INLINE {
         const C* scale = static_cast<const C*>(p.scale) + channel;
-        const auto by_x = [&](auto* to, const auto* output, const auto* grad) AFM_LAMBDA_INLINE {
+        const auto run = [&](auto* grad_x, auto* grad_residual, const auto* output,
+                             const auto* grad) AFM_LAMBDA_INLINE {
           if (counts)
-            backward_x_run(to, output, grad, EachChannel<C>{scale}, n);
+            backward_run<true>(grad_x, grad_residual, output, grad, scale, n);
           else
-            backward_x_run(to, output, grad, OneChannel<C>{*scale}, n);
+            backward_run<false>(grad_x, grad_residual, output, grad, scale, n);
         };
-        const int64_t to = at[P::kGradient], to_stride = strides[P::kGradient][0];
-        if constexpr (sizeof(C) == 4) {
-          if (is_direct) {
-            const auto* output = static_cast<const BFloat16*>(p.output) + at[P::kOutput];
-            const auto* grad = static_cast<const BFloat16*>(p.grad_output) + at[P::kGradOutput];
-            if (p.grad_x != nullptr) by_x(static_cast<BFloat16*>(p.grad_x) + to, output, grad);
-            if (p.grad_residual != nullptr)
-              backward_residual_run(static_cast<BFloat16*>(p.grad_residual) + to, output, grad, n);
-            return;
-          }
+        if (direct) {
+          return with_element<C>(p.dtype, [&](auto element) AFM_LAMBDA_INLINE {
+            using X = decltype(element);
+            run(element_at<X>(p.grad_x, at[P::kGradient]),
+                element_at<X>(p.grad_residual, at[P::kGradient]),
+                element_at<X>(p.output, at[P::kOutput]),
+                element_at<X>(p.grad_output, at[P::kGradOutput]));
+          });
         }
-        const C* output = load_block(Source{p.output, p.dtype}, at[P::kOutput],
-                                     strides[P::kOutput][0], n, scratch[0]);
-        const C* grad = load_block(Source{p.grad_output, p.grad_output_dtype}, at[P::kGradOutput],
-                                   strides[P::kGradOutput][0], n, scratch[1]);
-        if (p.grad_x != nullptr) {
-          C* grad_x = place_block(grad_x_target, to, to_stride, scratch[2]);
-          by_x(grad_x, output, grad);
-          store_block(grad_x_target, to, to_stride, n, grad_x, scratch[2]);
-        }
-        if (p.grad_residual != nullptr) {
-          C* grad_residual = place_block(grad_residual_target, to, to_stride, scratch[3]);
-          backward_residual_run(grad_residual, output, grad, n);
-          store_block(grad_residual_target, to, to_stride, n, grad_residual, scratch[3]);
-        }
+        const auto block = [&](int k, const void* data, DType dtype) AFM_LAMBDA_INLINE {
+          return run_of(data, dtype, at[k], strides[k][0]);
+        };
+        const RowPointer gradients[] = {block(P::kGradient, p.grad_x, p.dtype),
+                                        block(P::kGradient, p.grad_residual, p.dtype)};
+        C* to[2];
+        for (int i = 0; i < 2; ++i)
+          to[i] = gradients[i].data == nullptr ? nullptr : gradients[i].writable(0, scratch[2 + i]);
+        run(to[0], to[1], block(P::kOutput, p.output, p.dtype).read(0, n, scratch[0]),
+            block(P::kGradOutput, p.grad_output, p.grad_output_dtype).read(0, n, scratch[1]));
+        for (int i = 0; i < 2; ++i)
+          if (to[i] != nullptr) gradients[i].write(0, n, to[i]);
       });
 }
 
@@ -175,11 +204,8 @@ void scale_shift_relu_backward(const ScaleShiftReluBackwardParams& p, int64_t be
 }
 
 void read_vector(const void* source, DType dtype, int64_t stride, int64_t n, double* target) {
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int m = static_cast<int>(n - i < kBlock ? n - i : kBlock);
-    const double* block = load_block(Source{source, dtype}, i * stride, stride, m, target + i);
-    if (block != target + i) memcpy(target + i, block, m * sizeof(double));
-  }
+  const double* from = run_of(source, dtype, 0, stride).read(0, n, target);
+  if (from != target) memcpy(target, from, static_cast<size_t>(n) * sizeof(double));
 }
 
 }  // namespace afm::cpu::AFM_CAPABILITY

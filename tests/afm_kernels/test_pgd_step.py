@@ -110,6 +110,34 @@ def test_large_samples_are_shared_between_threads(device: torch.device) -> None:
     assert_near(together, alone.expand(16, -1, -1, -1).double().cpu(), torch.float32)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_do_not_change_a_bit(device: torch.device, dtype: torch.dtype, norm: str) -> None:
+    """Many samples, each a thread's, and one large one that threads share."""
+    threads = torch.get_num_threads()
+    for shape in ((40, 3, 32, 32), (1, 3, 180, 171)):
+        operands = case(device, shape, dtype, dtype)
+        results = []
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                results.append(pgd_step(*operands, step_size=0.02, eps=0.0625, norm=norm))
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(*results)
+
+
+def test_l2_step_back_to_the_image(device: torch.device) -> None:
+    """Of the sums that give the new distance next to nothing is left: roundings of float32 sums would show."""
+    x_adv, _, x = case(device, (3, 3, 8, 8), torch.float32, torch.float32)
+    distance = (x_adv - x).flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    x_adv = x + (x_adv - x) / distance
+    grad = 0.7 * (x - x_adv)  # so that its squares are rounded otherwise
+    result = pgd_step(x_adv, grad, x, step_size=0.9999, eps=2e-5, norm="l2", clip=None)
+    truth = true_step(x_adv, grad, x, 0.9999, 2e-5, "l2", None)
+    assert_near(result, truth, torch.float32)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),

@@ -24,6 +24,7 @@ struct Kernels {
   decltype(&portable::conv3x3_block) conv3x3_block;
   decltype(&portable::pgd_linf) pgd_linf;
   decltype(&portable::pgd_l2_sums) pgd_l2_sums;
+  decltype(&portable::pgd_l2_double_sums) pgd_l2_double_sums;
   decltype(&portable::pgd_l2_apply) pgd_l2_apply;
   decltype(&portable::pgd_grad_max) pgd_grad_max;
   decltype(&portable::scale_shift_relu_forward) forward;
@@ -112,15 +113,20 @@ void test_pgd_step(const Kernels& kernels, const Elements& shape, DType grad_dty
 
   const int64_t none[PgdParams::kOperands] = {};
   for (int64_t i = 0; i < shape.count; ++i) from[static_cast<size_t>(i)] = x_adv.get(i);
-  const PgdSums sums = kernels.pgd_l2_sums(params, none, 0, shape.count, 1);
   double gg = 0, dg = 0, dd = 0, largest = 0;
   for (int64_t i = 0; i < shape.count; ++i) {
     const double g = grad.get(i), d = from[static_cast<size_t>(i)] - x.get(i);
     gg += g * g, dg += d * g, dd += d * d, largest = std::fmax(largest, std::fabs(g));
   }
-  expect(std::fabs(sums.gg - gg) <= 1e-6 * gg && std::fabs(sums.dd - dd) <= 1e-6 * dd &&
-             std::fabs(sums.dg - dg) <= 1e-6 * std::sqrt(gg * dd),
-         "pgd_l2_sums");
+  const auto expect_sums = [&](const PgdSums& sums, double scale, double allowed) {
+    const double gg_scaled = scale * scale * gg, size = std::sqrt(gg_scaled * dd);
+    expect(std::fabs(sums.gg - gg_scaled) <= allowed * gg_scaled &&
+               std::fabs(sums.dd - dd) <= allowed * dd &&
+               std::fabs(sums.dg - scale * dg) <= allowed * size,
+           "pgd_l2_sums, allowed " + std::to_string(allowed));
+  };
+  expect_sums(kernels.pgd_l2_sums(params, none, 0, shape.count), 1, 1e-6);
+  expect_sums(kernels.pgd_l2_double_sums(params, none, 0, shape.count, 8), 8, 1e-13);
   expect(kernels.pgd_grad_max(params, none, 0, shape.count) == largest, "pgd_grad_max");
   for (double shrink : {1.0, 0.5}) {
     for (int64_t i = 0; i < shape.count; ++i) from[static_cast<size_t>(i)] = x_adv.get(i);
@@ -291,6 +297,7 @@ int main(int argc, char** argv) {
   Kernels{NAME::conv3x3_block,            \
           NAME::pgd_linf,                 \
           NAME::pgd_l2_sums,              \
+          NAME::pgd_l2_double_sums,       \
           NAME::pgd_l2_apply,             \
           NAME::pgd_grad_max,             \
           NAME::scale_shift_relu_forward, \

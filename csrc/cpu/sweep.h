@@ -1,0 +1,126 @@
+// A loop over adjacent elements, a few vectors at a time, and sums over them. For kernel units.
+
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace afm::cpu::AFM_CAPABILITY {
+namespace {
+
+// Vectors in flight, to cover the latency of the arithmetic.
+#if AFM_CAPABILITY_AVX512 || AFM_CAPABILITY_AVX2
+constexpr int kUnroll = 2;
+#else
+constexpr int kUnroll = 1;
+#endif
+
+// A float16 in memory.
+struct Float16 {
+  uint16_t bits;
+};
+AFM_INLINE Vec<float> load_float16(const Float16* p) { return load_float16(&p->bits); }
+AFM_INLINE Vec<float> load_float16(const Float16* p, int n, Vec<float> fill) {
+  uint16_t lanes[Vec<float>::width] = {};
+  memcpy(lanes, p, static_cast<size_t>(n) * sizeof(*p));
+  return select(Vec<float>::first(n), load_float16(lanes), fill);
+}
+AFM_INLINE void store_float16(Vec<float> x, Float16* p) { store_float16(x, &p->bits); }
+AFM_INLINE void store_float16(Vec<float> x, Float16* p, int n) {
+  uint16_t lanes[Vec<float>::width];
+  store_float16(x, lanes);
+  memcpy(p, lanes, static_cast<size_t>(n) * sizeof(*p));
+}
+
+// How a loop touches memory: a whole vector, one whose lines are not worth keeping in the caches,
+// or the first n lanes.
+struct Whole {
+  AFM_MEMBER Vec<float> load(const BFloat16* p, Vec<float>) const { return load_bfloat16(p); }
+  AFM_MEMBER void store(BFloat16* p, Vec<float> x) const { store_bfloat16(x, p); }
+  AFM_MEMBER Vec<float> load(const Float16* p, Vec<float>) const { return load_float16(p); }
+  AFM_MEMBER void store(Float16* p, Vec<float> x) const { store_float16(x, p); }
+  template <class T>
+  AFM_MEMBER Vec<T> load(const T* p, Vec<T>) const {
+    return Vec<T>::load(p);
+  }
+  template <class T>
+  AFM_MEMBER void store(T* p, Vec<T> x) const {
+    x.store(p);
+  }
+  template <class T>
+  AFM_MEMBER Vec<T> or_zero(Vec<T> x) const {
+    return x;
+  }
+};
+
+struct Streamed : Whole {
+  AFM_MEMBER void store(BFloat16* p, Vec<float> x) const { stream_bfloat16(x, p); }
+  template <class T>
+  AFM_MEMBER void store(T* p, Vec<T> x) const {
+    x.stream(p);
+  }
+};
+
+struct Part {
+  int n;
+  AFM_MEMBER Vec<float> load(const BFloat16* p, Vec<float> fill) const {
+    return load_bfloat16(p, n, fill);
+  }
+  AFM_MEMBER void store(BFloat16* p, Vec<float> x) const { store_bfloat16(x, p, n); }
+  AFM_MEMBER Vec<float> load(const Float16* p, Vec<float> fill) const {
+    return load_float16(p, n, fill);
+  }
+  AFM_MEMBER void store(Float16* p, Vec<float> x) const { store_float16(x, p, n); }
+  template <class T>
+  AFM_MEMBER Vec<T> load(const T* p, Vec<T> fill) const {
+    return Vec<T>::load(p, n, fill);
+  }
+  template <class T>
+  AFM_MEMBER void store(T* p, Vec<T> x) const {
+    x.store(p, n);
+  }
+  template <class T>
+  AFM_MEMBER Vec<T> or_zero(Vec<T> x) const {
+    return select(Vec<T>::first(n), x, Vec<T>(T(0)));
+  }
+};
+
+// The loops stay functions of their own: a row's worth of work pays for the call, and their copies
+// add up.
+#define AFM_LOOP static __attribute__((noinline))
+#define AFM_STEP AFM_LAMBDA_INLINE
+
+// Calls step(access, first element, accumulator) over elements [j, n).
+template <class V, class Access = Whole, class F>
+AFM_INLINE void sweep(int64_t j, int64_t n, const F& step) {
+  for (; j + kUnroll * V::width <= n; j += kUnroll * V::width) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) step(Access{}, j + u * V::width, u);
+  }
+  for (; j + V::width <= n; j += V::width) step(Access{}, j, 0);
+  if (j < n) step(Part{static_cast<int>(n - j)}, j, 0);
+}
+
+// One accumulator for each vector in flight.
+template <class T>
+struct Accumulator {
+  Vec<T> lanes[kUnroll];
+  explicit AFM_MEMBER Accumulator(T start = T(0)) {
+    for (int u = 0; u < kUnroll; ++u) lanes[u] = Vec<T>(start);
+  }
+  AFM_MEMBER void add(int u, Vec<T> x) { lanes[u] = lanes[u] + x; }
+  AFM_MEMBER void add_product(int u, Vec<T> x, Vec<T> y) { lanes[u] = fma(x, y, lanes[u]); }
+  AFM_MEMBER void take_max(int u, Vec<T> x) { lanes[u] = max(x, lanes[u]); }
+  AFM_MEMBER double sum() const {
+    Vec<T> s = lanes[0];
+    for (int u = 1; u < kUnroll; ++u) s = s + lanes[u];
+    return static_cast<double>(s.sum());
+  }
+  AFM_MEMBER T largest() const {
+    Vec<T> s = lanes[0];
+    for (int u = 1; u < kUnroll; ++u) s = max(s, lanes[u]);
+    return s.max();
+  }
+};
+
+}  // namespace
+}  // namespace afm::cpu::AFM_CAPABILITY
