@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from advfunmatch import attack as attack_module
-from advfunmatch.attack import GraphCache, PGDAttack, input_gradient
+from advfunmatch import capture
+from advfunmatch.attack import PGDAttack, input_gradient
+from advfunmatch.capture import GraphCache
 from advfunmatch.lean import prepare_for_attack
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -428,12 +429,12 @@ def replayed_eagerly(
 def test_captured_attacks_equal_eager_ones_for_every_shape_and_after_an_update(
     monkeypatch, student, teacher, images
 ) -> None:
-    monkeypatch.setattr(attack_module, "capture_graph", replayed_eagerly)
+    monkeypatch.setattr(capture, "capture_graph", replayed_eagerly)
     monkeypatch.setattr(PGDAttack, "_captures", lambda *_: True)
     captured = PGDAttack(eps=EPS, step_size=STEP, steps=2, seed=SEED, max_graphs=2)
     monkeypatch.undo()
     eager = PGDAttack(eps=EPS, step_size=STEP, steps=2, seed=SEED)
-    monkeypatch.setattr(attack_module, "capture_graph", replayed_eagerly)
+    monkeypatch.setattr(capture, "capture_graph", replayed_eagerly)
     lean_student, lean_teacher = prepare_for_attack(student), prepare_for_attack(teacher)
     for size in (5, 5, 3, 5, 2, 3):
         x = torch.rand(size, 3, 8, 8, generator=torch.Generator().manual_seed(size))
@@ -460,12 +461,12 @@ def test_graphs_are_kept_by_recent_use() -> None:
 
 
 def test_other_addresses_are_another_graph(student) -> None:
-    before = attack_module._addresses(student)
+    before = capture._addresses(student)
     with torch.no_grad():
         student[0].weight.mul_(2)
-    assert attack_module._addresses(student) == before
+    assert capture._addresses(student) == before
     student[0].weight = nn.Parameter(student[0].weight.clone())
-    assert attack_module._addresses(student) != before
+    assert capture._addresses(student) != before
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,297 @@
+"""The layers that stand for several of a network's own in its prepared copy. See Note [Folding] in ``lean``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from afm_kernels import ops, scale_shift_relu
+
+__all__ = ["AdaptivePool", "BatchNormSource", "FoldedConv", "ScaleShiftReLU", "symmetric_padding"]
+
+
+class FoldedConv(nn.Module):
+    """A convolution with the BatchNorm after it in its weights, an optional residual added, and an optional ReLU."""
+
+    weight: Tensor
+    bias: Tensor
+    ones: Tensor
+    shift: Tensor
+    weight_dense_out: Tensor | None
+
+    def __init__(self, conv: nn.Conv2d, live: nn.Conv2d, bn: BatchNormSource | None, relu: bool) -> None:
+        super().__init__()
+        self.relu = relu
+        self.stride, self.padding, self.dilation = conv.stride, symmetric_padding(conv), conv.dilation
+        self.groups = conv.groups
+        self._live = (live,)
+        self._bn = bn
+        weight = conv.weight.detach()
+        self.register_buffer("weight", torch.empty_like(weight))
+        self.register_buffer("bias", weight.new_zeros(conv.out_channels))
+        # For scale_shift_relu behind the convolution; these stay float32 in a network of lower precision.
+        self.register_buffer("ones", _at_least_float32(weight.new_ones(conv.out_channels)))
+        self.register_buffer("shift", _at_least_float32(weight.new_zeros(conv.out_channels)))
+        self.register_buffer("weight_dense_out", None)
+
+    def prepare_conv3x3(self) -> None:
+        """Keep the weight in a second layout for ``conv3x3``, where that can serve this layer."""
+        geometry = (self.weight.shape[2:], self.stride, self.padding, self.dilation, self.groups)
+        if (
+            geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+            and all(channels % 16 == 0 for channels in self.weight.shape[:2])
+            and self.weight.dtype == torch.float32
+            and self.weight.device.type == "cpu"
+        ):
+            out_channels, in_channels = self.weight.shape[:2]
+            taps_first = self.weight.new_empty(3, 3, in_channels, out_channels)
+            self.weight_dense_out = taps_first.permute(3, 2, 0, 1)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        fits = residual is None or self._same_shape(x, residual)
+        if self.weight_dense_out is not None and fits and _conv3x3_serves(x):
+            return _Conv3x3.apply(x, self.weight, self.weight_dense_out, self.bias, residual, self.relu)
+        if not (self.relu or residual is not None):
+            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if fits and _onednn_serves(x, self.weight):
+            return _ConvEpilogue.apply(
+                x,
+                self.weight,
+                self.bias,
+                residual,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,
+                self.relu,
+            )
+        if self.relu and (x.device.type == "cuda" or residual is not None):
+            # One pass over the convolution's output, where bias, addition and ReLU would be three.
+            out = F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+            if residual is None or residual.shape == out.shape:
+                return scale_shift_relu(out, self.ones, self.shift, residual)
+            return F.relu(out + self.bias.view(-1, 1, 1) + residual)
+        out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if residual is not None:
+            out = out + residual
+        return F.relu(out) if self.relu else out
+
+    def _same_shape(self, x: Tensor, residual: Tensor) -> bool:
+        """Whether the residual has the convolution's shape; anything else must broadcast, which oneDNN does not."""
+        sizes = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(
+                x.shape[2:], self.padding, self.dilation, self.weight.shape[2:], self.stride, strict=True
+            )
+        )
+        return residual.shape == (x.shape[0], self.weight.shape[0], *sizes) and residual.dtype == x.dtype
+
+    def refresh_(self) -> None:
+        self._refresh_folded()
+        if self.weight_dense_out is not None:
+            self.weight_dense_out.copy_(self.weight)
+
+    def _refresh_folded(self) -> None:
+        conv = self._live[0]
+        if self._bn is None:
+            self.weight.copy_(conv.weight)
+            if conv.bias is not None:
+                self.bias.copy_(conv.bias)
+                self.shift.copy_(conv.bias)
+            return
+        scale, shift = self._bn.scale_shift()
+        if conv.bias is not None:
+            shift = shift + conv.bias * scale
+        self.weight.copy_(conv.weight * scale.view(-1, 1, 1, 1))
+        self.bias.copy_(shift)
+        self.shift.copy_(shift)
+
+
+class ScaleShiftReLU(nn.Module):
+    """An eval-mode BatchNorm that no convolution could take, an optional residual added, and the ReLU after it."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, bn: BatchNormSource) -> None:
+        super().__init__()
+        self._bn = bn
+        scale, shift = bn.scale_shift()
+        self.register_buffer("scale", torch.empty_like(scale))
+        self.register_buffer("shift", torch.empty_like(shift))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None and residual.shape != x.shape:
+            per_channel = (-1, *[1] * (x.dim() - 2))
+            return F.relu(x * self.scale.view(per_channel) + self.shift.view(per_channel) + residual)
+        return scale_shift_relu(x, self.scale, self.shift, residual)
+
+    def refresh_(self) -> None:
+        scale, shift = self._bn.scale_shift()
+        self.scale.copy_(scale)
+        self.shift.copy_(shift)
+
+
+class AdaptivePool(nn.Module):
+    """Adaptive average pooling by the quickest operator that is the same at the size at hand.
+
+    PyTorch's own takes half a millisecond for 128×64×2×2 to 2×2, where nothing is to be done, and as much again for its
+    gradient: longer than either convolution before it in ``small_cnn``.
+    """
+
+    def __init__(self, output_size: Any) -> None:
+        super().__init__()
+        pair = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+        self.output_size = tuple(pair)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        out_height, out_width = (
+            have if want is None else want
+            for want, have in zip(self.output_size, (height, width), strict=True)
+        )
+        if (height, width) == (out_height, out_width):
+            return x
+        if (out_height, out_width) == (1, 1):
+            return x.mean((-2, -1), keepdim=True)
+        if height % out_height == 0 and width % out_width == 0:
+            return F.avg_pool2d(x, (height // out_height, width // out_width))
+        return F.adaptive_avg_pool2d(x, self.output_size)
+
+
+class _ConvEpilogue(torch.autograd.Function):
+    """Convolution + bias (+ residual) (+ ReLU) as one oneDNN primitive, with the input gradient only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        relu: bool,
+    ) -> Tensor:
+        post = "relu" if relu else None
+        if residual is None:
+            out = torch.ops.mkldnn._convolution_pointwise(
+                x, weight, bias, padding, stride, dilation, groups, post or "none", [], ""
+            )
+        else:
+            out = torch.ops.mkldnn._convolution_pointwise.binary(
+                x, residual, weight, bias, padding, stride, dilation, groups, "add", None, post, [], None
+            )
+        ctx.save_for_backward(x, weight, out if relu else None)
+        ctx.geometry = (stride, padding, dilation, groups)
+        ctx.relu = relu
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, out = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        if ctx.relu:
+            if grad.stride() != out.stride():
+                # As a copy of its own: an elementwise loop over two layouts takes several times as long.
+                grad = torch.empty_like(out).copy_(grad)
+            grad = torch.ops.aten.threshold_backward(grad, out, 0)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+            )[0]
+        return grad_x, None, None, grad if ctx.needs_input_grad[3] else None, None, None, None, None, None
+
+
+class _Conv3x3(torch.autograd.Function):
+    """3x3 convolution + bias (+ residual) (+ ReLU) through ``conv3x3``, with the input gradient only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        weight_dense_out: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+    ) -> Tensor:
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        out = ops.kernel("conv3x3_forward", "cpu", "cpp")(x, weight_dense_out, bias, residual, relu)
+        ctx.save_for_backward(weight, out if relu else None)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, gate = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        wrt_x, wrt_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        if gate is not None and wrt_residual:
+            # The residual's gradient is the gated one, so it is made once for both.
+            grad, gate = torch.ops.aten.threshold_backward(grad, gate, 0), None
+        grad_x = ops.kernel("conv3x3_input_grad", "cpu", "cpp")(grad, gate, weight) if wrt_x else None
+        return grad_x, None, None, None, grad if wrt_residual else None, None
+
+
+def _conv3x3_serves(x: Tensor) -> bool:
+    """Whether ``conv3x3`` takes this image, and is the faster one: from 8 tiles of 4x4 pixels up, it was for 16 to
+    512 channels and every size from 4x4 to 56x56; below, reading the weights is all there is to do."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    tiles = x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
+    return tiles >= 8 and ops.served_by("conv3x3_forward", "cpu") == "cpp"
+
+
+def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False  # inductor fuses the plain form itself
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32 == weight.dtype
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+class BatchNormSource:
+    """Where the live values of one BatchNorm are: its module and the names of its four tensors."""
+
+    def __init__(self, places: Sequence[tuple[nn.Module, str] | None], eps: float) -> None:
+        self.places = places  # mean, variance, weight, bias
+        self.eps = eps
+
+    def scale_shift(self) -> tuple[Tensor, Tensor]:
+        mean, variance, weight, bias = (
+            None if place is None else _at_least_float32(getattr(*place)) for place in self.places
+        )
+        assert mean is not None
+        assert variance is not None
+        scale = torch.rsqrt(variance + self.eps)
+        if weight is not None:
+            scale = scale * weight
+        shift = -mean * scale
+        return scale, shift if bias is None else shift + bias
+
+
+def symmetric_padding(conv: nn.Conv2d) -> Any:
+    """The padding as two numbers; None for a "same" padding that is not symmetric."""
+    if conv.padding == "valid":
+        return (0, 0)
+    if conv.padding == "same":
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return None if any(t % 2 for t in total) else tuple(t // 2 for t in total)
+    return conv.padding
+
+
+def _at_least_float32(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
