@@ -22,12 +22,15 @@ flips; PyTorch's own float32 differs from float64 by the same mechanism and as m
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .lean_layers import FoldedConv, ScaleShiftReLU
 from .lean_rewrite import Rewriter, first_line, trace
@@ -115,7 +118,7 @@ class PreparedModel(nn.Module):
         self.left: list[str] = []
         # In a tuple, so that the live network is no submodule of this one.
         self._live = (live,)
-        network = copy.deepcopy(live).eval().requires_grad_(False)
+        network = _copy_of(live).eval().requires_grad_(False)
         self.network: nn.Module
         try:
             graph_module, untraced = trace(network)
@@ -155,6 +158,7 @@ class PreparedModel(nn.Module):
             if isinstance(module, FoldedConv) and memory_format == torch.channels_last:
                 module.prepare_conv3x3()
         self._copies = self._pairs_to_copy()
+        self._parametrizations = [m for m in live.modules() if isinstance(m, ParametrizationList)]
         self.train(False)
         self.refresh_()
 
@@ -173,10 +177,11 @@ class PreparedModel(nn.Module):
     @torch.no_grad()
     def refresh_(self) -> PreparedModel:
         """Follow the live network's parameters and buffers as they are now, in place."""
-        for layer in self._layers:
-            layer.refresh_()
-        for destination, module, name in self._copies:
-            destination.copy_(getattr(module, name))
+        with _in_eval_mode(self._parametrizations):
+            for layer in self._layers:
+                layer.refresh_()
+            for destination, module, name in self._copies:
+                destination.copy_(getattr(module, name))
         return self
 
     def train(self, mode: bool = True) -> PreparedModel:
@@ -224,3 +229,27 @@ def _in_memory_format(weight: Tensor, memory_format: torch.memory_format) -> Ten
     _, channels, height, width = weight.shape
     strides = (channels * height * width, 1, channels * width, channels)
     return torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device).copy_(weight)
+
+
+def _copy_of(live: nn.Module) -> nn.Module:
+    """A deep copy, also where pruning or an old weight norm has left a tensor with a graph, which deepcopy refuses."""
+    computed = {
+        id(t): t.detach().clone()
+        for module in live.modules()
+        for t in vars(module).values()
+        if isinstance(t, Tensor) and not t.is_leaf
+    }
+    return copy.deepcopy(live, computed)
+
+
+@contextlib.contextmanager
+def _in_eval_mode(parametrizations: Sequence[ParametrizationList]) -> Iterator[None]:
+    """Read in training mode, a spectral norm's weight would cost the live network a step of its power iteration."""
+    changed = [module for each in parametrizations for module in each.modules() if module.training]
+    for module in changed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = True

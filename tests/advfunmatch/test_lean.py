@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import torchvision
 from advfunmatch.lean import PreparedModel, prepare_for_attack
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from afm_kernels import ops, use_backend
 
@@ -338,6 +338,32 @@ def test_adaptive_pooling_changed_in_place_leaves_its_input_alone() -> None:
     net = Net(wiring)
     net.pool = nn.AdaptiveAvgPool2d(8)
     assert_stands_for(net, torch.rand(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "reparametrise", [prune.identity, nn.utils.spectral_norm, parametrizations.spectral_norm]
+)
+def test_weights_that_are_computed_from_others(reparametrise: Callable[..., nn.Module]) -> None:
+    """Also while the network is trained: reading a spectral norm then would change it."""
+    torch.manual_seed(SEED)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+    ).double()
+    reparametrise(net[0], "weight")
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    net.train()(x)  # leaves a weight with a graph
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    prepared = prepare_for_attack(net)
+    for _ in range(2):
+        assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+        got = out_and_gradient(prepared, x)
+        for ours, want in zip(got, out_and_gradient(net.eval(), x), strict=True):
+            assert_near(ours, want, 1e-10)
+        net.train()
+        with torch.no_grad():
+            next(net[0].parameters()).mul_(1.1)
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+        prepared.refresh_()
 
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"eps": 0.1}, {"track_running_stats": False}])
