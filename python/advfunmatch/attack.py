@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from numbers import Integral, Real
 from typing import Any
@@ -122,12 +123,20 @@ class PGDAttack:
             raise ValueError(
                 "early_stop=True reads the device at every step, so cuda_graph=True is not possible"
             )
+        self.clip = _checked_clip(clip)
+        if norm == "linf" and self.clip is not None and None not in self.clip:
+            low, high = self.clip
+            if eps > high - low:  # type: ignore[operator]
+                warnings.warn(
+                    f"eps={eps:g} is more than the whole range of clip={self.clip}, so nothing of an image need be "
+                    "kept; for images in [0, 1] a radius such as 8/255 is usual",
+                    stacklevel=2,
+                )
         self.norm = norm
         self.eps = float(eps)
         self.step_size = float(step_size)
         self.steps = int(steps)
         self.init = init
-        self.clip = _checked_clip(clip)
         self.seed = None if seed is None else int(seed)
         self.restarts = int(restarts)
         self.bn = bn
@@ -426,6 +435,10 @@ class PGDAttack:
         for argument, value in (("labels", labels), ("teacher_logits", teacher_logits)):
             if not (value is None or isinstance(value, Tensor)):
                 raise TypeError(f"{argument} must be a tensor or None, got {type(value).__name__}")
+        if (
+            self.clip is not None and x.numel() and x.device.type == "cpu"
+        ):  # elsewhere it would wait for the device
+            _warn_outside(x, self.clip)
         if x.dim() < 2:
             raise ValueError(f"x must have shape (N, ...) with at least 2 dimensions, got {tuple(x.shape)}")
         use = self._teacher_use(teacher)
@@ -608,3 +621,16 @@ def _checked_clip(
     ):
         raise ValueError(f"clip must be a pair with lowest < highest, got {clip!r}")
     return low, high
+
+
+def _warn_outside(x: Tensor, clip: tuple[float | None, float | None]) -> None:
+    """Say so if the images lie outside the range that the attack will clip them to, as normalised ones do."""
+    lowest, highest = (float(bound) for bound in x.detach().aminmax())
+    low, high = clip
+    slack = 1e-3
+    if (low is not None and lowest < low - slack) or (high is not None and highest > high + slack):
+        warnings.warn(
+            f"x holds values from {lowest:.4g} to {highest:.4g}, outside clip={clip}, into which the attack moves them "
+            "however far that is; give the range of these images as clip, or None, and normalise inside the network",
+            stacklevel=4,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -540,6 +541,20 @@ def test_bad_calls_are_named(student, teacher, images, objective, call, error, w
     arguments = {"teacher": teacher, "x": images, **call}
     with pytest.raises(error, match=words):
         PGDAttack(objective, eps=EPS, step_size=STEP, steps=1)(student, **arguments)
+
+
+def test_images_and_radii_outside_the_clip_range_are_pointed_out(student, images) -> None:
+    """Normalised images, or a radius of 8 for 8/255, would be attacked without a sign of the mistake."""
+    with pytest.warns(UserWarning, match=r"eps=8 is more than .* range of clip=\(0\.0, 1\.0\)"):
+        PGDAttack("cross_entropy", eps=8)
+    attack = PGDAttack("cross_entropy", eps=EPS, steps=1)
+    with pytest.warns(UserWarning, match=r"x holds values from -.* outside clip=\(0\.0, 1\.0\)"):
+        attack(student, None, images - 0.5, LABELS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack(student, None, images, LABELS)
+        PGDAttack("cross_entropy", eps=8, steps=1, clip=(0, 255))(student, None, 255 * images, LABELS)
+        PGDAttack("cross_entropy", eps=8, steps=1, clip=None)(student, None, images - 0.5, LABELS)
 
 
 def test_numpys_numbers_are_numbers(student, teacher, images) -> None:
