@@ -51,6 +51,8 @@ from .report_html import write_report
 from .run import choose_device
 from .trainer import train as train_model
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="advfunmatch",
     help="Adversarial distillation: train, attack and evaluate robust students.\n\nStart with `advfunmatch demo`, or "
@@ -294,6 +296,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         code = app(args=arguments or ["--help"], prog_name="advfunmatch", standalone_mode=False)
+        if code == INTERRUPTED:  # typer has swallowed the KeyboardInterrupt
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except InputError as error:
         return _fail(str(error), 2)
@@ -302,7 +306,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except ProcessLost:
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; the last checkpoint is whole", 130)
+        sentence = (
+            "interrupted; what was written is whole, and train --resume goes on from its last checkpoint"
+        )
+        return _fail(sentence, INTERRUPTED)
     except ModuleNotFoundError as error:
         return _fail(f"{error.name} is not installed: pip install 'advfunmatch[train]'", 2)
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
@@ -138,6 +139,11 @@ class TrainConfig:
         Raises:
             InputError: naming the first setting that cannot be used, its value, and what is allowed.
         """
+        types = get_type_hints(TrainConfig)
+        typed = replace(self, **{name: _typed(name, getattr(self, name), types[name]) for name in types})
+        return typed._filled_in()
+
+    def _filled_in(self) -> TrainConfig:
         method = get_method(self.method)
         filled: dict[str, Any] = {}
         for name, fallback in FALLBACKS.items():
@@ -162,6 +168,14 @@ class TrainConfig:
         return asdict(self)
 
 
+def unused_settings(config: TrainConfig) -> list[str]:
+    """Settings of a resolved configuration that were changed, and that its method never looks at."""
+    unused = get_method(config.method).unused
+    defaults: dict[str, Any] = {setting.name: setting.default for setting in fields(TrainConfig)}
+    usual = replace(config, **{name: defaults[name] for name in unused}).resolve()
+    return [name for name in unused if getattr(config, name) != getattr(usual, name)]
+
+
 def setting_names() -> tuple[str, ...]:
     """The names of all fields of a configuration."""
     return tuple(field.name for field in fields(TrainConfig))
@@ -181,6 +195,8 @@ def config_from(settings: Mapping[str, Any]) -> TrainConfig:
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
     allowed = get_args(kind) or (kind,)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if float in allowed and isinstance(value, str | int) and not isinstance(value, bool):
         return parse_number(value, name)
     if name == "milestones" and isinstance(value, list):

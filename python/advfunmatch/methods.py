@@ -74,6 +74,18 @@ class Logits:
 
 Loss = Callable[[Logits, "TrainConfig"], Tensor]
 
+# Settings that an attack on each objective looks at, besides eps and norm, with which every run is evaluated.
+ANY_ATTACK = ("steps", "early_steps", "step_size", "attack_init", "attack_bn", "lean")
+ATTACK_READS: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "cross_entropy": ANY_ATTACK,
+    "fixed_teacher": (*ANY_ATTACK, "temperature"),
+    "mismatch": (*ANY_ATTACK, "temperature", "teacher_gradient"),
+}
+MATCHING = ("temperature", "reduction", "scale_by_t2")
+LOSS_READS = ("alpha", "beta", "begin_epoch", "detach_target", "label_smoothing", "teacher_input", *MATCHING)
+SETTINGS = (*ANY_ATTACK, "teacher_gradient", *LOSS_READS)  # that not every method uses
+
 
 @dataclass(frozen=True)
 class Default:
@@ -94,8 +106,9 @@ class Method:
         loss: the outer loss of one batch.
         needs_teacher: whether a teacher must be given.
         needs_labels: whether the labels of the training images are used.
-        defaults: settings of `TrainConfig` that this method fills in.
         source: the paper, and the code that the defaults were read in.
+        reads: those of `SETTINGS` that the loss looks at; None does not say.
+        defaults: settings that this method fills in.
     """
 
     name: str
@@ -105,7 +118,15 @@ class Method:
     needs_teacher: bool
     needs_labels: bool
     source: str
+    reads: tuple[str, ...] | None = None
     defaults: Mapping[str, Default] = field(default_factory=dict)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Settings that neither the loss nor the attack looks at."""
+        if self.reads is None:
+            return ()
+        return tuple(name for name in SETTINGS if name not in (*self.reads, *ATTACK_READS[self.objective]))
 
 
 def _match(student: Tensor, target: Tensor, config: TrainConfig) -> Tensor:
@@ -224,6 +245,7 @@ METHODS: dict[str, Method] = {
             needs_teacher=False,
             needs_labels=True,
             source="ordinary training",
+            reads=("label_smoothing",),
         ),
         Method(
             "kd",
@@ -233,6 +255,7 @@ METHODS: dict[str, Method] = {
             needs_teacher=True,
             needs_labels=True,
             source="Hinton et al. 2015",
+            reads=("alpha", "temperature", "reduction", "label_smoothing"),
             defaults={
                 "alpha": Default(0.9, REPDISTILLER),
                 "temperature": Default(4.0, REPDISTILLER),
@@ -248,6 +271,7 @@ METHODS: dict[str, Method] = {
             needs_teacher=True,
             needs_labels=False,
             source="Beyer et al. 2022",
+            reads=MATCHING,
             defaults={
                 "temperature": Default(1.0, "google-research/big_vision configs/proj/distill/bit_i1k.py"),
                 "reduction": Default("batchmean", "google-research/big_vision"),
@@ -262,6 +286,7 @@ METHODS: dict[str, Method] = {
             needs_teacher=False,
             needs_labels=True,
             source="Madry et al. 2018",
+            reads=("label_smoothing",),
             defaults={
                 "attack_init": Default("uniform", "Madry et al. 2018"),
                 "attack_bn": Default("eval", "as TRADES and AdaAD attack; Fast-AT's code uses train"),
@@ -275,6 +300,7 @@ METHODS: dict[str, Method] = {
             needs_teacher=False,
             needs_labels=True,
             source="Zhang et al. 2019",
+            reads=("beta", "detach_target", "label_smoothing", *MATCHING),
             defaults={
                 "beta": Default(6.0, "yaodongyu/TRADES train_trades_cifar10.py"),
                 "reduction": Default("batchmean", TRADES_CODE),
@@ -291,6 +317,7 @@ METHODS: dict[str, Method] = {
             needs_teacher=False,
             needs_labels=True,
             source="Wang et al. 2020",
+            reads=("beta", "label_smoothing"),
             defaults={
                 "beta": Default(6.0, MART_CODE + " (its function's default; its script passes 5)"),
                 "attack_init": Default("gaussian", MART_CODE),
@@ -305,6 +332,7 @@ METHODS: dict[str, Method] = {
             needs_teacher=True,
             needs_labels=True,
             source="Goldblum et al. 2020",
+            reads=("alpha", "teacher_input", "label_smoothing", *MATCHING),
             defaults={
                 "alpha": Default(1.0, ARD_CODE),
                 "temperature": Default(30.0, ARD_CODE),
@@ -323,6 +351,7 @@ METHODS: dict[str, Method] = {
             needs_teacher=True,
             needs_labels=False,
             source="Zi et al. 2021",
+            reads=("alpha", "teacher_input", *MATCHING),
             defaults={
                 "alpha": Default(5 / 6, RSLAD_LOSS),
                 "temperature": Default(1.0, RSLAD_LOSS),
@@ -340,6 +369,7 @@ METHODS: dict[str, Method] = {
             needs_teacher=True,
             needs_labels=True,
             source="Zhu et al. 2022",
+            reads=("beta", "begin_epoch", "teacher_input", *MATCHING),
             defaults={
                 "beta": Default(0.1, IAD_CODE),
                 "begin_epoch": Default(60, IAD_CODE),
@@ -359,6 +389,7 @@ METHODS: dict[str, Method] = {
             needs_teacher=True,
             needs_labels=False,
             source="Huang et al. 2023",
+            reads=("alpha", "teacher_input", *MATCHING),
             defaults={
                 "alpha": Default(1.0, ADAAD_LOSS),
                 "temperature": Default(1.0, ADAAD_LOSS),
@@ -377,6 +408,7 @@ METHODS: dict[str, Method] = {
             needs_teacher=True,
             needs_labels=False,
             source="AdvFunMatch, arXiv 2305.14700 (abstract)",
+            reads=("teacher_input", *MATCHING),
             defaults={
                 "temperature": Default(1.0, ABSTRACT_ONLY),
                 "reduction": Default("batchmean", ABSTRACT_ONLY),

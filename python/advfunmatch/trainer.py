@@ -16,6 +16,7 @@ are no part of a checkpoint.
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -30,7 +31,7 @@ from .averaging import refresh_batch_norm
 from .awp import perturbed_weights
 from .board import Board
 from .checkpoint import save_checkpoint
-from .config import TrainConfig
+from .config import TrainConfig, unused_settings
 from .data import as_float, choose
 from .errors import TrainingDiverged
 from .evaluate import evaluate
@@ -72,6 +73,9 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
 
     run = set_up(config.resolve())
     config, state, leads = run.config, run.state, run.world.leads
+    if show and leads and (unused := unused_settings(config)):
+        given = ", ".join(f"{name} = {getattr(config, name)}" for name in unused)
+        print(f"warning: method {config.method!r} does not use {given}", file=sys.stderr)
     images = len(run.train_set)
     progress = TrainingProgress(
         label or f"{config.method} {config.model}",

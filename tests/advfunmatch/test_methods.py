@@ -16,7 +16,7 @@ from advfunmatch import TrainConfig, create_model
 from advfunmatch.awp import perturbed_weights
 from advfunmatch.config import setting_names
 from advfunmatch.distributed import World
-from advfunmatch.methods import METHODS, Logits, make_attack
+from advfunmatch.methods import ATTACK_READS, METHODS, SETTINGS, Logits, make_attack
 from advfunmatch.trainer import run_attack
 from torch import Tensor, nn
 
@@ -264,6 +264,27 @@ def test_defaults_are_settings_with_a_source() -> None:
         resolved = configured(method.name)
         assert all(getattr(resolved, name) == default.value for name, default in method.defaults.items())
         assert getattr(configured(method.name, temperature=7.0), "temperature") == 7.0  # noqa: B009
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_method_reads_what_it_says(setting, method) -> None:  # type: ignore[no-untyped-def]
+    """So that a run can say which settings it was given in vain."""
+    student, teacher, x, x_adv, labels = setting
+    config, read = configured(method.name, alpha=0.5, begin_epoch=0), set()
+
+    class Watched:
+        def __getattr__(self, name: str) -> object:
+            read.add(name)
+            return getattr(config, name)
+
+    logits = Logits(student, teacher, x, labels, epoch=60)
+    logits.x_adv = x_adv
+    method.loss(logits, Watched())
+    assert read & set(SETTINGS) == set(method.reads)
+    read.clear()
+    make_attack(Watched())  # type: ignore[arg-type]
+    elsewhere = {"early_steps", "lean"} if method.objective else set()
+    assert read & set(SETTINGS) | elsewhere == set(ATTACK_READS[method.objective])
 
 
 def test_methods_command_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None:

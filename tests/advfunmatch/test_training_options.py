@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import advfunmatch.run
@@ -14,7 +15,7 @@ import torch
 from advfunmatch import InputError, TrainConfig, load_dataset, train
 from advfunmatch.averaging import WeightAverage, refresh_batch_norm
 from advfunmatch.cli import run
-from advfunmatch.config import config_from, read_settings
+from advfunmatch.config import config_from, read_settings, unused_settings
 from advfunmatch.data.augment import MIXING, ON_STORED, augmented, parse_augmentation
 from advfunmatch.presets import PRESETS
 from advfunmatch.progress import TrainingProgress
@@ -263,9 +264,41 @@ def test_a_run_is_repeated_from_its_own_record(tmp_path: Path, make_config: Make
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_complete(name: str) -> None:
+def test_presets_are_complete_and_in_use(name: str) -> None:
     settings = {**PRESETS[name], "data": "digits", "out": "unused", "teacher": "unused"}
-    config_from(settings).resolve()
+    assert unused_settings(config_from(settings).resolve()) == []
+
+
+def test_settings_that_the_method_does_not_use_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (
+        "train --data digits --model small_cnn-4 --method ce --epochs 1 --limit 100 --eval-limit 20 --out"
+    )
+    warning = "warning: method 'ce' does not use "
+    out = tmp_path / "in-vain"
+    assert run([*arguments.split(), str(out), "--beta", "3", "--step-size", "1/255"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1
+    assert f"{warning}step_size = {1 / 255}, beta = 3.0\n" in said
+    assert (
+        run(["train", "--config", str(out / "run.json"), "--out", str(tmp_path / "again"), "--beta", "1"])
+        == 0
+    )
+    assert f"{warning}step_size = {1 / 255}\n" in capsys.readouterr().err
+    assert run([*arguments.split(), str(tmp_path / "plain")]) == 0
+    assert (
+        run(["train", "--config", str(tmp_path / "plain" / "run.json"), "--out", str(tmp_path / "twice")])
+        == 0
+    )
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_configuration_in_python_takes_what_the_command_line_takes(tmp_path: Path) -> None:
+    written = TrainConfig(data="digits", model="small_cnn", method="ce", out=tmp_path, eps="8/255", lr=1)  # type: ignore[arg-type]
+    assert (written.resolve().eps, written.resolve().out) == (8 / 255, str(tmp_path))
+    with pytest.raises(InputError, match=r"epochs is '3', but must be of type int"):
+        replace(written, epochs="3").resolve()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
