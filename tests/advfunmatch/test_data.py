@@ -26,6 +26,7 @@ def folder(tmp_path: Path) -> Path:
 def test_digits_splits_are_whole_disjoint_and_fixed() -> None:
     train, test = load_dataset("digits", split="train"), load_dataset("digits", split="test")
     assert (len(train), len(test), train.num_classes) == (1437, 360, 10)
+    assert repr(train) == "ImageDataset(digits train: 1437 images of 1×8×8, 10 classes)"
     assert train.images.dtype == torch.uint8
     assert train.images.max() == 255
     assert torch.equal(test.images, load_dataset("digits", split="test").images)

@@ -39,6 +39,13 @@ class ImageDataset:
     def image_size(self) -> tuple[int, int]:
         return self.images.shape[2], self.images.shape[3]
 
+    def __repr__(self) -> str:
+        channels, (height, width) = self.in_channels, self.image_size
+        return (
+            f"ImageDataset({self.name} {self.split}: {len(self)} images of {channels}×{height}×{width}, "
+            f"{self.num_classes} classes)"
+        )
+
     def __len__(self) -> int:
         return len(self.labels)
 
