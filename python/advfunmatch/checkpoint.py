@@ -144,7 +144,8 @@ def require_forward(network: nn.Module, data: ImageDataset, what: str) -> None:
             network(as_float(data.images[:1]))
     except RuntimeError as error:
         height, width = data.image_size
-        raise InputError(f"{what} cannot take images of {height}×{width} pixels") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{what} cannot take images of {height}×{width} pixels: {reason}") from error
 
 
 def _require_fit(checkpoint: dict[str, Any], path: str | Path, data: ImageDataset, what: str) -> None:

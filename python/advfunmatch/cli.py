@@ -26,21 +26,12 @@ from rich.console import Console
 
 from . import demo as demo_module
 from .checkpoint import load_network
-from .config import (
-    FRACTIONS,
-    NORMS,
-    TrainConfig,
-    check_radius,
-    check_seed,
-    config_from,
-    parse_number,
-    read_settings,
-)
+from .config import FRACTIONS, TrainConfig, config_from, parse_number, read_settings
 from .data import as_float, load_dataset
 from .distributed import leave_world
 from .environment import environment
 from .errors import InputError, ProcessLost, TrainingDiverged, one_of
-from .evaluate import ATTACKS, attack_images, check_attacks, mismatched_examples
+from .evaluate import ATTACKS, AttackSettings, attack_images, check_attacks, mismatched_examples
 from .evaluate import evaluate as evaluate_model
 from .files import prepare_file, write_atomically, write_json
 from .methods import methods_text
@@ -156,7 +147,7 @@ def evaluate(
     """
     names = [name.strip() for name in attacks.split(",") if name.strip()]
     check_attacks(names)
-    settings = _attack_settings(eps, norm, seed, batch_size)
+    settings = dataclasses.asdict(AttackSettings(parse_number(eps, "eps"), norm, seed, batch_size))
     if teacher_model and teacher is None:
         raise InputError(f"teacher_model is {teacher_model!r}, but teacher names no file of its weights")
     test_set = load_dataset(data, split="test", limit=limit).to(choose_device(device))
@@ -195,7 +186,7 @@ def attack(
         raise one_of("attack", attack, ["mismatch", *ATTACKS])
     if attack == "mismatch" and teacher is None:
         raise InputError("attack 'mismatch' needs --teacher, a checkpoint to differ from")
-    settings = _attack_settings(eps, norm, seed, batch_size)
+    settings = dataclasses.asdict(AttackSettings(parse_number(eps, "eps"), norm, seed, batch_size))
     test_set = load_dataset(data, split="test", limit=limit).to(choose_device(device))
     network, _ = load_network(checkpoint, model, test_set)
     x = as_float(test_set.images)
@@ -254,18 +245,6 @@ def demo(
     console = Console()
     console.print(demo_table(result))
     print(f"{result['seconds']:.0f} s in all; {out / 'demo.png'}, {out / 'demo.json'}")
-
-
-def _attack_settings(eps: str, norm: str, seed: int, batch_size: int) -> dict[str, Any]:
-    """The settings of every attack, after checking each."""
-    if norm not in NORMS:
-        raise one_of("norm", norm, NORMS)
-    radius = parse_number(eps, "eps")
-    check_radius(radius, norm)
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}, but must be at least 1")
-    check_seed(seed)
-    return {"eps": radius, "norm": norm, "seed": seed, "batch_size": batch_size}
 
 
 def _remembered_teacher(stored: dict[str, Any]) -> tuple[str | None, str | None]:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from afm_kernels import softmax_kl_div
 
 from .attack import PGDAttack
+from .checkpoint import require_forward
+from .config import NORMS, check_radius, check_seed, parse_number
 from .data import ImageDataset, as_float
 from .errors import InputError, one_of
 from .lean import prepare_for_attack
@@ -63,17 +65,24 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What every attack of one evaluation shares."""
+class AttackSettings:
+    """What every attack of one evaluation shares; InputError names a value that cannot be."""
 
     eps: float
-    norm: str
-    seed: int
-    batch_size: int
-    num_classes: int
+    norm: str = "linf"
+    seed: int = 0
+    batch_size: int = BATCH_SIZE
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise one_of("norm", self.norm, NORMS)
+        check_radius(self.eps, self.norm)
+        check_seed(self.seed)
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}, but must be at least 1")
 
 
-def _clean(model: nn.Module, images: Tensor, labels: Tensor, setup: Setup) -> Tensor:
+def _clean(model: nn.Module, images: Tensor, labels: Tensor, settings: AttackSettings) -> Tensor:
     return images
 
 
@@ -84,42 +93,45 @@ def _pgd(
     fraction: float = 1 / 4,
     init: str = "uniform",
     restarts: int = 1,
-) -> Callable[[nn.Module, Tensor, Tensor, Setup], Tensor]:
-    def run(model: nn.Module, images: Tensor, labels: Tensor, setup: Setup) -> Tensor:
+) -> Callable[[nn.Module, Tensor, Tensor, AttackSettings], Tensor]:
+    def run(model: nn.Module, images: Tensor, labels: Tensor, settings: AttackSettings) -> Tensor:
         attack = PGDAttack(
             objective,
-            norm=setup.norm,
-            eps=setup.eps,
-            step_size=setup.eps * fraction,
+            norm=settings.norm,
+            eps=settings.eps,
+            step_size=settings.eps * fraction,
             steps=steps,
             init=init,
             restarts=restarts,
-            seed=setup.seed,
+            seed=settings.seed,
         )
-        parts = zip(images.split(setup.batch_size), labels.split(setup.batch_size), strict=True)
+        parts = zip(images.split(settings.batch_size), labels.split(settings.batch_size), strict=True)
         prepared = prepare_for_attack(model)
         return torch.cat([attack(prepared, None, x, y) for x, y in parts])
 
     return run
 
 
-def _auto_attack(model: nn.Module, images: Tensor, labels: Tensor, setup: Setup) -> Tensor:
+def _auto_attack(model: nn.Module, images: Tensor, labels: Tensor, settings: AttackSettings) -> Tensor:
     from pyautoattack import AutoAttack
 
     kwargs: dict[str, Any] = {"version": "standard"}
-    if setup.num_classes < 4:
+    num_classes = len(_logits(model, images[:1], 1)[0])
+    if num_classes < 4:
         # The targeted DLR loss needs the third and fourth largest logit.
         kwargs = {"version": "custom", "attacks": ["apgd-ce", "fab", "square"]}
-    norm = {"linf": "Linf", "l2": "L2"}[setup.norm]
-    adversary = AutoAttack(model, device=images.device, eps=setup.eps, norm=norm, seed=setup.seed, **kwargs)
-    targets = min(9, setup.num_classes - 1)
+    norm = {"linf": "Linf", "l2": "L2"}[settings.norm]
+    adversary = AutoAttack(
+        model, device=images.device, eps=settings.eps, norm=norm, seed=settings.seed, **kwargs
+    )
+    targets = min(9, num_classes - 1)
     adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
-    x_adv, _ = adversary.run_standard_evaluation(images, labels, batch_size=setup.batch_size)
+    x_adv, _ = adversary.run_standard_evaluation(images, labels, batch_size=settings.batch_size)
     return x_adv
 
 
 # name -> (what it is, the function that returns the attacked images)
-ATTACKS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor, Setup], Tensor]]] = {
+ATTACKS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor, AttackSettings], Tensor]]] = {
     "clean": ("no attack", _clean),
     "fgsm": ("one step of eps up the cross-entropy", _pgd(1, fraction=1.0, init="zero")),
     "pgd10": ("PGD on cross-entropy, 10 steps of eps/4, uniform start", _pgd(10)),
@@ -138,6 +150,8 @@ ATTACKS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor, Setup], Tenso
 
 def check_attacks(names: Sequence[str]) -> None:
     """InputError for a name that is no attack, or for none at all."""
+    if isinstance(names, str):
+        raise InputError(f"attacks is {names!r}, but must be a list of names")
     for name in names:
         if name not in ATTACKS:
             raise one_of("attack", name, ATTACKS)
@@ -172,23 +186,22 @@ def evaluate(
         Accuracies in percent, fidelity where there is a teacher, settings and times.
 
     Raises:
-        InputError: for an unknown attack.
+        InputError: for an unknown attack, a setting that cannot be, or a model that does not take these images.
     """
     check_attacks(attacks)
-    device = next(model.parameters()).device
-    images, labels = as_float(data.images).to(device), data.labels.to(device)
-    setup = Setup(eps, norm, seed, batch_size, data.num_classes)
-    settings = {
-        "eps": eps,
-        "norm": norm,
-        "seed": seed,
-        "attacks": {name: ATTACKS[name][0] for name in attacks},
-    }
-    result = Evaluation({}, len(data), settings)
+    settings = AttackSettings(parse_number(eps, "eps"), norm, seed, batch_size)
+    data = data.to(_device_of(model, data))
+    images, labels = as_float(data.images), data.labels
+    described: dict[str, Any] = {"eps": settings.eps, "norm": norm, "seed": seed}
+    described["attacks"] = {name: ATTACKS[name][0] for name in attacks}
+    result = Evaluation({}, len(data), described)
     with _frozen(model), _frozen(teacher), _autoattack_warnings(result.warnings):
+        for what, network in (("model", model), ("teacher", teacher)):
+            if network is not None:
+                require_forward(network, data, what)
         for name in attacks:
             started = time.perf_counter()
-            x_adv = ATTACKS[name][1](model, images, labels, setup)
+            x_adv = ATTACKS[name][1](model, images, labels, settings)
             logits = _logits(model, x_adv, batch_size)
             if broken := int((~logits.isfinite().all(1)).sum()):
                 result.warnings.append(f"{name}: the logits of {broken} images are not finite")
@@ -197,7 +210,7 @@ def evaluate(
             result.per_class[name] = _per_class(correct, labels, data.class_names)
             result.attack_seconds[name] = round(time.perf_counter() - started, 3)
         if teacher is not None:
-            _measure_fidelity(result, model, teacher, images, setup)
+            _measure_fidelity(result, model, teacher, images, settings)
     result.warnings = list(dict.fromkeys(result.warnings)) + masking_warnings(result.accuracies)
     return result
 
@@ -244,10 +257,10 @@ def attack_images(
 ) -> Tensor:
     """The images of `data` after the attack of that name in `ATTACKS`, float32 in [0, 1]."""
     check_attacks([name])
-    device = next(model.parameters()).device
-    setup = Setup(eps, norm, seed, batch_size, data.num_classes)
+    settings = AttackSettings(parse_number(eps, "eps"), norm, seed, batch_size)
+    data = data.to(_device_of(model, data))
     with _frozen(model), _autoattack_warnings([]):
-        return ATTACKS[name][1](model, as_float(data.images).to(device), data.labels.to(device), setup)
+        return ATTACKS[name][1](model, as_float(data.images), data.labels, settings)
 
 
 def mismatched_examples(
@@ -260,22 +273,24 @@ def mismatched_examples(
 
 
 def _measure_fidelity(
-    result: Evaluation, model: nn.Module, teacher: nn.Module, images: Tensor, setup: Setup
+    result: Evaluation, model: nn.Module, teacher: nn.Module, images: Tensor, settings: AttackSettings
 ) -> None:
-    mismatched = mismatched_examples(
-        model, teacher, images, eps=setup.eps, norm=setup.norm, seed=setup.seed, batch_size=setup.batch_size
-    )
+    mismatched = mismatched_examples(model, teacher, images, **asdict(settings))
     result.settings["mismatched"] = (
         f"PGD on KL(teacher ‖ student), {MISMATCH_STEPS} steps of eps/4, gaussian start"
     )
     for suffix, x in (("clean", images), ("mismatched", mismatched)):
-        ours, theirs = _logits(model, x, setup.batch_size), _logits(teacher, x, setup.batch_size)
+        ours, theirs = _logits(model, x, settings.batch_size), _logits(teacher, x, settings.batch_size)
         agreement = _percent(ours.argmax(1) == theirs.argmax(1))
         kl = float(softmax_kl_div(ours.double(), theirs.double()))
         if suffix == "clean":
             result.agreement, result.kl_clean = agreement, kl
         else:
             result.agreement_mismatched, result.kl_mismatched = agreement, kl
+
+
+def _device_of(model: nn.Module, data: ImageDataset) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), data.images.device)
 
 
 @torch.no_grad()

@@ -98,6 +98,26 @@ def test_unknown_attack_lists_what_there_is(teacher: str, small_test) -> None:  
         evaluate(load_model(teacher), small_test, [], eps=EPS)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eps": 8}, "eps is 8, .*try 8/255"),
+        ({"eps": "8/0"}, "eps is '8/0', but must be a number or a fraction"),
+        ({"norm": "l1"}, "norm is 'l1', but must be one of: linf, l2"),
+        ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"attacks": "clean"}, "attacks is 'clean', but must be a list"),
+        ({"model": torch.nn.Linear(3, 10)}, r"model cannot take images of 8×8 pixels: mat1 and mat2"),
+        ({"teacher": torch.nn.Linear(3, 10)}, r"teacher cannot take images of 8×8 pixels: mat1 and mat2"),
+    ],
+)
+def test_what_cannot_be_is_named(small_test, settings: dict, message: str) -> None:  # type: ignore[no-untyped-def]
+    given = {"model": torch.nn.Flatten(), "data": small_test, "attacks": ["clean"], "eps": "8/255"}
+    evaluate(**given)  # a module without parameters is a model, too
+    with pytest.raises(InputError, match=message):
+        evaluate(**{**given, **settings})
+
+
 def test_stronger_attacks_leave_less(teacher: str, small_test) -> None:  # type: ignore[no-untyped-def]
     left = evaluate(
         load_model(teacher), small_test, ["clean", "fgsm", "pgd20", "pgd100", "cw"], eps=0.08
