@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from afm_kernels.triton import distillation, launch, pgd_step, scale_shift_relu, softmax_kl
+from afm_kernels.triton import distillation, dkl, launch, pgd_step, scale_shift_relu, softmax_kl
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -240,6 +240,19 @@ def _distillation(rows: int, classes: int, dtype: torch.dtype) -> Call:
     return Call(name, run, classes, 4 * classes * torch.empty((), dtype=dtype).element_size())
 
 
+def _dkl(rows: int, classes: int, dtype: torch.dtype, class_weights: bool = False) -> Call:
+    def run() -> object:
+        prior = torch.empty(rows, classes) if class_weights else None
+        return dkl.dkl_forward_grad(
+            *_logits(rows, classes, dtype), prior, None, 2.0, 4.0, 1.0, 1.0, True, 1, 1.0, True, True
+        )
+
+    kind = " class weights" if class_weights else ""
+    name = f"dkl_forward_grad{kind}, {rows} × {classes} {str(dtype).split('.')[1]}"
+    size = torch.empty((), dtype=dtype).element_size()
+    return Call(name, run, classes, (4 * size + (4 if class_weights else 0)) * classes)
+
+
 def _pgd(norm: int, dtype: torch.dtype) -> Call:
     shape = (128, 3, 32, 32)
 
@@ -282,6 +295,7 @@ CALLS = (
     _kl("forward_grad", 4096, 8192, BFLOAT),
     _kl("forward_grad", 16, 50257, BFLOAT),
     _kl("forward_grad", 1024, 32000, BFLOAT, "js"),
+    _dkl(1024, 1000, FLOAT),
     _pgd(0, FLOAT),
     _pgd(1, FLOAT),
     _scale_shift_relu(BFLOAT, backward=False),
@@ -315,6 +329,10 @@ MORE_CALLS = (
     _distillation(1024, 1000, FLOAT),
     _distillation(4096, 8192, BFLOAT),
     _distillation(1024, 32000, BFLOAT),
+    _dkl(128, 10, FLOAT),
+    _dkl(128, 100, FLOAT, class_weights=True),
+    _dkl(1024, 32000, BFLOAT),
+    _dkl(128, 100, torch.float64),
     _pgd(0, BFLOAT),
     _pgd(1, BFLOAT),
     _pgd_start(FLOAT),

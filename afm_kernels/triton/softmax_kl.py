@@ -190,7 +190,7 @@ class Problem:
                 HAS_LABELS=self.mixture is not None,
                 FROM_STATS=from_stats,
                 WANT_LOSS=0 if reduction is None else reduction + 1,
-                GRAD_LOSS=_grad_loss_kind(grad_loss),
+                GRAD_LOSS=grad_loss_kind(grad_loss),
                 ALIGN=align,
                 TWO_LEVELS=rows.two_levels,
                 ACC=self.acc,
@@ -363,7 +363,7 @@ class Problem:
             smoothing,
             DIVERGENCE=self.divergence,
             HAS_LABELS=self.mixture is not None,
-            GRAD_LOSS=_grad_loss_kind(grad_loss),
+            GRAD_LOSS=grad_loss_kind(grad_loss),
             PHASE=self.phase(),
             TWO_LEVELS=rows.two_levels,
             ACC=self.acc,
@@ -418,7 +418,7 @@ class Problem:
             self.finish()
 
 
-def _grad_loss_kind(grad_loss: Tensor | None) -> int:
+def grad_loss_kind(grad_loss: Tensor | None) -> int:
     """GRAD_LOSS of the kernels."""
     return 0 if grad_loss is None else 1 if grad_loss.ndim == 0 else 2
 

@@ -89,6 +89,20 @@ RUNS = {
         {**_SMALL, "programs_per_multiprocessor": 80},
         2,
     ),
+    "dkl": Run(
+        ("test_dkl.py",),
+        "test_factors or test_class_weights or test_each_hard_row or test_hard_classes or test_row_weights"
+        " or test_reductions or (test_is_the_published_form and (no_rows or channels_last))",
+        {},
+        50,
+    ),
+    # rows of more than one block
+    "dkl_blocks": Run(
+        ("test_dkl.py",),
+        "test_factors or test_class_weights or (test_each_hard_row and 1.0-1.0) or (test_dtypes and channels_last)",
+        {"on_chip_more": 16},
+        30,
+    ),
     # Not what takes long and holds nothing new for a kernel: large images, and layers above the operators.
     "attack_and_networks": Run(
         ("test_pgd_step.py", "test_scale_shift_relu.py"),
@@ -133,6 +147,7 @@ def test_all_shared_tests(limits: str) -> None:
     everything = (
         "test_softmax_kl.py",
         "test_distillation.py",
+        "test_dkl.py",
         "test_pgd_step.py",
         "test_scale_shift_relu.py",
     )
