@@ -260,7 +260,8 @@ class DKLProblem(Problem):
                     ACC=self.acc,
                     ROWS=tile_rows,
                     BLOCK=block,
-                    num_warps=self.tile_warps(block * tile_rows),
+                    # four elements of each side a lane, up to eight in the largest block
+                    num_warps=launch.warps(min(512, block * tile_rows * self.double // 4)),
                 )
             self.finish()
             return self.sum(loss) if reduction == 1 and loss is not None else loss
