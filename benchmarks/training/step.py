@@ -3,9 +3,9 @@
 Variants: "official" (fp32, NCHW), "official autocast" (bf16 autocast, channels-last), "official compile" (both networks
 through torch.compile), "ours" (fp32: the trainer's step with its default settings) and "ours bf16".
 
-All begin with the same weights, batch and start of the attack: the loss of this first step is the ``objective``, what
-the attack reached by the outer loss's measure. Then each draws batches in its own way: officially image by image, ours
-for the whole batch.
+All begin with the same weights, the trainer's first batch and its start of the attack: the loss of this first step is
+the ``objective``, what the attack reached by the outer loss's measure. Then each draws batches in its own way:
+officially image by image, ours for the whole batch.
 
 Where ours spends its time is measured by timing its parts alone, in the same rounds: the teacher's forwards and input
 gradients, the student's with its outer backward, the losses, the steps (of the attack, the optimizer, and copying the
@@ -18,15 +18,14 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from advfunmatch.config import TrainConfig
-from advfunmatch.data.augment import augmented, parse_augmentation
-from advfunmatch.lean import prepare_for_attack
-from advfunmatch.methods import Logits, get_method, make_attack
-from advfunmatch.trainer import run_attack
+from advfunmatch.data import ImageDataset
+from advfunmatch.distributed import join_world
+from advfunmatch.run import assemble, new_state
+from advfunmatch.trainer import derive_seed, train_step
 from torch import Tensor, nn
 
 import afm_kernels
@@ -34,7 +33,7 @@ from benchmarks.attack.__main__ import EPS, SEED, STEP_SIZE, Case, network
 from benchmarks.options import Options
 from benchmarks.results import Record, records_of
 from benchmarks.timing import OtherLoad, interleave, peak_memory
-from benchmarks.training.official import Batch, PerImageData
+from benchmarks.training.official import PerImageData
 from benchmarks.training.official import step as official_step
 
 Call = Callable[[], Any]
@@ -92,14 +91,13 @@ def cases(options: Options) -> list[Setting]:
 
 
 class OurStep:
-    """The step of ``advfunmatch.trainer``, made of the trainer's own pieces, and those pieces alone."""
+    """The step of ``advfunmatch.trainer`` on a run of its own, and the parts of that step alone."""
 
     def __init__(
-        self, setting: Setting, student: nn.Module, teacher: nn.Module, batch: Batch, precision: str
+        self, setting: Setting, student: nn.Module, teacher: nn.Module, data: ImageDataset, precision: str
     ) -> None:
-        self.setting = setting
-        self.config = TrainConfig(
-            data="digits",
+        config = TrainConfig(
+            data=data.name,
             model=setting.student,
             method=setting.loop,
             out="-",
@@ -109,42 +107,35 @@ class OurStep:
             steps=setting.steps,
             batch_size=setting.batch,
             lr=0.01,
+            schedule="constant",
+            augment="crop,flip",
+            seed=SEED,
             precision=precision,
             reduction="batchmean",
         ).resolve()
-        self.method = get_method(setting.loop)
-        attack = make_attack(self.config)
-        assert attack is not None
-        self.attack = attack
-        self.dtype = torch.bfloat16 if precision == "bf16" else None
-        self.student, self.teacher, self.batch = student, teacher, batch
-        self.lean_student = prepare_for_attack(student, self.dtype, torch.contiguous_format)
-        self.lean_teacher = prepare_for_attack(teacher, self.dtype, torch.contiguous_format)
-        self.optimizer = torch.optim.SGD(
-            student.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, nesterov=True
-        )
+        world, device = join_world(torch.device("cpu"))
+        state = new_state(config, student, device)
+        self.run = assemble(config, world, device, (data, data, None), state, teacher)
+        self.steps, self.method = setting.steps, setting.loop
+        self.indices = torch.arange(len(data)).split(setting.batch)
+        student.train()
 
     def __call__(self) -> Tensor:
-        x, labels = self.batch()
-        self.student.train()
-        logits = Logits(self.student, self.teacher, x, labels, 0)
-        with torch.autocast("cpu", self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            logits.x_adv = run_attack(
-                self.attack, self.method, logits, self.lean_student, self.lean_teacher
-            ).to(x.dtype)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss = self.method.loss(logits, self.config)
-        loss.backward()
-        self.optimizer.step()
-        self.lean_student.refresh_()
-        return loss.detach()
+        index = self.run.state.step % len(self.indices)
+        return train_step(self.run, 0, index, self.indices[index])
+
+    def first_batch(self) -> tuple[Tensor, Tensor]:
+        """What the first step attacks, with PyTorch's generators left as that step leaves them."""
+        torch.manual_seed(derive_seed(SEED, "step", 0))
+        return self.run.batch(self.indices[0])
 
     def parts(self) -> dict[str, Callable[[], Any]]:
         """Each part of the step alone, as often as the step does it."""
-        x, _ = self.batch()
-        steps = self.setting.steps
-        method = self.setting.loop
-        with_teacher = method != "trades"
+        x, _ = self.first_batch()
+        run, steps, method = self.run, self.steps, self.method
+        assert run.lean_student is not None
+        assert run.lean_teacher is not None
+        lean_student, lean_teacher, optimizer = run.lean_student, run.lean_teacher, run.state.optimizer
 
         def walk(model: nn.Module, backward: bool) -> None:
             images = x.detach().requires_grad_(backward)
@@ -155,23 +146,22 @@ class OurStep:
         def teacher() -> None:
             # AdaAD differentiates through the teacher at each step and asks once more; RSLAD asks once.
             for _ in range(steps if method == "adaad" else 0):
-                walk(self.lean_teacher, True)
-            if with_teacher:
+                walk(lean_teacher, True)
+            if method != "trades":
                 with torch.no_grad():
-                    self.teacher(x)
+                    run.teacher(x)
 
         def student() -> None:
             for _ in range(steps):
-                walk(self.lean_student, True)
+                walk(lean_student, True)
             if method == "trades":  # the clean target of the attack
                 with torch.no_grad():
-                    walk(self.lean_student, False)
-            self.student.train()
-            outputs = [self.student(x) for _ in range(1 if method == "adaad" else 2)]
-            self.optimizer.zero_grad(set_to_none=True)
+                    walk(lean_student, False)
+            outputs = [run.student(x) for _ in range(1 if method == "adaad" else 2)]
+            optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(outputs, [torch.ones_like(z) for z in outputs])
 
-        z = torch.randn(self.setting.batch, CLASSES)
+        z = torch.randn(len(x), CLASSES)
         a, b = z + torch.randn_like(z), z.clone().requires_grad_()
         wrt = ("student", "teacher") if method == "adaad" else ("student",)
 
@@ -186,10 +176,16 @@ class OurStep:
         def step() -> None:
             for _ in range(steps):
                 afm_kernels.pgd_step(x, grad, x, step_size=STEP_SIZE, eps=EPS)
-            self.optimizer.step()
-            self.lean_student.refresh_()
+            optimizer.step()
+            lean_student.refresh_()
 
-        return {"teacher": teacher, "student": student, "loss": loss, "step": step, "data": self.batch}
+        return {
+            "teacher": teacher,
+            "student": student,
+            "loss": loss,
+            "step": step,
+            "data": self.first_batch,
+        }
 
 
 def build(setting: Setting) -> tuple[dict[str, Call], OurStep]:
@@ -203,19 +199,16 @@ def build(setting: Setting) -> tuple[dict[str, Call], OurStep]:
             )
     shape = (4 * setting.batch, setting.channels, setting.size, setting.size)
     images, labels = torch.randint(256, shape, dtype=torch.uint8), torch.randint(CLASSES, shape[:1])
-    first = images[: setting.batch].float() / 255, labels[: setting.batch]
+    classes = tuple(map(str, range(CLASSES)))
+    data = ImageDataset("random images", "train", images, labels, classes)
 
     def per_image() -> Iterator[tuple[Tensor, Tensor]]:
-        data = PerImageData(images, labels)
-        loader = torch.utils.data.DataLoader(data, setting.batch, shuffle=True, drop_last=True)
+        yield ours.first_batch()
+        loader = torch.utils.data.DataLoader(
+            PerImageData(images, labels), setting.batch, shuffle=True, drop_last=True
+        )
         while True:
             yield from loader
-
-    def at_once() -> Iterator[tuple[Tensor, Tensor]]:
-        augmentation = parse_augmentation("crop,flip")
-        while True:
-            indices = torch.randint(len(images), (setting.batch,))
-            yield augmented(images[indices], augmentation), labels[indices]
 
     def pair(channels_last: bool = False) -> tuple[nn.Module, nn.Module]:
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -223,13 +216,11 @@ def build(setting: Setting) -> tuple[dict[str, Call], OurStep]:
         return made[0], made[1]
 
     def official(models: tuple[nn.Module, nn.Module], **options: Any) -> Call:
-        batch = partial(next, chain([first], per_image()))
-        return official_step(setting.loop, *models, batch, (EPS, STEP_SIZE, setting.steps), **options)
+        return official_step(
+            setting.loop, *models, partial(next, per_image()), (EPS, STEP_SIZE, setting.steps), **options
+        )
 
-    ours, ours_bf16 = (
-        OurStep(setting, *pair(), partial(next, chain([first], at_once())), precision)
-        for precision in ("fp32", "bf16")
-    )
+    ours, ours_bf16 = (OurStep(setting, *pair(), data, precision) for precision in ("fp32", "bf16"))
     calls: dict[str, Call] = {
         "ours": ours,
         "ours bf16": ours_bf16,
@@ -247,10 +238,7 @@ def measure(setting: Setting, seconds: float, options: Options, limits: Any) -> 
     """Every variant of one step in turns, with the parts of ours among them."""
     torch._dynamo.reset()
     calls, ours = build(setting)
-    objectives = {}
-    for name, call in calls.items():
-        torch.manual_seed(SEED)  # the same start of the attack for each
-        objectives[name] = float(call())
+    objectives = {name: float(call()) for name, call in calls.items()}
     parts = {f"part {name}": call for name, call in ours.parts().items()}
     with OtherLoad() as load:
         rounds = {"min_rounds": 1, "warmup": 0} if options.smoke else {"min_rounds": 3, "warmup": 1}

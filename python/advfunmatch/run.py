@@ -160,12 +160,25 @@ def _put_together(config: TrainConfig, world: World, device: torch.device) -> Ru
         if config.channels_last:
             teacher.to(memory_format=torch.channels_last)
     student = _new_student(config, train_set, device)
-    state = _new_state(config, student, device)
+    state = new_state(config, student, device)
     _continue_or_begin(config, state)
+    return assemble(config, world, device, (train_set, test_set, extra_set), state, teacher)
+
+
+def assemble(
+    config: TrainConfig,
+    world: World,
+    device: torch.device,
+    data: tuple[ImageDataset, ImageDataset, ImageDataset | None],
+    state: TrainingState,
+    teacher: nn.Module | None,
+) -> Run:
+    """A run of networks and data that are there: the attack and the copies that it uses are made here."""
     method = get_method(config.method)
-    lean_student, lean_teacher = _prepare(config, method, student, teacher)
+    lean_student, lean_teacher = _prepare(config, method, state.student, teacher)
     if world.size > 1:  # after the attack's copies were made, which fold batch norm away
-        synchronise_batch_norm(student, config.model)
+        synchronise_batch_norm(state.student, config.model)
+    train_set, test_set, extra_set = data
     return Run(
         config=config,
         method=method,
@@ -231,7 +244,8 @@ def _require_batches(student: nn.Module, data: ImageDataset, config: TrainConfig
         ) from error
 
 
-def _new_state(config: TrainConfig, student: nn.Module, device: torch.device) -> TrainingState:
+def new_state(config: TrainConfig, student: nn.Module, device: torch.device) -> TrainingState:
+    """Where the training of a student begins: its optimizer, and the averages and the scaler that are asked for."""
     optimizer = torch.optim.SGD(
         student.parameters(),
         config.lr,
