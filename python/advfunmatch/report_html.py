@@ -5,19 +5,21 @@ from __future__ import annotations
 import base64
 import html
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import InputError
 from .files import prepare_file, write_atomically
 from .report import COLOURS
-from .report_pictures import COLUMNS, Run, cells, draw_curves, draw_examples, draw_table, stacked
+from .report_pictures import draw_curves, draw_examples, draw_table, stacked
+from .report_tables import COLUMNS, Run, Table, evaluations, figures, read_evaluations
 
 REQUIRED = ("method", "model", "clean", "pgd20", "images_per_second")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } td, th { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
-td:first-child, th:first-child { text-align: left; } td { white-space: nowrap; } tr.best td { font-weight: 600; }
+td:first-child, th:first-child { text-align: left; } td, th { white-space: nowrap; } tr.best td { font-weight: 600; }
 div.wide { overflow-x: auto; } img { max-width: 100%; height: auto; } .warning { color: #a33; }
 figure { margin: 1rem 0; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
@@ -39,20 +41,28 @@ def write_report(folders: list[Path], out: Path) -> None:
     curves = draw_curves(runs)
     same_images = {run.images: [other for other in runs if other.images == run.images] for run in runs}
     examples = [draw_examples(group) for group in same_images.values()]
-    sections = (
-        "<h2>Figures</h2>" + _table(runs),
+    tables = [figures(runs)]
+    sections = ["<h2>Figures</h2>" + _table(tables[0], _best(runs)) + _notes(runs)]
+    if evaluated := evaluations(runs):
+        tables.append(evaluated)
+        sections.append(
+            "<h2>Evaluations</h2>"
+            + _table(evaluated)
+            + "<p>What <code>advfunmatch evaluate</code> wrote into the runs' folders.</p>"
+        )
+    sections += [
         "<h2>While training</h2>" + _figure(curves, "curves"),
         "<h2>Adversarial examples</h2><p>PGD-20 on each network, and the change, magnified to the full range: mid-grey "
         "is no change. Above each image, what the network says; a wrong class is red.</p>",
         *(_figure(picture, "adversarial examples") for picture in examples),
         "<h2>Settings</h2>" + "".join(_settings(run) for run in runs),
-    )
+    ]
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>advfunmatch report</title><style>{STYLE}</style>'
         f"<h1>advfunmatch: {len(runs)} run{'s' * (len(runs) > 1)}</h1>{''.join(sections)}</html>\n"
     )
     write_atomically(out, page.encode())
-    write_atomically(out.with_suffix(".png"), stacked([draw_table(runs), curves, *examples]))
+    write_atomically(out.with_suffix(".png"), stacked([*map(draw_table, tables), curves, *examples]))
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -81,23 +91,35 @@ def _read(folder: Path, name: str, colour: str) -> Run:
         raise InputError(
             f"run {str(folder)!r} holds no finished run (result.json, metrics.jsonl): {reason}"
         ) from error
-    return Run(name, folder, result, metrics, colour)
+    return Run(name, folder, result, metrics, colour, read_evaluations(folder))
 
 
-def _table(runs: list[Run]) -> str:
-    best = {run.images: max(r.result["pgd20"] for r in runs if r.images == run.images) for run in runs}
-    rows, warnings = [], []
-    for run in runs:
+def _best(runs: list[Run]) -> list[Run]:
+    """Of the runs on the same images, those with the highest accuracy under PGD-20."""
+    highest = {run.images: max(r.result["pgd20"] for r in runs if r.images == run.images) for run in runs}
+    return [run for run in runs if run.result["pgd20"] == highest[run.images]]
+
+
+def _table(table: Table, best: Sequence[Run] = ()) -> str:
+    rows = []
+    for run, cells in table.rows:
         dot = f'<span class="dot" style="background:{run.colour}"></span>'
-        shown = [dot + html.escape(run.name), *map(html.escape, cells(run))]
-        mark = ' class="best"' if run.result["pgd20"] == best[run.images] else ""
+        shown = [dot + html.escape(run.name), *map(html.escape, cells)]
+        mark = ' class="best"' if run in best else ""
         rows.append(f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in shown) + "</tr>")
-        for text in run.result.get("warnings", ()):
-            warnings.append(f'<p class="warning">{html.escape(run.name)}: {html.escape(text)}</p>')
-    head = "".join(f"<th>{title}</th>" for title in ("run", *(title for _, title, _ in COLUMNS)))
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in table.head)
+    return f"<div class=wide><table><tr>{head}</tr>{''.join(rows)}</table></div>"
+
+
+def _notes(runs: list[Run]) -> str:
     images = " or ".join(map(str, sorted({run.result["images"] for run in runs})))
     note = f"<p>Accuracies on {images} test images, with the weights after the last epoch.</p>"
-    return f"<div class=wide><table><tr>{head}</tr>{''.join(rows)}</table></div>{note}{''.join(warnings)}"
+    warnings = [
+        f'<p class="warning">{html.escape(run.name)}: {html.escape(text)}</p>'
+        for run in runs
+        for text in run.result.get("warnings", ())
+    ]
+    return note + "".join(warnings)
 
 
 def _settings(run: Run) -> str:

@@ -1,11 +1,9 @@
-"""The pictures of `advfunmatch report`, as PNGs: the table, the curves, and adversarial examples."""
+"""The pictures of `advfunmatch report`, as PNGs: tables, curves, and adversarial examples."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,62 +12,30 @@ from torch import Tensor
 from .checkpoint import load_model
 from .data import as_float, load_dataset
 from .evaluate import attack_images
+from .report_tables import Run, Table
 
 EXAMPLES = 8  # images, the first of as many classes
 DPI = 110
 WIDTH = 13.0  # of every picture, in inches
-# (key of result.json, title, format)
-COLUMNS = (
-    ("method", "method", "{}"),
-    ("model", "model", "{}"),
-    ("data", "data", "{}"),
-    ("clean", "clean, %", "{:.2f}"),
-    ("pgd20", "PGD-20, %", "{:.2f}"),
-    ("agreement", "agreement, %", "{:.2f}"),
-    ("kl_clean", "KL clean", "{:.4f}"),
-    ("kl_mismatched", "KL mismatched", "{:.4f}"),
-    ("images_per_second", "images/s", "{:,.0f}"),
-    ("seconds", "seconds", "{:,.0f}"),
-)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A folder that `advfunmatch train` wrote, as read back."""
-
-    name: str
-    folder: Path
-    result: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    colour: str
-
-    @property
-    def images(self) -> tuple[str, float, str]:
-        """What is attacked and how: runs that agree in it share a picture."""
-        config = self.result["config"]
-        return config["data"], config["eps"], config["norm"]
-
-
-def cells(run: Run) -> list[str]:
-    """A run's row of the table, without its name."""
-    return [form.format(run.result[key]) if key in run.result else "–" for key, _, form in COLUMNS]
-
-
-def draw_table(runs: Sequence[Run]) -> bytes:
-    """The table of figures."""
+def draw_table(contents: Table) -> bytes:
+    """A table, each row's name in the colour of its run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, 0.3 * len(runs) + 0.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.3 * len(contents.rows) + 0.6), layout="constrained")
     axis = figure.subplots()
     axis.set_axis_off()
-    head = ["run", *(title for _, title, _ in COLUMNS)]
     table = axis.table(
-        [[run.name, *cells(run)] for run in runs], colLabels=head, loc="center", edges="horizontal"
+        [[run.name, *cells] for run, cells in contents.rows],
+        colLabels=contents.head,
+        loc="center",
+        edges="horizontal",
     )
     table.auto_set_font_size(False)
     table.set_fontsize(9)
-    table.auto_set_column_width(range(len(head)))
-    for row, run in enumerate(runs, start=1):
+    table.auto_set_column_width(range(len(contents.head)))
+    for row, (run, _) in enumerate(contents.rows, start=1):
         table[row, 0].get_text().set(color=run.colour, weight="bold")
     return _png(figure)
 

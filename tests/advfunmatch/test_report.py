@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -47,6 +48,40 @@ def test_report_is_one_page_with_every_run(
     assert {"advfunmatch", "ce"} <= set(re.findall(r"<td>(\w+)</td>", page))
     with Image.open(out.with_suffix(".png")) as picture:
         assert picture.width > 1000
+
+
+def test_report_has_the_evaluations_in_a_runs_folder(
+    make_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    train(make_config(epochs=1))
+    arguments = [
+        "evaluate",
+        "--checkpoint",
+        str(folder / "checkpoint.pt"),
+        "--data",
+        "digits",
+        "--limit",
+        "20",
+    ]
+    arguments += ["--eps", "0.1", "--attacks", "clean,pgd10,cw", "--out"]
+    assert run([*arguments, str(folder / "evaluation.json")]) == 0
+    assert run([*arguments, str(folder / "old.json")]) == 0
+    os.utime(folder / "old.json", (0, 0))
+    (folder / "notes.json").write_text("[1]")
+    assert run(["report", str(folder), "--out", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    stored = json.loads((folder / "evaluation.json").read_text())
+    cells = [
+        "evaluation.json",
+        "20",
+        "0.1 (linf)",
+        *(f"{stored[name]:.2f}" for name in ("clean", "pgd10", "cw")),
+    ]
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+    assert "<th>clean, %</th><th>PGD-10, %</th><th>C&amp;W, %</th></tr>" in page
+    assert "<td>old.json, before this training</td>" in page
+    assert "notes.json" not in page
 
 
 def test_report_of_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
