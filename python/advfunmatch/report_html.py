@@ -18,8 +18,8 @@ REQUIRED = ("method", "model", "clean", "pgd20", "images_per_second")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; } td, th { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
-td:first-child, th:first-child { text-align: left; } td, th { white-space: nowrap; } tr.best td { font-weight: 600; }
+table { border-collapse: collapse; } td, th { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
+td:first-child, th:first-child { text-align: left; } td { white-space: nowrap; } tr.best td { font-weight: 600; }
 div.wide { overflow-x: auto; } img { max-width: 100%; height: auto; } .warning { color: #a33; }
 figure { margin: 1rem 0; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }

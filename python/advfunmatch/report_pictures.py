@@ -12,7 +12,7 @@ from torch import Tensor
 from .checkpoint import load_model
 from .data import as_float, load_dataset
 from .evaluate import attack_images
-from .report_tables import Run, Table
+from .report_tables import Run, Table, ball
 
 EXAMPLES = 8  # images, the first of as many classes
 DPI = 110
@@ -98,7 +98,7 @@ def draw_examples(runs: Sequence[Run]) -> bytes:
         rows.append((run.name, run.colour, attacked, _classes(model, attacked, shown.class_names)))
         rows.append(("change", run.colour, 0.5 + change / scale / 2, []))
     figure = Figure(figsize=(WIDTH, 1.15 * len(rows) + 0.4), layout="constrained")
-    figure.suptitle(f"{data}, ε = {eps:.4g} ({norm})", fontsize=10)
+    figure.suptitle(f"{data}, ε = {ball(eps, norm)}", fontsize=10)
     axes = figure.subplots(len(rows), len(shown), squeeze=False)
     for row, (name, colour, pictures, said) in zip(axes, rows, strict=True):
         row[0].set_ylabel(name, fontsize=8.5, color=colour, rotation="horizontal", ha="right", va="center")

@@ -81,9 +81,21 @@ def evaluations(runs: Sequence[Run]) -> Table | None:
     for run, file, stored in found:
         settings = stored["settings"]
         accuracies = [f"{stored[key]:.2f}" if key in stored else "–" for key, _ in columns]
-        ball = f"{settings['eps']:.4g} ({settings['norm']})"
-        rows.append((run, [file, str(stored["images"]), ball, *accuracies]))
+        rows.append(
+            (run, [file, str(stored["images"]), ball(settings["eps"], settings["norm"]), *accuracies])
+        )
     return Table(["run", "file", "images", "ε", *(title for _, title in columns)], rows) if rows else None
+
+
+def ball(eps: float, norm: str) -> str:
+    """A radius as it is usually written, and its norm.
+
+    >>> ball(8 / 255, "linf"), ball(0.15, "linf")
+    ('8/255 (linf)', '0.15 (linf)')
+    """
+    grey_levels = round(255 * eps)
+    fraction = norm == "linf" and grey_levels > 0 and abs(255 * eps - grey_levels) < 1e-6
+    return f"{grey_levels}/255 ({norm})" if fraction else f"{eps:.4g} ({norm})"
 
 
 def read_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
