@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 
 from afm_kernels.autograd.fused import refuse_forward_mode
 
@@ -68,8 +67,8 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, dim: int) -> Lo
     ):
         refuse_forward_mode()
     last = len(shape) - 1
-    if not isinstance(dim, int) or dim is True or dim is False:
-        raise TypeError(f"dim is {_described(dim)}; an int is expected")
+    if type(dim) is not int:
+        dim = check_integer("dim", dim)
     if dim != -1 and dim != last:
         if not -last - 1 <= dim <= last:
             raise ValueError(
@@ -113,12 +112,25 @@ def constant_like_rows(name: str, value: Tensor, logits: Logits, shape: torch.Si
             f"{name} requires a gradient, but it is a constant of the loss: pass {name}.detach(), or weight the "
             'rows of reduction="none" yourself'
         )
-    if value.dim() > len(shape) or any(
-        own not in (1, wanted) for own, wanted in zip(reversed(value.shape), reversed(shape), strict=False)
-    ):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, which does not broadcast to {tuple(shape)}")
     double = logits.student.dtype == torch.float64 or logits.teacher.dtype == torch.float64
-    return value.to(torch.float64 if double else torch.float32).expand(shape).contiguous()
+    value = value.to(torch.float64 if double else torch.float32)
+    if value.shape != shape:
+        if value.dim() > len(shape) or any(
+            own not in (1, wanted)
+            for own, wanted in zip(reversed(value.shape), reversed(shape), strict=False)
+        ):
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, which does not broadcast to {tuple(shape)}"
+            )
+        value = value.expand(shape)
+    return value.contiguous()
+
+
+def check_integer(name: str, value: int) -> int:
+    """An integer; NumPy's become Python's, and a bool is none."""
+    if isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool):
+        return value if isinstance(value, (int, torch.SymInt)) else int(value)
+    raise TypeError(f"{name} is {_described(value)}; an int is expected")
 
 
 def check_real(name: str, value: float, expected: str = "a number") -> float:
@@ -192,53 +204,6 @@ def check_like(name: str, value: Tensor, other_name: str, other: Tensor, same_dt
         )
     if same_dtype and value.dtype != other.dtype:
         raise TypeError(f"{name} has dtype {value.dtype} and {other_name} {other.dtype}; they must be equal")
-
-
-def check_writable(name: str, out: Tensor, **others: Tensor) -> None:
-    """``out`` can be written: each element once, and each other tensor is ``out`` itself or apart from it."""
-    if torch.compiler.is_compiling():  # a traced tensor has no address; the compiler keeps overlaps apart
-        return
-    if out.numel() > 1 and any(
-        stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)
-    ):
-        raise ValueError(
-            f"{name} is expanded, with strides {out.stride()}: elements that are written share memory"
-        )
-    for other_name, other in others.items():
-        if other is not out and not _same_elements(other, out) and _spans_overlap(other, out):
-            raise ValueError(
-                f"{name} overlaps {other_name} in memory; it must be {other_name} itself, or apart from it"
-            )
-
-
-def mark_written(*outs: Tensor | None) -> None:
-    """Tells autograd that a kernel wrote these tensors, so that a graph that saved one refuses its backward."""
-    if not torch.compiler.is_compiling():  # a compiled graph knows it from the operator's schema
-        for out in outs:
-            if out is not None:
-                increment_version(out)
-
-
-def check_apart(name: str, a: Tensor, other_name: str, b: Tensor) -> None:
-    """Two tensors share no memory."""
-    if a is b or (not torch.compiler.is_compiling() and _spans_overlap(a, b)):
-        raise ValueError(f"{name} and {other_name} overlap in memory; they must be apart")
-
-
-def _same_elements(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype
-
-
-def _spans_overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the address ranges of two tensors overlap; views that interleave count as overlapping."""
-    if a.numel() == 0 or b.numel() == 0:
-        return False
-    return a.data_ptr() < _end(b) and b.data_ptr() < _end(a)
-
-
-def _end(tensor: Tensor) -> int:
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _described(value: Any) -> str:

@@ -31,6 +31,7 @@ from afm_kernels.autograd.fused import Call, prefers_recompute, transformed_loss
 from afm_kernels.functional.checks import (
     Logits,
     check_between,
+    check_integer,
     check_logits,
     check_positive,
     check_recompute,
@@ -86,8 +87,7 @@ def distillation_loss(
     temperature = check_positive("temperature", temperature)
     alpha = check_between("alpha", alpha, 0, 1)
     label_smoothing = check_between("label_smoothing", label_smoothing, 0, 1)
-    if not isinstance(ignore_index, (int, torch.SymInt)):
-        raise TypeError(f"ignore_index is a {type(ignore_index).__name__}; an int is expected")
+    ignore_index = check_integer("ignore_index", ignore_index)
     labels = _check_labels(labels, logits, ignore_index)
     student, teacher, rows, _ = logits
     if row_weight is not None:
@@ -148,14 +148,17 @@ def _check_labels(labels: Tensor, logits: Logits, ignore_index: int) -> Tensor:
     # Elsewhere the answer would have to be waited for; there, such a row is NaN.
     if (
         labels.device.type == "cpu"
+        and labels.numel() > 0
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and type(labels) is Tensor
     ):
-        strange = ((labels < 0) | (labels >= logits.num_classes)) & (labels != ignore_index)
-        if strange.any():
-            raise ValueError(
-                f"labels holds {labels[strange][0].item()}; allowed: 0 to {logits.num_classes - 1}, and "
-                f"ignore_index={ignore_index}"
-            )
+        lowest, highest = labels.aminmax()
+        if lowest.item() < 0 or highest.item() >= logits.num_classes:  # mostly ignore_index, if anything
+            strange = ((labels < 0) | (labels >= logits.num_classes)) & (labels != ignore_index)
+            if strange.any():
+                raise ValueError(
+                    f"labels holds {labels[strange][0].item()}; allowed: 0 to {logits.num_classes - 1}, and "
+                    f"ignore_index={ignore_index}"
+                )
     return labels

@@ -12,9 +12,8 @@ from afm_kernels.functional.checks import (
     check_like,
     check_positive,
     check_real,
-    check_writable,
-    mark_written,
 )
+from afm_kernels.functional.out import check_memory, check_not_recorded, write
 
 Clip = tuple[float | None, float | None] | None
 
@@ -48,7 +47,8 @@ def pgd_step(
         clip: the range of valid values (min, max), either of which may be None, or None for no clipping.
             Clipping comes last: it keeps a step inside the ball wherever ``x`` itself is in the range.
         out: written and returned instead of a new tensor: shape, dtype and device of ``x_adv``, any strides. It
-            may be ``x_adv`` itself.
+            may be ``x_adv`` itself; other tensors it does not overlap in memory. One that requires a gradient is
+            written under ``torch.no_grad`` only, as PyTorch has it.
 
     Returns:
         The next ``x_adv``, with its dtype and dense memory format; never part of a graph. It lies in the
@@ -68,7 +68,7 @@ def pgd_step(
     check_like("x", x, "x_adv", x_adv, same_dtype=True)
     if out is not None:
         check_like("out", out, "x_adv", x_adv, same_dtype=True)
-        check_writable("out", out, x_adv=x_adv, grad=grad, x=x)
+        check_not_recorded("out", out)
     step_size = check_positive("step_size", step_size)
     eps = check_positive("eps", eps)
     norm_index = _check_norm(norm, x)
@@ -76,12 +76,14 @@ def pgd_step(
     # Detached: there is no gradient of a step, and autograd must not think it lost one.
     x_adv, grad, x = _detached(x_adv), _detached(grad), _detached(x)
     device_type = x.device.type
+    arguments = (x_adv, grad, x, step_size, eps, norm_index, clip_min, clip_max)
     if out is None:
-        kernel = ops.kernel("pgd_step", device_type)
-        return kernel(x_adv, grad, x, step_size, eps, norm_index, clip_min, clip_max)
-    kernel = ops.kernel("pgd_step_out", device_type)
-    kernel(x_adv, grad, x, step_size, eps, norm_index, clip_min, clip_max, _detached(out))
-    mark_written(out)
+        return ops.kernel("pgd_step", device_type)(*arguments)
+
+    def check() -> None:
+        check_memory({"out": out}, {"x_adv": x_adv, "grad": grad, "x": x}, or_same=True)
+
+    write("pgd_step_out", device_type, (*arguments, out), (out,), check)
     return out
 
 
@@ -177,12 +179,13 @@ def _check_clip(clip: Clip) -> tuple[float | None, float | None]:
         return None, None
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise TypeError(f"clip is {clip!r}; a pair (min, max) or None is expected")
-    clip_min, clip_max = (
-        None if bound is None else check_real("a bound of clip", bound, "a number or None") * 1.0
-        for bound in clip
-    )
+    clip_min, clip_max = _check_bound(clip[0]), _check_bound(clip[1])
     if clip_min != clip_min or clip_max != clip_max:
         raise ValueError(f"clip is {clip!r}; its bounds must not be NaN")
     if clip_min is not None and clip_max is not None and clip_min > clip_max:
         raise ValueError(f"clip is {clip!r}; its minimum must not exceed its maximum")
     return clip_min, clip_max
+
+
+def _check_bound(bound: float | None) -> float | None:
+    return None if bound is None else check_real("a bound of clip", bound, "a number or None") * 1.0

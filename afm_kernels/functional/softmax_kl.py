@@ -35,16 +35,14 @@ from afm_kernels import ops
 from afm_kernels.autograd.fused import Call, prefers_recompute, refuse_forward_mode, transformed_loss
 from afm_kernels.autograd.softmax_kl import SoftmaxKLDivFunction
 from afm_kernels.functional.checks import (
-    check_apart,
     check_between,
     check_choice,
     check_logits,
     check_positive,
     check_recompute,
     check_row_weight,
-    check_writable,
-    mark_written,
 )
+from afm_kernels.functional.out import check_memory, check_not_recorded, write
 from afm_kernels.functional.reduction import divides_outside, divisor, loss_of_no_rows, reduction_and_scale
 
 _SIDES = ("student", "teacher")
@@ -167,7 +165,8 @@ def softmax_kl_div_grad(
         student_logits, teacher_logits, temperature, row_weight, dim, divergence, beta: as ``softmax_kl_div``.
         wrt: the sides to differentiate by, "student" and "teacher", in the order of the result.
         out: one tensor for each side of ``wrt``, of its logits' shape, dtype and device, written in place of
-            new ones. They share no memory with the logits or with each other.
+            new ones. They overlap neither the logits nor each other in memory; views that interleave in one
+            buffer count as overlapping.
 
     Returns:
         A tuple of gradients, one for each side of ``wrt``, with the dtype, shape and dense strides of the
@@ -194,19 +193,18 @@ def softmax_kl_div_grad(
     student, teacher = logits.student, logits.teacher
     device_type = student.device.type
     if out is not None:
-        sides = _checked_out(wrt, out, {"student": student_logits, "teacher": teacher_logits})
-        with torch.no_grad():
-            ops.kernel("softmax_kl_grad_out", device_type)(
-                student,
-                teacher,
-                row_weight,
-                temperature,
-                kind,
-                beta,
-                1.0,
-                *(None if side is None else side.movedim(dim, -1) for side in sides),
-            )
-        mark_written(*sides)
+
+        def check() -> None:
+            _check_out(wrt, out, student_logits, teacher_logits)
+
+        if not _are_writable(out, len(wrt), student.device):
+            check()
+        to_student, to_teacher = out if wrt is _SIDES else _by_side(wrt, out)
+        if dim != -1:
+            to_student = to_student if to_student is None else to_student.movedim(dim, -1)
+            to_teacher = to_teacher if to_teacher is None else to_teacher.movedim(dim, -1)
+        arguments = (student, teacher, row_weight, temperature, kind, beta, 1.0, to_student, to_teacher)
+        write("softmax_kl_grad_out", device_type, arguments, out, check)
         return tuple(out)
     recording = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)  # as torch.no_grad, which costs as much as all the checks together
@@ -233,11 +231,27 @@ def _sides(wrt: Sequence[str]) -> tuple[bool, bool]:
     return "student" in sides, "teacher" in sides
 
 
-def _checked_out(
-    wrt: Sequence[str], out: Sequence[Tensor], logits: dict[str, Tensor]
-) -> tuple[Tensor | None, Tensor | None]:
+def _by_side(wrt: Sequence[str], out: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    sides = dict(zip(wrt, out, strict=True))
+    return sides.get("student"), sides.get("teacher")
+
+
+def _are_writable(out: Sequence[Tensor], count: int, device: torch.device) -> bool:
+    """What an operator cannot see of its outputs. The rest: Note [Tensors to write] in out.py."""
+    if not isinstance(out, (tuple, list)) or len(out) != count:
+        return False
+    for tensor in out:
+        if not isinstance(tensor, Tensor) or tensor.device != device or tensor.requires_grad:
+            return False
+    return True
+
+
+def _check_out(
+    wrt: Sequence[str], out: Sequence[Tensor], student_logits: Tensor, teacher_logits: Tensor
+) -> None:
     if not isinstance(out, (tuple, list)) or len(out) != len(wrt):
         raise ValueError(f"out must hold one tensor for each side of wrt={tuple(wrt)!r}, in a tuple or list")
+    logits = {"student": student_logits, "teacher": teacher_logits}
     for side, tensor in zip(wrt, out, strict=True):
         like = logits[side]
         if not isinstance(tensor, Tensor):
@@ -247,12 +261,8 @@ def _checked_out(
                 f"out for {side!r} is {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}; expected "
                 f"{tuple(like.shape)}, {like.dtype} on {like.device}"
             )
-        if tensor.requires_grad:
-            raise ValueError(f"out for {side!r} requires a gradient; pass a tensor that does not")
-        check_writable(f"out for {side!r}", tensor)
-        for other, its_logits in logits.items():  # which a streamed row reads again after its first gradients
-            check_apart(f"out for {side!r}", tensor, f"{other}_logits", its_logits)
-    if len(out) == 2:
-        check_apart("out for 'student'", out[0], "out for 'teacher'", out[1])
-    by_side = dict(zip(wrt, out, strict=True))
-    return by_side.get("student"), by_side.get("teacher")
+        check_not_recorded(f"out for {side!r}", tensor)
+    check_memory(
+        {f"out for {side!r}": tensor for side, tensor in zip(wrt, out, strict=True)},
+        {f"{side}_logits": tensor for side, tensor in logits.items()},
+    )

@@ -1,6 +1,7 @@
 #include "cpu/losses.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace afm::cpu {
 
@@ -45,6 +46,18 @@ void LossCall::want_loss(int64_t reduction) {
 void LossCall::want_gradients(bool wrt_student, bool wrt_teacher) {
   if (wrt_student) grad_student = empty_like(student, layout);
   if (wrt_teacher) grad_teacher = empty_like(teacher, teacher_layout);
+}
+
+void LossCall::put_gradients(std::optional<Tensor> to_student, std::optional<Tensor> to_teacher) {
+  grad_student = std::move(to_student), grad_teacher = std::move(to_teacher);
+  const auto fits = [this](const std::optional<Tensor>& grad, const Tensor& logits) {
+    return !grad || (is_like(*grad, logits) && !is_expanded(*grad) && !overlap(*grad, student) &&
+                     !overlap(*grad, teacher));
+  };
+  STD_TORCH_CHECK(fits(grad_student, student) && fits(grad_teacher, teacher),
+                  "a gradient is not like its logits, is expanded, or overlaps logits in memory");
+  STD_TORCH_CHECK(!grad_student || !grad_teacher || !overlap(*grad_student, *grad_teacher),
+                  "the gradients overlap in memory");
 }
 
 void LossCall::give_grad_loss(const Tensor& tensor) {

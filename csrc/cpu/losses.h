@@ -30,6 +30,9 @@ struct LossCall {
 
   void want_loss(int64_t reduction);  // an index into REDUCTIONS of afm_kernels/ops.py
   void want_gradients(bool wrt_student, bool wrt_teacher);
+  // Gradients into tensors of the caller's. See Note [Tensors to write] in
+  // afm_kernels/functional/out.py.
+  void put_gradients(std::optional<Tensor> to_student, std::optional<Tensor> to_teacher);
   void give_grad_loss(const Tensor& tensor);
   Tensor new_stats(int64_t columns) const;
   double* row_values() const { return values_; }  // null where no loss is wanted

@@ -209,6 +209,11 @@ void run(Tensor& out, const Tensor* x_adv, const Tensor& grad, const Tensor& x, 
 
 void pgd_step_out(Tensor x_adv, Tensor grad, Tensor x, double step_size, double eps, int64_t norm,
                   std::optional<double> clip_min, std::optional<double> clip_max, Tensor out) {
+  // See Note [Tensors to write] in afm_kernels/functional/out.py.
+  bool can_be_written = !is_expanded(out);
+  for (const Tensor* input : {&x_adv, &grad, &x})
+    can_be_written = can_be_written && (!overlap(out, *input) || are_one_view(out, *input));
+  STD_TORCH_CHECK(can_be_written, "out is expanded, or overlaps an input that it is not itself");
   run(out, &x_adv, grad, x, step_size, eps, norm, clip_min, clip_max);
 }
 

@@ -125,7 +125,7 @@ void softmax_kl_grad_out(Tensor student, Tensor teacher, std::optional<Tensor> r
                          double temperature, int64_t divergence, double beta, double scale,
                          std::optional<Tensor> grad_student, std::optional<Tensor> grad_teacher) {
   SoftmaxKlCall call(student, teacher, row_weight, temperature, divergence, beta, scale);
-  call.grad_student = std::move(grad_student), call.grad_teacher = std::move(grad_teacher);
+  call.put_gradients(std::move(grad_student), std::move(grad_teacher));
   call.run();
 }
 

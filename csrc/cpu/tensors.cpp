@@ -97,6 +97,47 @@ bool Layout::is_dense() const {
   return true;
 }
 
+bool is_like(const Tensor& tensor, const Tensor& other) {
+  const Layout a(tensor), b(other);
+  return dtype_of(tensor) == dtype_of(other) && a.dims == b.dims &&
+         std::equal(a.sizes, a.sizes + a.dims, b.sizes);
+}
+
+bool is_expanded(const Tensor& tensor) {
+  const Layout layout(tensor);
+  for (int d = 0; d < layout.dims; ++d)
+    if (layout.strides[d] == 0 && layout.sizes[d] > 1) return true;
+  return false;
+}
+
+namespace {
+
+struct AddressRange {
+  uintptr_t begin, end;
+
+  explicit AddressRange(const Tensor& tensor)
+      : begin(reinterpret_cast<uintptr_t>(tensor.data_ptr())), end(begin) {
+    const Layout layout(tensor);
+    if (layout.numel == 0) return;
+    int64_t last = 0;
+    for (int d = 0; d < layout.dims; ++d) last += (layout.sizes[d] - 1) * layout.strides[d];
+    end += static_cast<uintptr_t>((last + 1) * tensor.element_size());
+  }
+};
+
+}  // namespace
+
+bool overlap(const Tensor& a, const Tensor& b) {
+  const AddressRange x(a), y(b);
+  return x.begin < y.end && y.begin < x.end;
+}
+
+bool are_one_view(const Tensor& a, const Tensor& b) {
+  const Layout x(a), y(b);
+  return a.data_ptr() == b.data_ptr() && dtype_of(a) == dtype_of(b) &&
+         std::equal(x.strides, x.strides + x.dims, y.strides);
+}
+
 void RowsBuilder::add(const Tensor& tensor, const int64_t* strides, RowsOf& target) {
   target.data = tensor.data_ptr();
   target.dtype = dtype_of(tensor);

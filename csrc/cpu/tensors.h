@@ -28,6 +28,12 @@ struct Layout {
   bool is_dense() const;  // non-overlapping and dense: a permutation of a contiguous tensor
 };
 
+// What is asked of a tensor to write. See Note [Tensors to write] in afm_kernels/functional/out.py.
+bool is_like(const Tensor& tensor, const Tensor& other);  // in shape and dtype
+bool is_expanded(const Tensor& tensor);                   // elements share memory
+bool overlap(const Tensor& a, const Tensor& b);           // address ranges do
+bool are_one_view(const Tensor& a, const Tensor& b);      // of one shape, at one place
+
 // Fills `rows` for tensors that share a shape (rows..., classes), and merges row dimensions where
 // all strides allow.
 class RowsBuilder {

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
-from afm_kernels import distillation_loss, dkl_loss, softmax_kl_div, softmax_kl_div_grad
+from afm_kernels import distillation_loss, dkl_loss, ops, softmax_kl_div, softmax_kl_div_grad, use_backend
 
 GOOD = torch.zeros(4, 5)
 SHARED = torch.zeros(5, 5)
+PAIRS = torch.zeros(4, 10)
 LABELS = torch.zeros(4, dtype=torch.long)
 
 
@@ -235,6 +237,13 @@ OWN = {
             ValueError,
             r"out for 'student' and student_logits overlap in memory; they must be apart",
         ),
+        (  # views that interleave: by address ranges, see Note [Tensors to write]
+            GOOD,
+            GOOD,
+            {"out": (PAIRS[:, ::2], PAIRS[:, 1::2])},
+            ValueError,
+            r"out for 'student' and out for 'teacher' overlap in memory; they must be apart",
+        ),
     ],
     "distillation_loss": [
         (GOOD, GOOD, {"alpha": 1.5}, ValueError, r"alpha is 1.5; allowed: from 0 to 1"),
@@ -247,7 +256,13 @@ OWN = {
             ValueError,
             r"label_smoothing is nan; allowed: from 0 to 1",
         ),
-        (GOOD, GOOD, {"ignore_index": 1.5}, TypeError, r"ignore_index is a float; an int is expected"),
+        (
+            GOOD,
+            GOOD,
+            {"ignore_index": 1.5},
+            TypeError,
+            r"ignore_index is a float \(1.5\); an int is expected",
+        ),
         (GOOD, GOOD, {"labels": [0] * 4}, TypeError, r"labels is a list; an integer tensor is expected"),
         (
             GOOD,
@@ -345,6 +360,20 @@ def test_bad_argument(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("case", [case for case in OWN["softmax_kl_div_grad"] if "out" in case[2]])
+def test_out_is_refused_alike_where_python_looks_at_it_first(case: tuple) -> None:
+    """The compiled CPU operator looks at ``out`` itself; see Note [Tensors to write]."""
+    with use_backend("reference"):
+        test_bad_argument("softmax_kl_div_grad", *case)
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    for dim in (np.int64(0), np.int32(-2)):
+        assert torch.equal(softmax_kl_div(GOOD, PAIRS[:, :5], dim=dim), softmax_kl_div(GOOD, GOOD, dim=0))
+        assert softmax_kl_div_grad(GOOD, GOOD, dim=dim)[0].shape == GOOD.shape
+    distillation(GOOD, GOOD, ignore_index=np.int64(-1))
+
+
 def test_a_wrong_name_of_an_argument_is_refused() -> None:
     for loss in LOSSES.values():
         with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
@@ -354,3 +383,18 @@ def test_a_wrong_name_of_an_argument_is_refused() -> None:
 def test_two_sides_of_different_dtypes_are_fine() -> None:
     assert softmax_kl_div(GOOD.bfloat16(), GOOD.double()).dtype == torch.float64
     assert softmax_kl_div(GOOD.bfloat16(), GOOD.half()).dtype == torch.float32
+
+
+def test_compiled_operators_refuse_what_they_must_not_write() -> None:
+    """Also where no Python looks first: see Note [Tensors to write]."""
+    if "cpp" not in ops.TABLE["softmax_kl_grad_out", "cpu"]:
+        pytest.skip("the compiled CPU module is not built")
+    operators = torch.ops.afm_kernels
+    student, teacher, out = torch.zeros(3, 4, 5)
+    for bad in (student, teacher, out.double(), out[:3], out[:1].expand(4, 5), PAIRS[:, :5].flatten()):
+        with pytest.raises(RuntimeError, match="a gradient is not like its logits, is expanded, or overlaps"):
+            operators.softmax_kl_grad_out(student, teacher, None, 1.0, 0, 0.5, 1.0, bad, None)
+    with pytest.raises(RuntimeError, match="the gradients overlap in memory"):
+        operators.softmax_kl_grad_out(student, teacher, None, 1.0, 0, 0.5, 1.0, PAIRS[:, ::2], PAIRS[:, 1::2])
+    with pytest.raises(RuntimeError, match="out is expanded, or overlaps an input that it is not itself"):
+        operators.pgd_step_out(SHARED[:4], out, student, 0.1, 0.1, 0, None, None, SHARED[1:])

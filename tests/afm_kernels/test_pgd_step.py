@@ -398,7 +398,19 @@ def test_bad_input_is_one_sentence(call: Callable[[], Tensor], error: type[Excep
     assert "\n" not in str(caught.value)
 
 
-def test_out_must_not_overlap_an_input_halfway() -> None:
-    buffer = torch.rand(5, 3)
+def test_out_must_not_overlap_an_input_halfway(device: torch.device) -> None:
+    buffer = torch.rand(5, 3, device=device)
     with pytest.raises(ValueError, match="out overlaps x_adv in memory"):
         pgd_step(buffer[:4], buffer[:4].clone(), buffer[:4].clone(), step_size=1, eps=1, out=buffer[1:])
+
+
+def test_out_is_recorded_by_no_graph(device: torch.device) -> None:
+    """As PyTorch's own out=: a tensor that requires a gradient is written under no_grad alone."""
+    x_adv, grad, x = case(device, (2, 3, 4, 4), torch.float32, torch.float32)
+    expected = pgd_step(x_adv, grad, x, step_size=0.02, eps=0.0625)
+    x_adv.requires_grad_()
+    with pytest.raises(ValueError, match="out requires a gradient"):
+        pgd_step(x_adv, grad, x, step_size=0.02, eps=0.0625, out=x_adv)
+    with torch.no_grad():
+        pgd_step(x_adv, grad, x, step_size=0.02, eps=0.0625, out=x_adv)
+    assert torch.equal(x_adv, expected)
