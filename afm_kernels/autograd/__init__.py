@@ -1,8 +1,7 @@
 """The torch.autograd.Function classes: which gradients, when, and by which operator."""
 
-from afm_kernels.autograd.distillation import DistillationFunction
-from afm_kernels.autograd.dkl import DKLFunction
+from afm_kernels.autograd.fused import FusedLoss
 from afm_kernels.autograd.scale_shift_relu import ScaleShiftReLUFunction
 from afm_kernels.autograd.softmax_kl import SoftmaxKLDivFunction
 
-__all__ = ["DKLFunction", "DistillationFunction", "ScaleShiftReLUFunction", "SoftmaxKLDivFunction"]
+__all__ = ["FusedLoss", "ScaleShiftReLUFunction", "SoftmaxKLDivFunction"]

@@ -1,10 +1,11 @@
-"""What the autograd Functions of the fused losses share.
+"""The autograd Functions of the fused losses: softmax_kl, distillation, dkl.
 
 Note [Two kinds of Function]
 ~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 An eager call costs 8 µs through a Function whose ``forward`` takes ``ctx``, and 42 to 50 µs through one with
-``setup_context`` (measured on two shared cores), which only torch.func needs. So each loss has an old-style
-Function, and under an active torch.func transform ``TransformedLoss`` stands in for all of them.
+``setup_context`` (measured on two shared cores), which only torch.func needs. So ``FusedLoss`` is an old-style
+Function, and under an active torch.func transform ``TransformedLoss`` stands in for it. Whatever is no tensor comes in
+one ``Call``: each argument of a Function costs a quarter of a microsecond on its way there, and a None on the way back.
 
 Note [Second derivatives]
 ~~~~~~~~~~~~~~~~~~~~~~~~~
@@ -16,6 +17,7 @@ else at the public boundary, since torch.compile takes no Function that has a ``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -72,62 +74,80 @@ def refuse_forward_mode() -> NoReturn:
     )
 
 
+class Call(NamedTuple):
+    """The arguments of a fused loss that are not tensors."""
+
+    stem: str
+    device_type: str
+    backend: str
+    params: tuple[Any, ...]
+    grad_params: tuple[Any, ...]  # parameters that only gradients have
+    reduction: int
+    scale: float
+    recompute: bool = False
+
+
+class FusedLoss(torch.autograd.Function):
+    """Any fused loss: ``apply(call, student, teacher, *tensors)``, the tensors as its operators order them."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, student: Tensor, teacher: Tensor, *tensors: Tensor | None) -> Tensor:
+        return fused_forward(ctx, ctx.needs_input_grad[1:3], call, student, teacher, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        wrt = ctx.needs_input_grad
+        return None, *fused_backward(ctx, wrt[1:3], grad_loss), *(None,) * (len(wrt) - 3)
+
+
 def fused_forward(
     ctx: Any,
-    stem: str,
+    wrt: Sequence[bool],
+    call: Call,
     student: Tensor,
     teacher: Tensor,
     tensors: tuple[Tensor | None, ...],
-    params: tuple[Any, ...],
-    grad_params: tuple[Any, ...],
-    reduction: int,
-    scale: float,
-    recompute: bool,
-    backend: str | None,
 ) -> Tensor:
-    """The forward of a fused loss. ``grad_params`` are parameters that only gradients have."""
+    """The loss; what its backward needs goes to ``ctx``."""
+    stem, device_type, backend, params, grad_params, reduction, scale, recompute = call
     names = LOSS_OPS[stem]
-    device_type = student.device.type
-    if backend is None:
-        backend = ops.backend_for(names.forward_grad, device_type)
-    # Logits may come from torch.inference_mode(), as a teacher's often do, whose tensors no graph can save.
-    kept = (student, teacher, *tensors)
-    if not torch.compiler.is_compiling() and (student.is_inference() or teacher.is_inference()):
-        kept = tuple(
-            tensor.clone() if tensor is not None and tensor.is_inference() else tensor for tensor in kept
-        )
+    kept = [student, teacher, *tensors]
+    if not torch.compiler.is_compiling():
+        # A teacher's logits, or what was made of them, often come from torch.inference_mode(), whose tensors no
+        # graph can save.
+        kept = [t.clone() if t is not None and t.is_inference() else t for t in kept]
     if recompute:
         loss, row_stats = ops.kernel(names.forward, device_type, backend)(
             student, teacher, *tensors, *params, reduction, scale
         )
         ctx.save_for_backward(*kept, row_stats)
     else:
-        wrt = ctx.needs_input_grad
         loss, grad_student, grad_teacher = ops.kernel(names.forward_grad, device_type, backend)(
-            student, teacher, *tensors, *params, *grad_params, reduction, scale, wrt[0], wrt[1]
+            student, teacher, *tensors, *params, *grad_params, reduction, scale, *wrt
         )
         ctx.save_for_backward(*kept, grad_student, grad_teacher)
-    ctx.call = (names, device_type, backend, (*params, *grad_params, scale), recompute)
+    ctx.call = call
     return loss
 
 
-def fused_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def fused_backward(ctx: Any, wrt: Sequence[bool], grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The gradients by student and teacher of a fused loss."""
-    names, device_type, backend, params, recompute = ctx.call
+    stem, device_type, backend, params, grad_params, _, scale, recompute = ctx.call
+    names = LOSS_OPS[stem]
     saved = ctx.saved_tensors
-    wrt_student, wrt_teacher = ctx.needs_input_grad[:2]
+    wrt_student, wrt_teacher = wrt
     compiling = torch.compiler.is_compiling()
     if torch.is_grad_enabled() and not compiling:  # See Note [Second derivatives].
-        tensors = saved[2:-1] if recompute else saved[2:-2]
+        tensors = saved[:-1] if recompute else saved[:-2]
         grad_student, grad_teacher = ops.kernel(names.backward, device_type, "reference")(
-            grad_loss, saved[0], saved[1], *tensors, None, *params, wrt_student, wrt_teacher
+            grad_loss, *tensors, None, *params, *grad_params, scale, *wrt
         )
     elif recompute:
         grad_student, grad_teacher = ops.kernel(names.backward, device_type, backend)(
-            grad_loss.contiguous(), *saved, *params, wrt_student, wrt_teacher
+            grad_loss.contiguous(), *saved, *params, *grad_params, scale, *wrt
         )
     else:
-        grad_student, grad_teacher = saved[-2:]
+        row_weight, grad_student, grad_teacher = saved[-3:]
         in_place = not (
             compiling
             or torch._C._autograd._get_current_graph_task_keep_graph()
@@ -136,7 +156,11 @@ def fused_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor |
         # The loss itself was differentiated: nothing to multiply, and nobody to keep the gradients for. Looked
         # up only where that waits for no device.
         if not in_place or device_type != "cpu" or grad_loss.dim() != 0 or grad_loss.item() != 1:
-            factor = grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss
+            factor = grad_loss
+            if row_weight is not None:  # a row of weight 0 has gradients of 0, whatever comes from above
+                factor = factor.masked_fill(row_weight == 0, 0)
+            if factor.dim():
+                factor = factor.unsqueeze(-1)
             if wrt_student:
                 grad_student = _scaled(grad_student, factor, in_place)
             if wrt_teacher:
@@ -150,62 +174,34 @@ def _scaled(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:
     return grad.mul_(factor) if in_place else (grad * factor).to(grad.dtype)
 
 
-class Call(NamedTuple):
-    """The arguments of a fused loss that are not tensors."""
-
-    stem: str
-    backend: str
-    params: tuple[Any, ...]
-    grad_params: tuple[Any, ...]
-    reduction: int
-    scale: float
-
-
 class TransformedLoss(torch.autograd.Function):
-    """Any fused loss under a torch.func transform. See Note [Two kinds of Function]."""
+    """Any fused loss under a torch.func transform, called as FusedLoss. See Note [Two kinds of Function]."""
 
     @staticmethod
-    def forward(
-        student: Tensor, teacher: Tensor, extra: Tensor | None, row_weight: Tensor | None, call: Call
-    ) -> Tensor:
-        tensors = _op_tensors(call, extra, row_weight)
-        loss, _ = ops.kernel(LOSS_OPS[call.stem].forward, student.device.type, call.backend)(
+    def forward(call: Call, student: Tensor, teacher: Tensor, *tensors: Tensor | None) -> Tensor:
+        loss, _ = ops.kernel(LOSS_OPS[call.stem].forward, call.device_type, call.backend)(
             student, teacher, *tensors, *call.params, call.reduction, call.scale
         )
         return loss
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:4])
-        ctx.call = inputs[4]
+        ctx.call = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, extra, row_weight = ctx.saved_tensors
         call: Call = ctx.call
-        wrt = ctx.needs_input_grad[:2]
-        grads = ops.kernel(LOSS_OPS[call.stem].backward, student.device.type, "reference")(
-            grad_loss,
-            student,
-            teacher,
-            *_op_tensors(call, extra, row_weight),
-            None,
-            *call.params,
-            *call.grad_params,
-            call.scale,
-            *wrt,
+        wrt = ctx.needs_input_grad
+        grads = ops.kernel(LOSS_OPS[call.stem].backward, call.device_type, "reference")(
+            grad_loss, *ctx.saved_tensors, None, *call.params, *call.grad_params, call.scale, *wrt[1:3]
         )
-        return *(grad if needed else None for grad, needed in zip(grads, wrt, strict=True)), None, None, None
+        wanted = (grad if needed else None for grad, needed in zip(grads, wrt[1:3], strict=True))
+        return None, *wanted, *(None,) * (len(wrt) - 3)
 
     @staticmethod
     def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        student: Tensor,
-        teacher: Tensor,
-        extra: Tensor | None,
-        row_weight: Tensor | None,
-        call: Call,
+        info: Any, in_dims: tuple[int | None, ...], call: Call, *tensors: Tensor | None
     ) -> tuple[Tensor, int]:
         """One call with the mapped dimension in front: rows are rows."""
 
@@ -216,11 +212,9 @@ class TransformedLoss(torch.autograd.Function):
                 return tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape)
             return tensor.movedim(in_dim, 0)
 
-        arguments = [
-            batched(t, d) for t, d in zip((student, teacher, extra, row_weight), in_dims, strict=False)
-        ]
-        arguments[2:] = [t if t is None else t.contiguous() for t in arguments[2:]]
-        values = TransformedLoss.apply(*arguments, call._replace(reduction=0))
+        student, teacher, *others = (batched(t, d) for t, d in zip(tensors, in_dims[1:], strict=True))
+        others = [t if t is None else t.contiguous() for t in others]
+        values = TransformedLoss.apply(call._replace(reduction=0), student, teacher, *others)
         has_rows = call.reduction == 1 and values.dim() > 1  # of a single row there is nothing to sum
         return (values.flatten(1).sum(1) if has_rows else values), 0
 
@@ -229,13 +223,7 @@ class TransformedLoss(torch.autograd.Function):
         refuse_forward_mode()
 
 
-def _op_tensors(call: Call, extra: Tensor | None, row_weight: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (row_weight,) if call.stem == "softmax_kl" else (extra, row_weight)
-
-
-def transformed_loss(
-    student: Tensor, teacher: Tensor, extra: Tensor | None, row_weight: Tensor | None, call: Call
-) -> Tensor:
+def transformed_loss(call: Call, student: Tensor, teacher: Tensor, *tensors: Tensor | None) -> Tensor:
     """A fused loss while a torch.func transform is active.
 
     torch.compile traces a Function around an operator under torch.func.grad to a gradient of zeros (torch
@@ -243,8 +231,8 @@ def transformed_loss(
     differentiated by PyTorch.
     """
     if not torch.compiler.is_compiling():
-        return TransformedLoss.apply(student, teacher, extra, row_weight, call)
-    loss, _ = ops.kernel(LOSS_OPS[call.stem].forward, student.device.type, "reference")(
-        student, teacher, *_op_tensors(call, extra, row_weight), *call.params, call.reduction, call.scale
+        return TransformedLoss.apply(call, student, teacher, *tensors)
+    loss, _ = ops.kernel(LOSS_OPS[call.stem].forward, call.device_type, "reference")(
+        student, teacher, *tensors, *call.params, call.reduction, call.scale
     )
     return loss

@@ -1,4 +1,4 @@
-"""The autograd Function of ``softmax_kl_div``."""
+"""The autograd Function of ``softmax_kl_div``, for those who compose Functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afm_kernels.autograd.fused import fused_backward, fused_forward
+from afm_kernels import ops
+from afm_kernels.autograd.fused import Call, fused_backward, fused_forward
 
 
 class SoftmaxKLDivFunction(torch.autograd.Function):
@@ -50,20 +51,14 @@ class SoftmaxKLDivFunction(torch.autograd.Function):
         recompute: bool = False,
         backend: str | None = None,
     ) -> Tensor:
-        return fused_forward(
-            ctx,
-            "softmax_kl",
-            student,
-            teacher,
-            (row_weight,),
-            (temperature, divergence, beta),
-            (),
-            reduction,
-            scale,
-            recompute,
-            backend,
-        )
+        device_type = student.device.type
+        if backend is None:
+            backend = ops.backend_for("softmax_kl_forward_grad", device_type)
+        params = (temperature, divergence, beta)
+        call = Call("softmax_kl", device_type, backend, params, (), reduction, scale, recompute)
+        return fused_forward(ctx, ctx.needs_input_grad[:2], call, student, teacher, (row_weight,))
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return *fused_backward(ctx, grad_loss), None, None, None, None, None, None, None, None
+        wrt = ctx.needs_input_grad
+        return *fused_backward(ctx, wrt[:2], grad_loss), *(None,) * (len(wrt) - 2)

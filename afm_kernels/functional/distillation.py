@@ -25,9 +25,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afm_kernels import ops
-from afm_kernels.autograd.distillation import DistillationFunction
-from afm_kernels.autograd.fused import Call, prefers_recompute, transformed_loss
 from afm_kernels.functional.checks import (
     Logits,
     check_between,
@@ -37,7 +34,7 @@ from afm_kernels.functional.checks import (
     check_recompute,
     check_row_weight,
 )
-from afm_kernels.functional.reduction import divides_outside, divisor, loss_of_no_rows, reduction_and_scale
+from afm_kernels.functional.loss import fused_loss
 
 
 def distillation_loss(
@@ -89,45 +86,12 @@ def distillation_loss(
     label_smoothing = check_between("label_smoothing", label_smoothing, 0, 1)
     ignore_index = check_integer("ignore_index", ignore_index)
     labels = _check_labels(labels, logits, ignore_index)
-    student, teacher, rows, _ = logits
     if row_weight is not None:
         row_weight = check_row_weight(row_weight, logits)
     if recompute is not None:
         check_recompute(recompute)
-    if rows == 0:
-        return loss_of_no_rows(reduction, logits)
-    if divides_outside(reduction):
-        total = distillation_loss(
-            student,
-            teacher,
-            labels,
-            alpha=alpha,
-            temperature=temperature,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            reduction="sum",
-            row_weight=row_weight,
-            recompute=recompute,
-        )
-        return total / divisor(reduction, logits)
-    reduction_index, scale = reduction_and_scale(reduction, logits)
-
-    device_type = student.device.type
-    backend = ops.backend_for("distillation_forward", device_type)
     params = (temperature, alpha, label_smoothing, ignore_index)
-    if torch._C._are_functorch_transforms_active():
-        call = Call("distillation", backend, params, (), reduction_index, scale)
-        return transformed_loss(student, teacher, labels, row_weight, call)
-    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        if recompute is None:
-            recompute = prefers_recompute(student, teacher, backend)
-        return DistillationFunction.apply(
-            student, teacher, labels, row_weight, *params, reduction_index, scale, recompute, backend
-        )
-    loss, _ = ops.kernel("distillation_forward", device_type, backend)(
-        student, teacher, labels, row_weight, *params, reduction_index, scale
-    )
-    return loss
+    return fused_loss("distillation", logits, (labels, row_weight), params, (), reduction, 1.0, recompute)
 
 
 def _check_labels(labels: Tensor, logits: Logits, ignore_index: int) -> Tensor:

@@ -17,12 +17,8 @@ should.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from afm_kernels import ops
-from afm_kernels.autograd.dkl import DKLFunction
-from afm_kernels.autograd.fused import Call, prefers_recompute, transformed_loss
 from afm_kernels.functional.checks import (
     check_logits,
     check_not_negative,
@@ -31,7 +27,7 @@ from afm_kernels.functional.checks import (
     check_row_weight,
     constant_like_rows,
 )
-from afm_kernels.functional.reduction import divides_outside, divisor, loss_of_no_rows, reduction_and_scale
+from afm_kernels.functional.loss import fused_loss
 
 
 def dkl_loss(
@@ -96,56 +92,15 @@ def dkl_loss(
     weight_temperature = check_positive("weight_temperature", weight_temperature)
     alpha = check_not_negative("alpha", alpha)
     beta = check_not_negative("beta", beta)
-    student, teacher, rows, _ = logits
     if class_weight is not None:
         if dim != -1 and isinstance(class_weight, Tensor) and class_weight.dim() == student_logits.dim():
             class_weight = class_weight.movedim(dim, -1)
-        class_weight = constant_like_rows("class_weight", class_weight, logits, student.shape)
+        class_weight = constant_like_rows("class_weight", class_weight, logits, logits.student.shape)
     if row_weight is not None:
         row_weight = check_row_weight(row_weight, logits)
     if recompute is not None:
         check_recompute(recompute)
-    if rows == 0:
-        return loss_of_no_rows(reduction, logits)
-    if divides_outside(reduction):
-        total = dkl_loss(
-            student,
-            teacher,
-            alpha=alpha,
-            beta=beta,
-            temperature=temperature,
-            weight_temperature=weight_temperature,
-            class_weight=class_weight,
-            symmetric=symmetric,
-            reduction="sum",
-            row_weight=row_weight,
-            recompute=recompute,
-        )
-        return total / divisor(reduction, logits)
-    reduction_index, scale = reduction_and_scale(reduction, logits)
-
-    device_type = student.device.type
-    backend = ops.backend_for("dkl_forward", device_type)
     params = (temperature, weight_temperature, alpha, beta)
-    if torch._C._are_functorch_transforms_active():
-        call = Call("dkl", backend, params, (bool(symmetric),), reduction_index, scale)
-        return transformed_loss(student, teacher, class_weight, row_weight, call)
-    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        if recompute is None:
-            recompute = prefers_recompute(student, teacher, backend)
-        return DKLFunction.apply(
-            student,
-            teacher,
-            class_weight,
-            row_weight,
-            *params,
-            bool(symmetric),
-            reduction_index,
-            scale,
-            recompute,
-            backend,
-        )
-    loss, _ = ops.kernel("dkl_forward", device_type, backend)(
-        student, teacher, class_weight, row_weight, *params, reduction_index, scale
+    return fused_loss(
+        "dkl", logits, (class_weight, row_weight), params, (bool(symmetric),), reduction, 1.0, recompute
     )
-    return loss

@@ -32,8 +32,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from afm_kernels import ops
-from afm_kernels.autograd.fused import Call, prefers_recompute, refuse_forward_mode, transformed_loss
-from afm_kernels.autograd.softmax_kl import SoftmaxKLDivFunction
+from afm_kernels.autograd.fused import refuse_forward_mode
 from afm_kernels.functional.checks import (
     check_between,
     check_choice,
@@ -42,8 +41,8 @@ from afm_kernels.functional.checks import (
     check_recompute,
     check_row_weight,
 )
+from afm_kernels.functional.loss import fused_loss
 from afm_kernels.functional.out import check_memory, check_not_recorded, write
-from afm_kernels.functional.reduction import divides_outside, divisor, loss_of_no_rows, reduction_and_scale
 
 _SIDES = ("student", "teacher")
 
@@ -103,45 +102,14 @@ def softmax_kl_div(
     temperature = check_positive("temperature", temperature)
     kind = 0 if divergence == "kl" else check_choice("divergence", divergence, ops.DIVERGENCES)
     beta = check_between("beta", beta, 0, 1, open_ends=True) if kind == 3 else 0.5
-    student, teacher, rows, _ = logits
     if row_weight is not None:
         row_weight = check_row_weight(row_weight, logits)
     if recompute is not None:
         check_recompute(recompute)
-    if rows == 0:
-        return loss_of_no_rows(reduction, logits)
-    if divides_outside(reduction):
-        total = softmax_kl_div(
-            student,
-            teacher,
-            temperature=temperature,
-            reduction="sum",
-            row_weight=row_weight,
-            scale_by_t2=scale_by_t2,
-            recompute=recompute,
-            divergence=divergence,
-            beta=beta,
-        )
-        return total / divisor(reduction, logits)
-    reduction_index, scale = reduction_and_scale(reduction, logits)
-    if scale_by_t2:
-        scale = scale * temperature * temperature
-
-    device_type = student.device.type
-    backend = ops.backend_for("softmax_kl_forward", device_type)
-    if torch._C._are_functorch_transforms_active():
-        call = Call("softmax_kl", backend, (temperature, kind, beta), (), reduction_index, scale)
-        return transformed_loss(student, teacher, None, row_weight, call)
-    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        if recompute is None:
-            recompute = prefers_recompute(student, teacher, backend)
-        return SoftmaxKLDivFunction.apply(
-            student, teacher, row_weight, temperature, kind, beta, reduction_index, scale, recompute, backend
-        )
-    loss, _ = ops.kernel("softmax_kl_forward", device_type, backend)(
-        student, teacher, row_weight, temperature, kind, beta, reduction_index, scale
+    factor = temperature * temperature if scale_by_t2 else 1.0
+    return fused_loss(
+        "softmax_kl", logits, (row_weight,), (temperature, kind, beta), (), reduction, factor, recompute
     )
-    return loss
 
 
 def softmax_kl_div_grad(

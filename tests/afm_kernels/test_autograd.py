@@ -160,7 +160,8 @@ def test_mapped_over_single_rows(device: torch.device, name: str) -> None:
 def test_batch_of_upstream_gradients(device: torch.device, name: str, recompute: bool) -> None:
     """autograd.grad(is_grads_batched=True), on which functional.jacobian(vectorize=True) is built."""
     student, teacher = logits(device, 4, 5)
-    rows = LOSSES[name](student, teacher, reduction="none", recompute=recompute)
+    weight = torch.tensor([0.5, 0.0, 2.0, 1.0], dtype=torch.float64, device=device)
+    rows = LOSSES[name](student, teacher, row_weight=weight, reduction="none", recompute=recompute)
     upstream = torch.eye(4, dtype=rows.dtype, device=device)
     one_by_one = [torch.autograd.grad(rows, student, each, retain_graph=True)[0] for each in upstream]
     (batched,) = torch.autograd.grad(rows, student, upstream, is_grads_batched=True)
@@ -195,6 +196,33 @@ def test_teacher_from_inference_mode(device: torch.device, name: str, recompute:
     (gradient,) = torch.autograd.grad(LOSSES[name](student, inferred, recompute=recompute), student)
     (wanted,) = torch.autograd.grad(LOSSES[name](student, teacher, recompute=recompute), student)
     assert torch.equal(gradient, wanted)
+
+
+def test_weights_from_inference_mode(device: torch.device) -> None:
+    """As those are that a teacher's confidence makes."""
+    student, teacher = logits(device, 4, 5)
+    with torch.inference_mode():
+        weight = teacher.softmax(-1).amax(-1)
+    by_inferred, by_clone = (
+        torch.autograd.grad(softmax_kl_div(student, teacher, row_weight=each), (student, teacher))
+        for each in (weight, weight.clone())
+    )
+    assert all(map(torch.equal, by_inferred, by_clone))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_from_above_reaches_a_row_of_weight_0(
+    device: torch.device, name: str, reduction: str, recompute: bool
+) -> None:
+    """NaN times 0 would be NaN: a row that is switched off stays so whatever comes after the loss."""
+    student, teacher = logits(device, 4, 5)
+    weight = torch.tensor([0.5, 0.0, 2.0, 0.0], dtype=torch.float64, device=device)
+    loss = LOSSES[name](student, teacher, row_weight=weight, reduction=reduction, recompute=recompute)
+    for gradient in torch.autograd.grad(loss, (student, teacher), torch.full_like(loss, torch.nan)):
+        assert gradient[weight == 0].eq(0).all()
+        assert gradient[weight != 0].isnan().all()
 
 
 @pytest.mark.default_backend
