@@ -13,18 +13,20 @@
 namespace afm::cpu::AFM_CAPABILITY {
 namespace {
 
+// Of x, in near rows. The polynomial is fitted a little beyond 1.
+constexpr double kLargestNearSquare = kNearLimit * kNearLimit * 1.01;
+
 AFM_INLINE double larger(double a, double b) { return a > b ? a : b; }
 
 // The sums of a row, whichever loop took them. See Note [Centred KL].
 struct RowSums {
-  double student = 0;         // Z_s; not in near rows
-  double teacher = 0;         // Z_t
-  double linear = 0;          // of e * x
-  double excess = 0;          // near and general: of e * (exp(x) - 1 - x)
-  double curvature = 0;       // near and general: of e * x * (exp(x) - 1)
-  double student_linear = 0;  // far and general: of exp((s - m_s) / T) * x
-  // Of the logits, unless overflow shows in the sums.
-  double student_max = -__builtin_inf(), teacher_max = -__builtin_inf();
+  double student = 0;            // Z_s; not in near rows
+  double teacher = 0;            // Z_t
+  double linear = 0;             // of e * x
+  double excess = 0;             // near and general: of e * (exp(x) - 1 - x)
+  double curvature = 0;          // near and general: of e * x * (exp(x) - 1)
+  double student_linear = 0;     // far and general: of exp((s - m_s) / T) * x
+  bool in_range = true;          // near and far: no exponential left its range unnoticed
   double largest_square = 0;     // near: of x
   bool one_sided = false;        // general: a class is -inf on one side only
   bool student_missing = false;  // general: ... on the student's side
@@ -111,23 +113,25 @@ struct GradientLines {
 // Sums over classes [0, n) of a tile. Constants come by value: the compiler would read them again
 // after every store to a cache, which might have changed them.
 
+// Both are done with a row at the first tile that shows that they do not serve it.
+
 // All finite. `linear` and `student_linear` come in units of logits: see RowConstants::far_x.
-// Anything that is not finite turns `linear` into NaN or inf; logits above the shift show in the
-// maxima.
-template <bool kCache, bool kJeffreys, class In, class T>
+// Anything that is not finite turns `linear` into NaN or inf. kBounded: for rows that turned out
+// not to be in_range, see Note [Exponentials]; what is too large then shows in the sums.
+template <bool kCache, bool kJeffreys, bool kBounded, class In, class T>
 AFM_LOOP void sum_far(const In* s, const In* t, int64_t n, const RowConstants<T> row,
                       const GradientLines lines, T* student_cache, T* teacher_cache,
                       RowSums& sums) {
   using V = Vec<T>;
-  Accumulator<T> student, teacher, linear, student_linear;
-  Accumulator<T> student_max(Float<T>::lowest), teacher_max(Float<T>::lowest);
+  if (!sums.in_range || !__builtin_isfinite(sums.linear)) return;
+  const V student_shift(row.student_shift), teacher_shift(row.teacher_shift);
+  Accumulator<T> student, teacher, linear, student_linear, bits;
   sweep<V>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
-    const V a = access.load(s + j, no_class<T>()), b = access.load(t + j, no_class<T>());
+    const V a = access.load(s + j, student_shift), b = access.load(t + j, teacher_shift);
     if constexpr (kCache) lines.request(j);
-    if constexpr (!ScaledExp<T>::kOverflowShows)
-      student_max.take_max(u, a), teacher_max.take_max(u, b);
-    const V v = a - V(row.student_shift), w = b - V(row.teacher_shift), x = v - w;
-    const V e_s = access.or_zero(row.exp.unbounded(v)), e_t = access.or_zero(row.exp.unbounded(w));
+    const V v = a - student_shift, w = b - teacher_shift, x = v - w;
+    const V e_s = access.or_zero(row.exp.template checked<kBounded>(v, bits.lanes[u])),
+            e_t = access.or_zero(row.exp.template checked<kBounded>(w, bits.lanes[u]));
     student.add(u, e_s), teacher.add(u, e_t), linear.add_product(u, e_t, x);
     if constexpr (kJeffreys) student_linear.add_product(u, e_s, x);
     if constexpr (kCache)
@@ -135,24 +139,24 @@ AFM_LOOP void sum_far(const In* s, const In* t, int64_t n, const RowConstants<T>
   });
   sums.student += student.sum(), sums.teacher += teacher.sum(), sums.linear += linear.sum();
   if constexpr (kJeffreys) sums.student_linear += student_linear.sum();
-  sums.student_max = larger(sums.student_max, student_max.largest());
-  sums.teacher_max = larger(sums.teacher_max, teacher_max.largest());
+  if constexpr (!kBounded) sums.in_range = row.exp.in_range(bits.lanes);
 }
 
 // |x| <= 1 everywhere, which `largest_square` proves: one exponential a class.
-template <bool kCache, bool kJeffreys, class In, class T>
+template <bool kCache, bool kJeffreys, bool kBounded, class In, class T>
 AFM_LOOP void sum_near(const In* s, const In* t, int64_t n, const RowConstants<T> row,
                        const GradientLines lines, T* student_cache, T* teacher_cache,
                        RowSums& sums) {
   using V = Vec<T>;
-  Accumulator<T> teacher, linear, excess, curvature, largest_square;
-  Accumulator<T> teacher_max(Float<T>::lowest);
+  if (!sums.in_range || !(sums.largest_square <= kLargestNearSquare)) return;
+  const V teacher_shift(row.teacher_shift);
+  Accumulator<T> teacher, linear, excess, curvature, largest_square, bits;
   sweep<V>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
-    const V a = access.load(s + j, no_class<T>()), b = access.load(t + j, no_class<T>());
+    const V a = access.load(s + j, teacher_shift), b = access.load(t + j, teacher_shift);
     if constexpr (kCache) lines.request(j);
-    if constexpr (!ScaledExp<T>::kOverflowShows) teacher_max.take_max(u, b);
-    const V e_t = access.or_zero(row.finite_teacher_exp(b)), x = access.or_zero(row.x(a, b)),
-            square = x * x;
+    const V e_t =
+        access.or_zero(row.exp.template checked<kBounded>(b - teacher_shift, bits.lanes[u]));
+    const V x = access.or_zero(row.x(a, b)), square = x * x;
     largest_square.take_max(u, square);
     const V above = square * polynomial(Float<T>::excess, x);
     teacher.add(u, e_t), linear.add_product(u, e_t, x), excess.add_product(u, e_t, above);
@@ -162,7 +166,7 @@ AFM_LOOP void sum_near(const In* s, const In* t, int64_t n, const RowConstants<T
   });
   sums.teacher += teacher.sum(), sums.linear += linear.sum(), sums.excess += excess.sum();
   if constexpr (kJeffreys) sums.curvature += curvature.sum();
-  sums.teacher_max = larger(sums.teacher_max, teacher_max.largest());
+  if constexpr (!kBounded) sums.in_range = row.exp.in_range(bits.lanes);
   sums.largest_square = larger(sums.largest_square, largest_square.largest());
 }
 

@@ -170,29 +170,37 @@ struct Worker {
     return row;
   }
 
-  // Whether the exponentials of one side kept to the range. `above`: its largest logit less the
-  // shift, where the loops had to look for it.
-  bool is_in_range(double sum, double above) const {
-    if constexpr (ScaledExp<T>::kOverflowShows) return sum <= kLargestSum;
-    return above * to_log2 <= kMaxDoublings;
+  template <RowKind kKind, bool kCache, bool kBounded>
+  RowSums sum_tiles(const RowConstants<T>& c) const {
+    RowSums sums;
+    for_direct_tiles([&](const auto* s, const auto* t, int64_t j, int64_t n) {
+      const GradientLines lines = gradient_lines(j);
+      T *f = student_cache + j, *e = teacher_cache + j;
+      if constexpr (kKind == RowKind::kNear)
+        jeffreys ? sum_near<kCache, true, kBounded>(s, t, n, c, lines, f, e, sums)
+                 : sum_near<kCache, false, kBounded>(s, t, n, c, lines, f, e, sums);
+      else
+        jeffreys ? sum_far<kCache, true, kBounded>(s, t, n, c, lines, f, e, sums)
+                 : sum_far<kCache, false, kBounded>(s, t, n, c, lines, f, e, sums);
+    });
+    return sums;
+  }
+
+  // The sums of a near or far row; with bounds around its exponentials only where they need them.
+  template <RowKind kKind, bool kCache>
+  RowSums sum_row(const RowConstants<T>& c) const {
+    const RowSums sums = sum_tiles<kKind, kCache, false>(c);
+    if constexpr (!ScaledExp<T>::kOverflowShows)
+      if (!sums.in_range) return sum_tiles<kKind, kCache, true>(c);
+    return sums;
   }
 
   template <bool kCache>
   bool summarise_near(RowSummary& row, double centre) {
     row.centre = static_cast<T>(centre);
-    const RowConstants<T> c = constants(row);
-    RowSums sums;
-    for_direct_tiles([&](const auto* s, const auto* t, int64_t j, int64_t n) {
-      const GradientLines lines = gradient_lines(j);
-      if (jeffreys)
-        sum_near<kCache, true>(s, t, n, c, lines, student_cache + j, teacher_cache + j, sums);
-      else
-        sum_near<kCache, false>(s, t, n, c, lines, student_cache + j, teacher_cache + j, sums);
-    });
-    constexpr double kLimit =
-        kNearLimit * kNearLimit * 1.01;  // the polynomial is fitted a little beyond 1
-    if (!(sums.largest_square <= kLimit && __builtin_isfinite(sums.linear) &&
-          is_in_range(sums.teacher, sums.teacher_max - row.teacher_shift)))
+    const RowSums sums = sum_row<RowKind::kNear, kCache>(constants(row));
+    if (!(sums.largest_square <= kLargestNearSquare && __builtin_isfinite(sums.linear) &&
+          sums.teacher <= kLargestSum))
       return false;
     row.kind = RowKind::kNear;
     row.teacher_sum = sums.teacher;
@@ -209,18 +217,9 @@ struct Worker {
 
   template <bool kCache>
   bool summarise_far(RowSummary& row) {
-    const RowConstants<T> c = constants(row);
-    RowSums sums;
-    for_direct_tiles([&](const auto* s, const auto* t, int64_t j, int64_t n) {
-      const GradientLines lines = gradient_lines(j);
-      if (jeffreys)
-        sum_far<kCache, true>(s, t, n, c, lines, student_cache + j, teacher_cache + j, sums);
-      else
-        sum_far<kCache, false>(s, t, n, c, lines, student_cache + j, teacher_cache + j, sums);
-    });
-    if (!(__builtin_isfinite(sums.linear) &&
-          is_in_range(sums.student, sums.student_max - row.student_shift) &&
-          is_in_range(sums.teacher, sums.teacher_max - row.teacher_shift))) {
+    const RowSums sums = sum_row<RowKind::kFar, kCache>(constants(row));
+    if (!(__builtin_isfinite(sums.linear) && sums.student <= kLargestSum &&
+          sums.teacher <= kLargestSum)) {
       row.centre = kNotANumber;  // no better guess for the general loop
       return false;
     }

@@ -8,11 +8,7 @@ namespace afm::cpu::AFM_CAPABILITY {
 namespace {
 
 // Vectors in flight, to cover the latency of the arithmetic.
-#if AFM_CAPABILITY_AVX512 || AFM_CAPABILITY_AVX2
 constexpr int kUnroll = 2;
-#else
-constexpr int kUnroll = 1;
-#endif
 
 // A float16 in memory.
 struct Float16 {

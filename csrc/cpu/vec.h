@@ -283,6 +283,7 @@ AFM_INLINE Vec<float> operator/(Vec<float> a, Vec<float> b) { return _mm256_div_
 AFM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 AFM_INLINE Vec<float> max(Vec<float> a, Vec<float> bound) { return _mm256_max_ps(a.v, bound.v); }
 AFM_INLINE Vec<float> min(Vec<float> a, Vec<float> bound) { return _mm256_min_ps(a.v, bound.v); }
+AFM_INLINE Vec<float> operator|(Vec<float> a, Vec<float> b) { return _mm256_or_ps(a.v, b.v); }
 AFM_INLINE Vec<float> abs(Vec<float> a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
 AFM_INLINE Vec<float>::Mask operator<(Vec<float> a, Vec<float> b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 AFM_INLINE Vec<float>::Mask operator<=(Vec<float> a, Vec<float> b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
@@ -334,6 +335,7 @@ AFM_INLINE Vec<double> operator/(Vec<double> a, Vec<double> b) { return _mm256_d
 AFM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
 AFM_INLINE Vec<double> max(Vec<double> a, Vec<double> bound) { return _mm256_max_pd(a.v, bound.v); }
 AFM_INLINE Vec<double> min(Vec<double> a, Vec<double> bound) { return _mm256_min_pd(a.v, bound.v); }
+AFM_INLINE Vec<double> operator|(Vec<double> a, Vec<double> b) { return _mm256_or_pd(a.v, b.v); }
 AFM_INLINE Vec<double> abs(Vec<double> a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v); }
 AFM_INLINE Vec<double>::Mask operator<(Vec<double> a, Vec<double> b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ)}; }
 AFM_INLINE Vec<double>::Mask operator<=(Vec<double> a, Vec<double> b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_LE_OQ)}; }
@@ -524,6 +526,7 @@ struct PortableVec {
   AFM_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return Vec<T>(a.v * b.v + c.v); }                     \
   AFM_INLINE Vec<T> max(Vec<T> a, Vec<T> bound) { return Vec<T>(a.v > bound.v ? a.v : bound.v); }             \
   AFM_INLINE Vec<T> min(Vec<T> a, Vec<T> bound) { return Vec<T>(a.v < bound.v ? a.v : bound.v); }             \
+  AFM_INLINE Vec<T> operator|(Vec<T> a, Vec<T> b) { return Vec<T>((Vec<T>::Lanes)((Vec<T>::BitLanes)a.v | (Vec<T>::BitLanes)b.v)); } \
   AFM_INLINE Vec<T> abs(Vec<T> a) { return Vec<T>(a.v < 0 ? -a.v : a.v); }                                    \
   AFM_INLINE Vec<T>::Mask operator<(Vec<T> a, Vec<T> b) { return {(Vec<T>::BitLanes)(a.v < b.v)}; }           \
   AFM_INLINE Vec<T>::Mask operator<=(Vec<T> a, Vec<T> b) { return {(Vec<T>::BitLanes)(a.v <= b.v)}; }         \

@@ -12,6 +12,7 @@ struct Float;
 
 template <>
 struct Float<float> {
+  using Bits = uint32_t;
   static constexpr int mantissa_bits = 23, bias = 127;
   static constexpr float lowest = -3.402823466e38f, infinity = __builtin_inff();
   // 2^f = 1 + f * P(f) on |f| <= 1/2: relative error 9.4e-8 (Remez, fitted with the first
@@ -29,6 +30,7 @@ struct Float<float> {
 
 template <>
 struct Float<double> {
+  using Bits = uint64_t;
   static constexpr int mantissa_bits = 52, bias = 1023;
   static constexpr double lowest = -1.7976931348623157e308, infinity = __builtin_inf();
   // The Taylor series of (2^f - 1) / f: the term left out is below 4e-18.
@@ -60,63 +62,136 @@ AFM_INLINE Vec<T> polynomial(const T (&coefficients)[n], Vec<T> x) {
   return value;
 }
 
+// Float<T>::exp2_tail for an f in other units.
+template <class T>
+struct Exp2Tail {
+  T coefficients[sizeof(Float<T>::exp2_tail) / sizeof(T)];
+  constexpr explicit Exp2Tail(T unit) : coefficients{} {
+    constexpr int kCount = sizeof(Float<T>::exp2_tail) / sizeof(T);
+    T scale = T(1);
+    for (int i = kCount - 1; i >= 0; --i)
+      scale /= unit, coefficients[i] = Float<T>::exp2_tail[i] * scale;
+  }
+};
+
+// Note [Exponentials]
+// ~~~~~~~~~~~~~~~~~~~
+// exp(v / T) = 2^n * 2^f, with n the integer nearest to v * log2(e) / T, and a polynomial for 2^f.
+// A multiply-add finds n: it adds n and the exponent's bias, in units of the last place, to a
+// number whose last place that is. Shifting the sum's bits leaves 2^n.
+//
+// This holds for n from -bias, which gives 0, to bias + 1, which gives inf. Beyond, v needs a
+// bound; or a proof that there was nothing beyond, which is a bitwise or over all the sums: no
+// processor has fewer ports for that than for a maximum. The number is 2, in which the unit is
+// 2^-22, so that the sums of allowed n have the exponent of 2, a single bit, and eight bits at the
+// end. Every other sum has a bit elsewhere: from 2 up to inf because it is larger, also as an
+// integer; from 2 down to 0 in its exponent, subnormal numbers apart, which do not come of adding
+// to 2; negative numbers in the sign, and NaN in the exponent. 0 itself comes of a v far below, and
+// gives 0. (float's numbers; double has its own.)
+//
+// AVX-512 has an instruction that multiplies with 2^n for any n, and needs no proof.
+
 // exp(v / temperature), the factor log2(e) / temperature folded into the reduction of the argument.
 template <class T>
 struct ScaledExp {
   using V = Vec<T>;
-  T to_log2;  // log2(e) / temperature
-  T floor;    // below it the result is 0
+  static constexpr int kPlaces = Float<T>::mantissa_bits - 1;
+#if AFM_CAPABILITY_AVX512
+  static constexpr T kUnit = 1, kMagic = static_cast<T>(3LL << kPlaces) + Float<T>::bias;
+#else
+  static constexpr T kUnit = T(1) / static_cast<T>(1LL << kPlaces),
+                     kMagic = T(2) + Float<T>::bias * kUnit;
+#endif
+  T to_log2;         // kUnit * log2(e) / temperature
+  T floor, ceiling;  // below the one the result is 0, above the other inf
 #if !AFM_CAPABILITY_AVX2 && !AFM_CAPABILITY_AVX512
-  T step_high,
-      step_low;  // temperature * ln(2) in two parts: integer multiples of the first are exact
+  // temperature * ln(2) / kUnit in two parts: integer multiples of the first are exact.
+  T step_high, step_low;
 #endif
 
   explicit ScaledExp(double temperature) {
-    constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
-    to_log2 = static_cast<T>(kLog2E / temperature);
-    floor = static_cast<T>(-static_cast<double>(Float<T>::bias) / to_log2);
+    constexpr double kLog2E = 1.44269504088896340736;
+    to_log2 = static_cast<T>(kUnit * kLog2E / temperature);
+    floor = static_cast<T>(-Float<T>::bias * static_cast<double>(kUnit) / to_log2);
+    ceiling = static_cast<T>((Float<T>::bias + 1) * static_cast<double>(kUnit) / to_log2);
 #if !AFM_CAPABILITY_AVX2 && !AFM_CAPABILITY_AVX512
-    constexpr double kSplit = sizeof(T) == 4 ? 1 << 10 : 1LL << 36;
-    const double step = temperature * kLn2, exponent = __builtin_logb(step);
+    constexpr double kLn2 = 0.69314718055994530942, kSplit = sizeof(T) == 4 ? 1 << 10 : 1LL << 36;
+    const double step = temperature * kLn2 / kUnit, exponent = __builtin_logb(step);
     const double unit = __builtin_ldexp(1.0, static_cast<int>(exponent)) / kSplit;
     step_high = static_cast<T>(__builtin_floor(step / unit) * unit);
     step_low = static_cast<T>(step - static_cast<double>(step_high));
-#else
-    (void)kLn2;
 #endif
   }
 
-  // For v up to about 88 * temperature. -inf and NaN give 0, and so does what would be subnormal.
+  // For v up to `ceiling`, about 88 * temperature. -inf and NaN give 0, and so does what would be
+  // subnormal.
   AFM_MEMBER V operator()(V v) const {
-    // The integer nearest to v * to_log2 lands in the low bits of a number this large, plus the
-    // exponent's bias.
-    constexpr T kMagic = static_cast<T>(3LL << (Float<T>::mantissa_bits - 1)) + Float<T>::bias;
     v = max(v, V(floor));
-    const V shifted = fma(v, V(to_log2), V(kMagic));
-#if AFM_CAPABILITY_AVX2 || AFM_CAPABILITY_AVX512
-    const V fraction = fma(v, V(to_log2), V(kMagic) - shifted);
-#else
-    // Without a fused multiply-add v * to_log2 would be rounded before the integer is taken off.
-    const V minus_n = V(kMagic) - shifted;
-    const V fraction = fma(minus_n, V(step_low), fma(minus_n, V(step_high), v)) * V(to_log2);
-#endif
-    return fma(polynomial(Float<T>::exp2_tail, fraction), fraction, V(T(1))) *
-           shifted.exponent_from_magic();
+    return finish(v, shifted(v));
   }
 
-  // Without the bounds, where the instructions tell: what is too large for the range gives inf, and
-  // -inf and NaN, or a v so far below 0 that the reduction fails, NaN or inf.
+  // Any v: what is too large gives inf.
+  AFM_MEMBER V bounded(V v) const { return (*this)(min(v, V(ceiling))); }
+
 #if AFM_CAPABILITY_AVX512
+  // Without the bounds: what is too large for the range gives inf, and -inf and NaN, or a v so far
+  // below 0 that the reduction fails, NaN or inf.
   static constexpr bool kOverflowShows = true;
   AFM_MEMBER V unbounded(V v) const {
-    constexpr T kMagic = static_cast<T>(3LL << (Float<T>::mantissa_bits - 1));
-    const V n = fma(v, V(to_log2), V(kMagic)) - V(kMagic), fraction = fms(v, V(to_log2), n);
-    return times_power_of_2(fma(polynomial(Float<T>::exp2_tail, fraction), fraction, V(T(1))), n);
+    constexpr T kInteger = static_cast<T>(3LL << kPlaces);
+    const V n = fma(v, V(to_log2), V(kInteger)) - V(kInteger), fraction = fms(v, V(to_log2), n);
+    return times_power_of_2(power_of_2(fraction), n);
+  }
+  AFM_MEMBER V provable(V v, V&) const { return unbounded(v); }
+  template <int n>
+  AFM_MEMBER bool in_range(const V (&)[n]) const {
+    return true;
   }
 #else
   static constexpr bool kOverflowShows = false;
   AFM_MEMBER V unbounded(V v) const { return (*this)(v); }
+
+  // As bounded() where in_range(sums) in the end; `sums` gathers the bits of all calls.
+  AFM_MEMBER V provable(V v, V& sums) const {
+    const V sum = shifted(v);
+    sums = sums | sum;
+    return finish(v, sum);
+  }
+  template <int n>
+  AFM_MEMBER bool in_range(const V (&sums)[n]) const {
+    using Bits = typename Float<T>::Bits;
+    constexpr Bits kAllowed = Bits(1) << (8 * sizeof(T) - 2) | (2 * Float<T>::bias + 1);
+    Bits lanes[n * V::width], all = 0;
+    memcpy(lanes, sums, sizeof(lanes));
+    for (const Bits lane : lanes) all |= lane;
+    return (all & ~kAllowed) == 0;
+  }
 #endif
+
+  template <bool kBounded>
+  AFM_MEMBER V checked(V v, V& sums) const {
+    if constexpr (kBounded) return bounded(v);
+    return provable(v, sums);
+  }
+
+ private:
+  AFM_MEMBER V shifted(V v) const { return fma(v, V(to_log2), V(kMagic)); }
+
+  AFM_MEMBER static V power_of_2(V fraction) {
+    constexpr Exp2Tail<T> kTail(kUnit);
+    return fma(polynomial(kTail.coefficients, fraction), fraction, V(T(1)));
+  }
+
+  AFM_MEMBER V finish(V v, V sum) const {
+    const V minus_n = V(kMagic) - sum;
+#if AFM_CAPABILITY_AVX2 || AFM_CAPABILITY_AVX512
+    const V fraction = fma(v, V(to_log2), minus_n);
+#else
+    // Without a fused multiply-add v * to_log2 would be rounded before the integer is taken off.
+    const V fraction = fma(minus_n, V(step_low), fma(minus_n, V(step_high), v)) * V(to_log2);
+#endif
+    return power_of_2(fraction) * sum.exponent_from_magic();
+  }
 };
 
 // exp(x) - 1 - x for |x| <= 1, without cancellation.
