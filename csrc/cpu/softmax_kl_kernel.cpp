@@ -295,10 +295,13 @@ struct Worker {
     if (row.kind == RowKind::kNear) {
       per_student = 1 / (1 + row.a);
       row.log_ratio = __builtin_log1p(row.a);
-    } else if (row.kind == RowKind::kFar) {
+    } else {
+      // One class far away may have moved a general row's centre from all the others.
       const double centre = apart(row, row.student_shift, row.teacher_shift) * inv_t;
-      row.centre = static_cast<T>(centre);
-      row.log_ratio = __builtin_log(row.student_sum / row.teacher_sum) + (centre - row.centre);
+      if (row.kind == RowKind::kFar || __builtin_fabs(centre - row.centre) > kFarMeanLimit) {
+        row.centre = static_cast<T>(centre);
+        row.log_ratio = __builtin_log(row.student_sum / row.teacher_sum) + (centre - row.centre);
+      }
     }
     return {constants(row),
             plain_exp,

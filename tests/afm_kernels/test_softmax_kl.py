@@ -526,3 +526,34 @@ def test_samples_hold_what_they_promise() -> None:
     assert draw("sliced").student.storage_offset() == 3
     assert not same_specials(torch.tensor([1.0]), torch.tensor([float("nan")]))
     assert not torch.equal(draw("classes_10", seed=0).student, draw("classes_10", seed=1).student)
+
+
+# Logits, less the largest of a row's first, at the ends of what float32's exponential can hold, beyond, and where the
+# arithmetic of exponents comes round to an innocent number again: 2^22 and 2^23 + 127 doublings.
+OUT_OF_RANGE = (-87.0, -87.7, -88.2, -88.6, -1e4, -2907269.9, -5814626.0, -1e9, -3e38, 88.5, 89.2, 2907269.9)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+@pytest.mark.parametrize("logit", OUT_OF_RANGE)
+def test_logits_beyond_the_range_of_exp(device: torch.device, logit: float, side: str) -> None:
+    """Loops that take exponentials without bounds have to notice, in any tile, and in the vector that ends a row."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(6, 5003, generator=generator)
+    student = teacher + torch.tensor([[1.0], [1.0], [1.0], [1e-2], [1e-2], [1e-2]]) * torch.randn(
+        6, 5003, generator=generator
+    )
+    for row, place in enumerate((900, 3000, 5002) * 2):
+        for tensor in (student,) * (side != "teacher") + (teacher,) * (side != "student"):
+            tensor[row, place] = tensor[row, :128].max() + logit
+    student, teacher = student.to(device).requires_grad_(), teacher.to(device).requires_grad_()
+    for divergence in DIVERGENCES:
+        truth = truth_divergence(student, teacher, 1.0, divergence, BETA)
+        eager = eager_with_grads(student, teacher, 1.0, divergence, BETA)
+        for recompute in recompute_modes(device):
+            rows = softmax_kl_div(
+                student, teacher, divergence=divergence, beta=BETA, reduction="none", recompute=recompute
+            )
+            assert_loss(rows, truth[0], eager[0])
+            gradients = torch.autograd.grad(rows.sum(), (student, teacher))
+            for gradient, wanted, peer in zip(gradients, truth[1:], eager[1:], strict=True):
+                assert_gradient(gradient, wanted, peer, terms=gradient_terms(student, teacher))
