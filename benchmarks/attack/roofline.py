@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from advfunmatch.attack import PGDAttack
+from advfunmatch.attack import PGDAttack, Target
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -120,10 +120,10 @@ def profile_step(student: nn.Module, teacher: nn.Module, x: Tensor, repeats: int
     call, and calls a step."""
     attack = PGDAttack("mismatch", eps=8 / 255, step_size=2 / 255, steps=1, cuda_graph=False)
     x = x.contiguous(memory_format=torch.channels_last)
-    timer = StepTimer(x.device)
+    target, timer = Target(student, teacher), StepTimer(x.device)
 
     def step() -> None:
-        attack._step(x, attack._input_gradient(student, teacher, x, None, None), x)
+        attack._step(x, attack._input_gradient(target, x), x)
 
     for _ in range(2):
         step()

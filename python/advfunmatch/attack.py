@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,29 @@ __all__ = ["PGDAttack", "input_gradient"]
 NORMS = ("linf", "l2")
 INITS = ("gaussian", "uniform", "zero")
 BN_MODES = ("eval", "batch", "train")
+
+
+class Target(NamedTuple):
+    """What is attacked: both networks, and what is known of the clean images."""
+
+    student: nn.Module
+    teacher: nn.Module | None = None
+    labels: Tensor | None = None
+    teacher_logits: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Target:
+        """The same for some of the images."""
+        return self._replace(
+            labels=None if self.labels is None else self.labels[index],
+            teacher_logits=None if self.teacher_logits is None else self.teacher_logits[index],
+        )
+
+    def in_its_format(self, x: Tensor) -> Tensor:
+        """x in the memory format of the prepared networks, so that it is converted once and not at every step."""
+        formats = {m.memory_format for m in (self.student, self.teacher) if isinstance(m, PreparedModel)}
+        if x.dim() == 4 and torch.channels_last in formats:
+            return x.contiguous(memory_format=torch.channels_last)
+        return x
 
 
 class PGDAttack:
@@ -182,6 +205,7 @@ class PGDAttack:
             return x.detach().clone()
         if self._teacher_use(teacher) == "none" or teacher_logits is not None:
             teacher = None
+        target = Target(student, teacher, labels, teacher_logits)
         # Inference tensors cannot be saved for a backward, and a caller's no_grad would leave nothing to differentiate.
         with torch.inference_mode(False), torch.enable_grad(), _eval_modes(student, teacher, self.bn):
             x = x.detach()
@@ -189,11 +213,10 @@ class PGDAttack:
                 x = x.clone()
             x_start = None if x_start is None else x_start.detach().clone()
             if self.early_stop:
-                return self._attack_until_success(student, teacher, x, labels, teacher_logits, x_start)
-            if self._captures(student, teacher, x):
-                return self._attack_captured(student, teacher, x, labels, teacher_logits, x_start)
-            generator = self._generator(x.device)
-            return self._attack(student, teacher, x, labels, teacher_logits, x_start, generator)
+                return self._attack_until_success(target, x, x_start)
+            if self._captures(target, x):
+                return self._attack_captured(target, x, x_start)
+            return self._attack(target, x, x_start, self._generator(x.device))
 
     def draw_start(self, x: Tensor) -> Tensor:
         """A point of the ball for each image, as ``init`` says: what ``x_start`` takes."""
@@ -222,90 +245,62 @@ class PGDAttack:
     # ---- the attack itself ---------------------------------------------------------------------------------------
 
     def _attack(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        x: Tensor,
-        labels: Tensor | None,
-        teacher_logits: Tensor | None,
-        x_start: Tensor | None,
-        generator: torch.Generator | None,
+        self, target: Target, x: Tensor, x_start: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
         """Starts, steps and restarts: all that a captured graph holds."""
-        x_inner = _networks_format(x, student, teacher)
-        teacher_use = self._teacher_use(teacher)
-        if teacher_use == "clean" and teacher_logits is None:
-            with torch.no_grad():
-                teacher_logits = _logits(student if teacher is None else teacher, x_inner)
-            teacher = None
-        if x_start is None:
-            x_start = self._start(x, generator)
-        best = self._one_run(student, teacher, x_start, x_inner, labels, teacher_logits)
+        x_inner = target.in_its_format(x)
+        target = self._with_clean_logits(target, x_inner)
+        best = self._one_run(target, self._start(x, generator) if x_start is None else x_start, x_inner)
         if self.restarts > 1:
-            best_score = self._score(student, teacher, best, labels, teacher_logits)
+            best_score = self._score(target, best)
         for _ in range(self.restarts - 1):
-            x_start = self._start(x, generator)
-            x_adv = self._one_run(student, teacher, x_start, x_inner, labels, teacher_logits)
-            score = self._score(student, teacher, x_adv, labels, teacher_logits)
+            x_adv = self._one_run(target, self._start(x, generator), x_inner)
+            score = self._score(target, x_adv)
             better = score > best_score
             best = torch.where(better.view(-1, *[1] * (x.dim() - 1)), x_adv, best)
             best_score = torch.where(better, score, best_score)
         return _in_format_of(best, x)
 
-    def _one_run(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        x_start: Tensor,
-        x_inner: Tensor,
-        labels: Tensor | None,
-        teacher_logits: Tensor | None,
-    ) -> Tensor:
+    def _one_run(self, target: Target, x_start: Tensor, x_inner: Tensor) -> Tensor:
         """K steps from one start."""
-        x_adv = _networks_format(x_start, student, teacher)
+        x_adv = target.in_its_format(x_start)
         for _ in range(self.steps):
-            gradient = self._input_gradient(student, teacher, x_adv, labels, teacher_logits)
-            x_adv = self._step(x_adv, gradient, x_inner)
+            x_adv = self._step(x_adv, self._input_gradient(target, x_adv), x_inner)
         return x_adv
 
-    def _attack_until_success(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        x: Tensor,
-        labels: Tensor | None,
-        teacher_logits: Tensor | None,
-        x_start: Tensor | None,
-    ) -> Tensor:
+    def _attack_until_success(self, target: Target, x: Tensor, x_start: Tensor | None) -> Tensor:
         """The same with the broken images taken out of the batch as they break."""
-        x_inner = _networks_format(x, student, teacher)
-        if self._teacher_use(teacher) == "clean" and teacher_logits is None:
-            with torch.no_grad():
-                teacher_logits = _logits(student if teacher is None else teacher, x_inner)
-            teacher = None
+        x_inner = target.in_its_format(x)
+        target = self._with_clean_logits(target, x_inner)
         result = x_inner.clone()
         active = torch.arange(len(x), device=x.device)
         for _ in range(self.restarts):
-            rows = _rows(active, x_inner, labels, teacher_logits)
-            x_adv = self._start(rows[0], self._generator(x.device)) if x_start is None else x_start
+            x_left, left = x_inner[active], target.rows(active)
+            x_adv = self._start(x_left, self._generator(x.device)) if x_start is None else x_start
             x_start = None  # the first run's alone
             for step in range(self.steps + 1):
-                x_rows, label_rows, teacher_rows = rows
                 # The logits that the gradient needs also say which images are broken: no extra forward.
-                leaf, z_s, z_t = self._forward(student, teacher, x_adv, teacher_rows)
-                unbroken = ~self.objective.success(z_s.detach(), _detached(z_t), label_rows)  # type: ignore[attr-defined]
+                leaf, z_s, z_t = self._forward(left, x_adv)
+                unbroken = ~self.objective.success(z_s.detach(), _detached(z_t), left.labels)  # type: ignore[attr-defined]
                 result[active] = x_adv
                 kept = unbroken.nonzero().squeeze(1)
-                if step == self.steps or len(kept) == 0:
-                    active = active[kept]
-                    break
-                gradient = self._backward(leaf, z_s, z_t, label_rows)
-                x_adv = self._step(x_adv[kept], gradient[kept], x_rows[kept])
                 active = active[kept]
-                rows = _rows(kept, x_rows, label_rows, teacher_rows)
+                if step == self.steps or len(kept) == 0:
+                    break
+                gradient = self._backward(leaf, z_s, z_t, left.labels)
+                x_left, left = x_left[kept], left.rows(kept)
+                x_adv = self._step(x_adv[kept], gradient[kept], x_left)
             if len(active) == 0:
                 break
         return _in_format_of(result, x)
+
+    def _with_clean_logits(self, target: Target, x: Tensor) -> Target:
+        """The target with the logits on clean images in the teacher's place, where the objective wants those."""
+        if self._teacher_use(target.teacher) != "clean" or target.teacher_logits is not None:
+            return target
+        with torch.no_grad():
+            logits = _logits(target.student if target.teacher is None else target.teacher, x)
+        return target._replace(teacher=None, teacher_logits=logits)
 
     def _start(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         # From the caller's x: noise is drawn in memory order, so a seed means one start however x is converted.
@@ -316,13 +311,12 @@ class PGDAttack:
             x_adv, gradient, x, step_size=self.step_size, eps=self.eps, norm=self.norm, clip=self.clip
         )
 
-    def _forward(
-        self, student: nn.Module, teacher: nn.Module | None, x_adv: Tensor, teacher_logits: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _forward(self, target: Target, x_adv: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """A fresh leaf at x_adv, the student's logits there, and the teacher's (with a graph where it moves)."""
         leaf = x_adv.detach().requires_grad_(True)
+        student, teacher = target.student, target.teacher
         if teacher is None:
-            return leaf, _logits(student, leaf), teacher_logits
+            return leaf, _logits(student, leaf), target.teacher_logits
         moving = self._teacher_use(teacher) == "moving"
         if not (self.streams and leaf.is_cuda):
             z_s = _logits(student, leaf)
@@ -349,56 +343,39 @@ class PGDAttack:
         (gradient,) = torch.autograd.grad(outputs, leaf, grads)
         return gradient
 
-    def _input_gradient(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        x_adv: Tensor,
-        labels: Tensor | None,
-        teacher_logits: Tensor | None,
-    ) -> Tensor:
-        return self._backward(*self._forward(student, teacher, x_adv, teacher_logits), labels)
+    def _input_gradient(self, target: Target, x_adv: Tensor) -> Tensor:
+        return self._backward(*self._forward(target, x_adv), target.labels)
 
-    def _score(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        x_adv: Tensor,
-        labels: Tensor | None,
-        teacher_logits: Tensor | None,
-    ) -> Tensor:
-        with torch.no_grad():
-            z_s = _logits(student, x_adv)
-            z_t = teacher_logits if teacher is None else _logits(teacher, x_adv)
-            score: Tensor = self.objective.score(z_s, z_t, labels)  # type: ignore[attr-defined]
+    @torch.no_grad()
+    def _score(self, target: Target, x_adv: Tensor) -> Tensor:
+        z_s = _logits(target.student, x_adv)
+        z_t = target.teacher_logits if target.teacher is None else _logits(target.teacher, x_adv)
+        score: Tensor = self.objective.score(z_s, z_t, target.labels)  # type: ignore[attr-defined]
         return score
 
     # ---- capture -------------------------------------------------------------------------------------------------
 
-    def _captures(self, student: nn.Module, teacher: nn.Module | None, x: Tensor) -> bool:
+    def _captures(self, target: Target, x: Tensor) -> bool:
         if self.cuda_graph is None:
             prepared = all(
                 model is None or (isinstance(model, PreparedModel) and model.traced)
-                for model in (student, teacher)
+                for model in (target.student, target.teacher)
             )
             return x.is_cuda and prepared
         if self.cuda_graph and not x.is_cuda:
             raise ValueError(f"cuda_graph=True needs images on a CUDA device, got {x.device}")
         return self.cuda_graph
 
-    def _attack_captured(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        x: Tensor,
-        labels: Tensor | None,
-        teacher_logits: Tensor | None,
-        x_start: Tensor | None,
-    ) -> Tensor:
-        inputs = (x, labels, teacher_logits, x_start)
+    def _attack_captured(self, target: Target, x: Tensor, x_start: Tensor | None) -> Tensor:
+        networks = target.student, target.teacher
+        inputs = x, x_start, target.labels, target.teacher_logits
+        generator = self._generator(x.device)
+
+        def attack(x: Tensor, x_start: Tensor | None, *known: Tensor | None) -> Tensor:
+            return self._attack(Target(*networks, *known), x, x_start, generator)
+
         captured = self._graphs.get(
-            capture_key(student, teacher, inputs),
-            lambda: CapturedAttack(self._attack, student, teacher, inputs, self._generator(x.device)),
+            capture_key(networks, inputs), lambda: CapturedAttack(attack, networks, inputs, generator)
         )
         result: Tensor = captured(inputs)
         return result
@@ -491,7 +468,7 @@ def input_gradient(
     """
     attack = PGDAttack(objective)
     with torch.inference_mode(False), torch.enable_grad():
-        return attack._input_gradient(unwrap(student), teacher, x_adv, labels, teacher_logits)
+        return attack._input_gradient(Target(unwrap(student), teacher, labels, teacher_logits), x_adv)
 
 
 @contextlib.contextmanager
@@ -567,18 +544,6 @@ def _scaled_rows(grads: list[Tensor]) -> list[Tensor]:
 
 def _detached(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach()
-
-
-def _rows(index: Tensor, *tensors: Tensor | None) -> list[Any]:
-    return [None if t is None else t[index] for t in tensors]
-
-
-def _networks_format(x: Tensor, student: nn.Module, teacher: nn.Module | None) -> Tensor:
-    """x in the memory format of the prepared networks, so that it is converted once and not at every step."""
-    formats = {m.memory_format for m in (student, teacher) if isinstance(m, PreparedModel)}
-    if x.dim() == 4 and torch.channels_last in formats:
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
 
 
 def _in_format_of(result: Tensor, x: Tensor) -> Tensor:

@@ -43,14 +43,12 @@ class GraphCache:
         return len(self._entries)
 
 
-def capture_key(
-    student: nn.Module, teacher: nn.Module | None, inputs: tuple[Tensor | None, ...]
-) -> tuple[Any, ...]:
+def capture_key(networks: tuple[nn.Module | None, ...], inputs: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     """What a captured attack holds fixed: the networks at their places in memory, layouts, and autocast's state."""
     x = inputs[0]
     assert x is not None
     autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
-    return (_addresses(student), _addresses(teacher), *map(_layout, inputs), *autocast)
+    return (*map(_addresses, networks), *map(_layout, inputs), *autocast)
 
 
 def _addresses(model: nn.Module | None) -> tuple[int, ...]:
@@ -70,22 +68,17 @@ class CapturedAttack:
     def __init__(
         self,
         attack: Callable[..., Tensor],
-        student: nn.Module,
-        teacher: nn.Module | None,
+        networks: tuple[nn.Module | None, ...],
         inputs: tuple[Tensor | None, ...],
         generator: torch.Generator | None,
     ) -> None:
         # The networks are held, so that no address in the key is freed and used again by another network.
-        self.networks = (student, teacher)
+        self.networks = networks
         self.static_inputs = tuple(None if t is None else t.clone() for t in inputs)
-
-        def run() -> Tensor:
-            x, labels, teacher_logits, x_start = self.static_inputs
-            assert x is not None
-            return attack(student, teacher, x, labels, teacher_logits, x_start, generator)
-
-        device = inputs[0].device if inputs[0] is not None else torch.device("cuda")
-        self.static_output, self.replay = capture_graph(run, device, generator)
+        device = next(t.device for t in inputs if t is not None)
+        self.static_output, self.replay = capture_graph(
+            lambda: attack(*self.static_inputs), device, generator
+        )
 
     def __call__(self, inputs: tuple[Tensor | None, ...]) -> Tensor:
         for static, given in zip(self.static_inputs, inputs, strict=True):

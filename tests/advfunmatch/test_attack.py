@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from advfunmatch import capture
-from advfunmatch.attack import PGDAttack, input_gradient
+from advfunmatch.attack import PGDAttack, Target, input_gradient
 from advfunmatch.capture import GraphCache
 from advfunmatch.lean import prepare_for_attack
 from torch import Tensor, nn
@@ -380,7 +380,7 @@ def test_no_weight_gradient_no_read_of_the_device_and_shapes_without_data(
     for x in (images, torch.zeros_like(images)):
         attack = PGDAttack(objective, eps=EPS, step_size=STEP, steps=2, restarts=2, seed=SEED, clip=(0, 1))
         with Recorder() as recorder:
-            attack._attack(student, teacher, x, LABELS, None, None, attack._generator(x.device))
+            attack._attack(Target(student, teacher, LABELS), x, None, attack._generator(x.device))
         # oneDNN's pointwise operators are the forward of a prepared network's convolutions
         assert recorder.masks
         assert all(mask == [True, False, False] for mask in recorder.masks)
