@@ -340,7 +340,11 @@ class PGDAttack:
         outputs, grads = _moving_sides(z_s, z_t, gradients)
         if leaf.dtype == torch.float16 or any(z.dtype == torch.float16 for z in outputs):
             grads = _scaled_rows(grads)
-        (gradient,) = torch.autograd.grad(outputs, leaf, grads)
+        (gradient,) = torch.autograd.grad(outputs, leaf, grads, allow_unused=True)
+        if gradient is None:
+            raise ValueError(
+                "no logits that the objective gave a gradient for depend on x_adv differentiably"
+            )
         return gradient
 
     def _input_gradient(self, target: Target, x_adv: Tensor) -> Tensor:

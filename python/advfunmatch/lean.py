@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -142,10 +142,7 @@ class PreparedModel(nn.Module):
             )
         if dtype is not None:
             self.network.to(dtype)
-        floating = [
-            t.dtype for t in (*self.network.parameters(), *self.network.buffers()) if t.is_floating_point()
-        ]
-        self.dtype = dtype or (floating[0] if floating else None)
+        self.dtype = dtype or self._dtype_of_weights()
         self._layers = [m for m in self.network.modules() if isinstance(m, FoldedConv | ScaleShiftReLU)]
         if self.dtype in (torch.float16, torch.bfloat16):
             for layer in self._layers:
@@ -180,13 +177,25 @@ class PreparedModel(nn.Module):
         with _in_eval_mode(self._parametrizations):
             for layer in self._layers:
                 layer.refresh_()
-            for destination, module, name in self._copies:
-                destination.copy_(getattr(module, name))
+            for copied, live, name in self._copies:
+                getattr(copied, name).copy_(getattr(live, name))
         return self
 
     def train(self, mode: bool = True) -> PreparedModel:
         """Does nothing: a prepared network is in eval mode whatever its owner is in."""
         return super().train(False)
+
+    def _apply(self, function: Callable[..., Any], recurse: bool = True) -> PreparedModel:
+        super()._apply(function, recurse)
+        self.dtype = self._dtype_of_weights()
+        return self
+
+    def _dtype_of_weights(self) -> torch.dtype | None:
+        tensors = (*self.network.parameters(), *self.network.buffers())
+        return next((t.dtype for t in tensors if t.is_floating_point()), None)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a prepared network follows one live network; save that one instead")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PreparedModel:
         raise TypeError("a prepared network follows one live network; prepare a copy of that one instead")
@@ -199,8 +208,8 @@ class PreparedModel(nn.Module):
             f"convolution, {len(self.fused)} into scale_shift_relu, {left} left)"
         )
 
-    def _pairs_to_copy(self) -> list[tuple[Tensor, nn.Module, str]]:
-        """The tensors that were not folded, with the live module and name that each follows."""
+    def _pairs_to_copy(self) -> list[tuple[nn.Module, nn.Module, str]]:
+        """The tensors that were not folded: their module here, the live one, and their name in both."""
         live = self._live[0]
         folded = {id(t) for layer in self._layers for t in layer.buffers()}
         pairs = []
@@ -214,7 +223,7 @@ class PreparedModel(nn.Module):
                 getattr(module, name)
             except AttributeError:
                 continue  # a constant of the traced code, which no update changes
-            pairs.append((tensor, module, name))
+            pairs.append((self.network.get_submodule(owner), module, name))
         return pairs
 
 

@@ -592,6 +592,19 @@ def test_a_network_that_returns_no_logits_is_named(teacher, images) -> None:
         PGDAttack(eps=EPS, step_size=STEP)(TwoOutputs(), teacher, images)
 
 
+def test_a_network_that_its_images_do_not_move_is_named(student, images) -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = student
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(x.detach())
+
+    with pytest.raises(ValueError, match=r"no logits .* depend on x_adv differentiably"):
+        PGDAttack("cross_entropy", steps=1)(Detached(), None, images, LABELS)
+
+
 def test_input_gradient_is_one_steps_gradient(student, teacher, images) -> None:
     x = images.clone().requires_grad_()
     log_q, log_p = student(x).log_softmax(1), teacher(x).log_softmax(1)

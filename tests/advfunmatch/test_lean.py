@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import operator
 import warnings
 from collections.abc import Callable, Iterator
@@ -364,6 +365,23 @@ def test_weights_that_are_computed_from_others(reparametrise: Callable[..., nn.M
             next(net[0].parameters()).mul_(1.1)
         before = {name: value.clone() for name, value in net.state_dict().items()}
         prepared.refresh_()
+
+
+def test_a_prepared_network_that_was_moved_still_follows() -> None:
+    net = Net(lambda net, x: net.bn(x.tanh()))  # a BatchNorm that nothing takes, so its statistics are copied
+    net.a = net.b = nn.Identity()
+    net.bn, net.fc = nn.BatchNorm2d(3), nn.Linear(3, 5)
+    prepared = prepare_for_attack(settle(net)).double()
+    settle(net, SEED + 1)
+    x = torch.rand(2, 3, 4, 4, dtype=torch.float64)
+    got = prepared.refresh_()(x.float())
+    assert got.dtype == torch.float64
+    assert_near(got, net.double()(x), 1e-6)
+
+
+def test_a_prepared_network_is_not_saved() -> None:
+    with pytest.raises(TypeError, match="follows one live network; save that one"):
+        torch.save(prepare_for_attack(nn.Linear(2, 2)), io.BytesIO())
 
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"eps": 0.1}, {"track_running_stats": False}])
