@@ -18,9 +18,10 @@ gradients fill their row on both sides and leave other rows alone.
 | NaN or +inf, or all -inf       | NaN             | NaN             | NaN      | NaN                             |
 | a probability underflows to 0  | finite, exact   | finite, exact   | finite   | finite; at most log 2 for β = ½ |
 
-A class counts as present where its logit is above -inf, however small its probability. A row may be inf or NaN
-where a finite logit divided by T leaves the range of the loss's dtype, or where the divergence comes within a factor of
-the number of classes of that dtype's largest number.
+A class counts as present where its logit is above -inf, however small its probability; one so far below its row's
+largest that the distance, divided by T, leaves the range of the loss's dtype may count as -inf. So a mask may be
+-inf or the dtype's smallest number. A row may be inf where the divergence comes within a factor of the number of
+classes of the dtype's largest number, and NaN where the largest logits of its two sides are as far apart as that.
 """
 
 from __future__ import annotations

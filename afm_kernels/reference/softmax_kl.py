@@ -81,10 +81,15 @@ def rows_of(student: Tensor, teacher: Tensor, temperature: float) -> Rows:
     """The ``Rows`` of two batches of logits, class dimension last. See Note [Centred form]."""
     dtype = accumulation_dtype(student, teacher)
     student, teacher = student.to(dtype), teacher.to(dtype)
-    student_excluded, teacher_excluded = student == -torch.inf, teacher == -torch.inf
-    log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    with torch.no_grad():
+        top_s, top_t = student.amax(-1, keepdim=True), teacher.amax(-1, keepdim=True)
+    # The maximum comes off first: divided by a temperature below 1, logits might leave the range. One that does so
+    # all the same, put that low to mask a class, excludes it like -inf.
+    scaled_s, scaled_t = (student - top_s) / temperature, (teacher - top_t) / temperature
+    student_excluded, teacher_excluded = scaled_s == -torch.inf, scaled_t == -torch.inf
+    log_q, log_p = scaled_s.log_softmax(-1), scaled_t.log_softmax(-1)
     # Not exp(log_q): that carries the rounding of log_q, which grows with its size.
-    q, p = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
+    q, p = scaled_s.softmax(-1), scaled_t.softmax(-1)
 
     # Direct form. A row that is no distribution is NaN in all its classes; NaN + inf is NaN.
     delta = (log_q - log_p).masked_fill(student_excluded & teacher_excluded, 0)
@@ -96,10 +101,8 @@ def rows_of(student: Tensor, teacher: Tensor, temperature: float) -> Rows:
     centred = kl < 1
 
     # Centred form. Equal offsets cancel exactly in s - t; unequal ones are better taken off first.
-    with torch.no_grad():
-        top_s, top_t = student.amax(-1, keepdim=True), teacher.amax(-1, keepdim=True)
-        apart = (top_s - top_t).abs() > 8
-        top_s, top_t = top_s.where(apart, 0), top_t.where(apart, 0)
+    apart = (top_s - top_t).abs() > 8
+    top_s, top_t = top_s.where(apart, 0), top_t.where(apart, 0)
     d = ((student - top_s) - (teacher - top_t)).masked_fill(
         student_excluded | teacher_excluded, 0
     ) / temperature

@@ -23,6 +23,9 @@ namespace {
 
 template <class T>
 struct JsTerms {
+  // A class that one side all but excludes: a larger delta changes nothing, and an infinite one
+  // would make its probability of 0 NaN.
+  static constexpr T kMostDelta = T(1e30);
   Vec<T> log_p_over_m, log_q_over_m;  // 0 where the logit is -inf
   Vec<T> value;
 };
@@ -50,12 +53,13 @@ struct JsRow {
 
   template <RowKind kKind>
   AFM_MEMBER JsTerms<T> terms(V s, V t, V p, V q) const {
-    const V zero(T(0)), one(T(1)), excluded(-Float<T>::infinity);
+    const V zero(T(0)), one(T(1)), most(JsTerms<T>::kMostDelta);
+    const V student_excluded(row.student_excluded), teacher_excluded(row.teacher_excluded);
     JsTerms<T> out;
     auto in_both = V::first(V::width), is_near = in_both;
-    V delta = row.x(s, t) - V(log_ratio);
+    V delta = max(min(row.x(s, t) - V(log_ratio), most), zero - most);
     if constexpr (kKind == RowKind::kGeneral) {
-      in_both = both(excluded < s, excluded < t);
+      in_both = both(student_excluded < s, teacher_excluded < t);
       delta = select(in_both, delta, zero);
     }
     is_near = both(in_both, abs(delta) <= one);
@@ -73,8 +77,8 @@ struct JsRow {
     V p_over_m = select(p_is_larger, zero, zero - delta) - base;
     V q_over_m = select(p_is_larger, delta, zero) - base;
     if constexpr (kKind == RowKind::kGeneral) {
-      p_over_m = select(in_both, p_over_m, select(excluded < t, zero - V(log_beta), zero));
-      q_over_m = select(in_both, q_over_m, select(excluded < s, zero - V(log_gamma), zero));
+      p_over_m = select(in_both, p_over_m, select(teacher_excluded < t, zero - V(log_beta), zero));
+      q_over_m = select(in_both, q_over_m, select(student_excluded < s, zero - V(log_gamma), zero));
     }
     out.log_p_over_m = select(is_near, out.log_p_over_m, p_over_m);
     out.log_q_over_m = select(is_near, out.log_q_over_m, q_over_m);

@@ -36,10 +36,11 @@ struct RowSums {
 template <class T>
 struct RowConstants {
   ScaledExp<T> exp;
-  T inv_t;                         // 1 / temperature
-  T student_shift, teacher_shift;  // m_s, m_t
-  T student_gap, teacher_gap;      // k_s, k_t; k = k_s - k_t, see coarse_gap
-  T centre;                        // c
+  T inv_t;                               // 1 / temperature
+  T student_shift, teacher_shift;        // m_s, m_t
+  T student_gap, teacher_gap;            // k_s, k_t; k = k_s - k_t, see coarse_gap
+  T centre;                              // c
+  T student_excluded, teacher_excluded;  // general: logits up to here are as good as -inf
   T bridge;  // general: exp((m_s - m_t - k) / T - c), so that e * exp(x) = bridge * exp((s - m_s) /
              // T)
 
@@ -195,11 +196,12 @@ AFM_LOOP void sum_general(const T* s, const T* t, int64_t n, const RowConstants<
                           RowSums& sums) {
   using V = Vec<T>;
   const V zero(T(0)), one(T(1)), excluded(-Float<T>::infinity), bridge(row.bridge);
+  const V student_excluded(row.student_excluded), teacher_excluded(row.teacher_excluded);
   Accumulator<T> student, teacher, linear, excess, curvature, student_linear, one_sided,
       student_missing;
   sweep<V>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
     const V a = access.load(s + j, excluded), b = access.load(t + j, excluded);
-    const auto in_s = excluded < a, in_t = excluded < b, in_both = both(in_s, in_t);
+    const auto in_s = student_excluded < a, in_t = teacher_excluded < b, in_both = both(in_s, in_t);
     one_sided.add(u, select(in_both, zero, select(in_s, one, select(in_t, one, zero))));
     student_missing.add(u, select(in_s, zero, select(in_t, one, zero)));
     const V e_s = row.student_exp(a), e_t = row.teacher_exp(b),
@@ -218,6 +220,22 @@ AFM_LOOP void sum_general(const T* s, const T* t, int64_t n, const RowConstants<
   sums.student_missing = sums.student_missing || student_missing.sum() > 0;
 }
 
+// Sum of exp((s - m_s) / T) * (x - mean), for a mean as rounded as the gradients take it.
+template <class T>
+AFM_LOOP double sum_student_rest(const T* s, const T* t, int64_t n, const RowConstants<T>& row,
+                                 T mean) {
+  using V = Vec<T>;
+  const V excluded(-Float<T>::infinity), centre(mean);
+  const V student_excluded(row.student_excluded), teacher_excluded(row.teacher_excluded);
+  Accumulator<T> rest;
+  sweep<V>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
+    const V a = access.load(s + j, excluded), b = access.load(t + j, excluded);
+    const auto in_both = both(student_excluded < a, teacher_excluded < b);
+    rest.add_product(u, row.student_exp(a), select(in_both, row.x(a, b), centre) - centre);
+  });
+  return rest.sum();
+}
+
 // Gradients of classes [0, n) of a tile.
 
 // What multiplies what in the gradients, everything of the row folded in (weight, scale, 1/T,
@@ -228,14 +246,15 @@ AFM_LOOP void sum_general(const T* s, const T* t, int64_t n, const RowConstants<
 //   take it
 //
 //   KL        grad_s  = f * student_f + e * student_e + student_1
-//             grad_t  = e * ((x - mean) * teacher_x)
-//   Jeffreys  grad_s += f * ((x - student_mean) * student_fx), in near rows (e + f) * (...)
+//             grad_t  = e * (x - mean) * teacher_x: e first, for 0 has to stay 0 for any finite x
+//   Jeffreys  grad_s += f * (x - student_mean) * student_fx, in near rows (e + f) * ...
 //             grad_t += e * teacher_e + f * teacher_f
 template <class T>
 struct GradientFactors {
   T student_f = 0, student_e = 0, student_1 = 0, student_fx = 0;
   T teacher_x = 0, teacher_e = 0, teacher_f = 0;
   T mean = 0, student_mean = 0;
+  T student_rest = 0;  // general: what student_mean is off by
 };
 
 // Calls step over n classes; where stores are streamed, whole vectors are aligned.
@@ -263,7 +282,7 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
   const V student_f(by.student_f), student_e(by.student_e), student_1(by.student_1),
       student_fx(by.student_fx);
   const V teacher_x(by.teacher_x), teacher_e(by.teacher_e), teacher_f(by.teacher_f);
-  const V mean(by.mean), student_mean(by.student_mean);
+  const V mean(by.mean), student_mean(by.student_mean), student_rest(by.student_rest);
   sweep_out<T>(kStudent ? grad_student : grad_teacher, n, stream,
                [&](auto access, int64_t j, int) AFM_STEP {
                  V a, b, x, e, f;
@@ -273,8 +292,8 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
                  if constexpr (kNeedsX) {
                    x = kKind == RowKind::kFar ? row.far_x(a, b) : row.x(a, b);
                    if constexpr (kGeneral) {
-                     const V excluded(-Float<T>::infinity);
-                     x = select(both(excluded < a, excluded < b), x, V(T(0)));
+                     const auto in_s = V(row.student_excluded) < a;
+                     x = select(both(in_s, V(row.teacher_excluded) < b), x, V(T(0)));
                    }
                  }
                  if constexpr (kCached) {
@@ -290,12 +309,15 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
                  if constexpr (kNear && kNeedsF) f = e * f;
                  if constexpr (kStudent) {
                    V grad = fma(f, student_f, fma(e, student_e, student_1));
-                   if constexpr (kJeffreys)
-                     grad = fma(kNear ? e + f : f, (x - student_mean) * student_fx, grad);
+                   if constexpr (kJeffreys) {
+                     V off = x - student_mean;
+                     if constexpr (kGeneral) off = off - student_rest;
+                     grad = fma((kNear ? e + f : f) * off, student_fx, grad);
+                   }
                    access.store(grad_student + j, grad);
                  }
                  if constexpr (kTeacher) {
-                   V grad = e * ((x - mean) * teacher_x);
+                   V grad = e * (x - mean) * teacher_x;
                    if constexpr (kJeffreys) grad = fma(f, teacher_f, fma(e, teacher_e, grad));
                    access.store(grad_teacher + j, grad);
                  }

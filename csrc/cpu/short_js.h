@@ -26,7 +26,7 @@ AFM_LOOP void js_lanes(const LaneTiles<T>& tiles, int64_t classes, const ScaledE
   const V zero(T(0)), one(T(1)), weight_p(beta), weight_q(gamma), inv_z_s = sums.q_part;
   LaneGaps<T> gaps(sums.student_max, sums.teacher_max, inv_t);
   // Rounding in the logarithm reaches the loss squared. Equal sums leave none: equal sides give 0.
-  gaps.centre = gaps.centre - log(sums.student_sum / sums.teacher_sum);
+  gaps.off = zero - log(sums.student_sum / sums.teacher_sum);
   const bool has_long_logs = beta > -kLowest || gamma > -kLowest;
   ChunkedSum<T> value, student, teacher;
   const auto add = [&](int64_t j) AFM_LAMBDA_INLINE {
@@ -35,7 +35,8 @@ AFM_LOOP void js_lanes(const LaneTiles<T>& tiles, int64_t classes, const ScaledE
     const V q = V::load(tiles.student_part + j) * inv_z_s;
     const auto p_is_larger = delta < zero;
     const V larger = select(p_is_larger, p, q), weight = select(p_is_larger, weight_q, weight_p);
-    const V a = abs(delta), u = plain_exp(zero - a), above = excess_of_exp<T>(zero - a);
+    const V a = min(abs(delta), V(JsTerms<T>::kMostDelta)), u = plain_exp(zero - a),
+            above = excess_of_exp<T>(zero - a);
     const auto is_small = a < one;
     const V v = select(is_small, above - a, u - one);
     const V psi_v = zero - select(is_small, fma(a, v, above), fma(a, u, v));

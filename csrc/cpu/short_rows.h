@@ -13,6 +13,9 @@ namespace {
 // a chunk, end_of_chunk() after each.
 constexpr int64_t kChunk = 16;
 
+// As kFarMeanLimit. What such rows cost here is a loop without exponentials.
+constexpr double kLaneMeanLimit = 8;
+
 template <class T, class F, class G>
 AFM_INLINE void for_chunks(int64_t classes, const F& f, const G& end_of_chunk) {
   constexpr int64_t kStep = Vec<T>::width;
@@ -54,6 +57,7 @@ struct LaneSums {
   V x_unit;
   // E_p[gap]; Jeffreys: E_q[gap]; JS: E_p[log(p / m)] and E_q[log(q / m)]
   V mean, student_mean;
+  V student_rest;  // Jeffreys: what student_mean is off by
 };
 
 // (s - t) / T about its value at the maxima, without the digits that an offset of one side costs:
@@ -61,7 +65,8 @@ struct LaneSums {
 template <class T>
 struct LaneGaps {
   using V = Vec<T>;
-  V student, teacher, inv_t, centre;
+  V student, teacher, inv_t, base;
+  V off = V(T(0));
 
   AFM_MEMBER LaneGaps(V s_max, V t_max, T inverse_temperature) : inv_t(inverse_temperature) {
     const V zero(T(0)), apart = s_max - t_max;
@@ -70,10 +75,11 @@ struct LaneGaps {
     const auto student_is_large = abs(t_max) <= abs(s_max);
     student = select(student_is_large, gap, zero);
     teacher = select(student_is_large, zero, zero - gap);
-    centre = zero - difference(s_max, t_max) * inv_t;
+    base = difference(s_max, t_max);
   }
   AFM_MEMBER V difference(V s, V t) const { return (s - student) - (t - teacher); }
-  AFM_MEMBER V x(V s, V t) const { return fma(difference(s, t), inv_t, centre); }
+  // 0 at the maxima, exactly, at any temperature.
+  AFM_MEMBER V x(V s, V t) const { return fma(difference(s, t) - base, inv_t, off); }
 };
 
 // Sums of near rows, as sum_general takes them: the classes within |x| <= 1 by the polynomial.
@@ -109,6 +115,7 @@ AFM_LOOP void near_lanes(const LaneTiles<T>& tiles, int64_t classes, T inv_t,
   if constexpr (kJeffreys) {                     // as near_jeffreys
     value = (curvature.total * p - a * r) / (one + a);
     sums.student_mean = select(is_near, r + value, sums.student_mean);
+    sums.student_rest = select(is_near, zero, sums.student_rest);
   }
   value = select(is_off, not_served, value);
   value = select(both(V(T(-0.5)) < a, a < one), value, not_served);
@@ -150,11 +157,41 @@ AFM_LOOP LaneSums<T> far_lanes(const LaneTiles<T>& tiles, int64_t classes, const
   sums.q_exp = zero, sums.apart_exp = zero - sums.p_exp;
   sums.x_unit = V(inv_t);
   sums.mean = linear.total * sums.p_exp;
-  sums.student_mean = student_linear.total * sums.q_part;
+  sums.student_mean = student_linear.total * sums.q_part, sums.student_rest = zero;
   // Anything that is not finite has shown in a sum, and makes the row NaN.
   const V lost = (linear.total - linear.total) + (student.total - student.total);
   sums.divergence = log(student.total * sums.p_exp) - sums.mean * sums.x_unit + lost;
   return sums;
+}
+
+// Where one class has nearly all of p, x less its mean is next to nothing, and a mean that was
+// summed from large x, or that is rounded to its own size, leaves noise. In rows that are
+// `far_off`, takes the mean out of `gap`, and again what is left of it; likewise the student's
+// mean.
+template <bool kJeffreys, class T>
+AFM_LOOP void centre_lanes(const LaneTiles<T>& tiles, int64_t classes,
+                           typename Vec<T>::Mask far_off, LaneSums<T>& sums) {
+  using V = Vec<T>;
+  const V shift = select(far_off, sums.mean, V(T(0)));
+  ChunkedSum<T> linear, student_linear, student_rest;
+  const auto move = [&](int64_t j) AFM_LAMBDA_INLINE {
+    const V gap = V::load(tiles.gap + j) - shift;
+    linear.part = fma(V::load(tiles.teacher_exp + j), gap, linear.part);
+    if constexpr (kJeffreys)
+      student_linear.part = fma(V::load(tiles.student_part + j), gap, student_linear.part);
+    gap.store(tiles.gap + j);
+  };
+  for_chunks<T>(classes, move,
+                [&]() AFM_LAMBDA_INLINE { linear.end_chunk(), student_linear.end_chunk(); });
+  sums.mean = linear.total * sums.p_exp;
+  if constexpr (!kJeffreys) return;
+  sums.student_mean = student_linear.total * sums.q_part;
+  const auto take_rest = [&](int64_t j) AFM_LAMBDA_INLINE {
+    const V off = V::load(tiles.gap + j) - sums.student_mean;
+    student_rest.part = fma(V::load(tiles.student_part + j), off, student_rest.part);
+  };
+  for_chunks<T>(classes, take_rest, [&]() AFM_LAMBDA_INLINE { student_rest.end_chunk(); });
+  sums.student_rest = student_rest.total * sums.q_part;
 }
 
 // KL, or Jeffreys.
@@ -163,13 +200,17 @@ AFM_INLINE LaneSums<T> sum_kl_lanes(const LaneTiles<T>& tiles, int64_t classes,
                                     const ScaledExp<T>& exp, T inv_t) {
   using V = Vec<T>;
   LaneSums<T> sums = far_lanes<kJeffreys>(tiles, classes, exp, inv_t);
-  // As far_sums_are_off, but for the mean, which is exact where one class has nearly all of p.
+  // As far_sums_are_off, but for the mean.
   const V floor = max(abs(sums.mean * sums.x_unit) * V(T(kFarMeanFraction)), V(T(kFarKlFloor)));
   const auto is_near = sums.divergence < floor;
   if constexpr (kJeffreys) {
     const V lost = sums.divergence - sums.divergence;
     sums.divergence = (sums.student_mean - sums.mean) * sums.x_unit + lost;
   }
+  auto far_off = V(T(kLaneMeanLimit)) < abs(sums.mean * sums.x_unit);
+  if constexpr (kJeffreys)
+    far_off = V(T(kLaneMeanLimit)) < max(abs(sums.mean), abs(sums.student_mean)) * sums.x_unit;
+  if (any(far_off)) centre_lanes<kJeffreys>(tiles, classes, far_off, sums);
   if (any(is_near)) near_lanes<kJeffreys>(tiles, classes, inv_t, is_near, sums);
   return sums;
 }
@@ -235,14 +276,15 @@ AFM_LOOP void gradient_lanes(const LaneTiles<T>& tiles, int64_t classes, const L
       } else {
         grad = fma(f, part, fma(e, apart_exp, by.constant));
         if constexpr (kJeffreys)
-          grad = fma(fma(f, part, e * q_exp), (gap - sums.student_mean) * sums.x_unit, grad);
+          grad = fma(fma(f, part, e * q_exp) * (gap - sums.student_mean - sums.student_rest),
+                     sums.x_unit, grad);
         if constexpr (kGradient == LaneGradient::kWithPlain)
           grad = fma(V::load(tiles.extra + j), by.plain, grad);
       }
       grad.store(tiles.student_part + j);
     }
     if constexpr (kTeacher) {
-      V grad = e * ((gap - sums.mean) * teacher_x);
+      V grad = e * (gap - sums.mean) * teacher_x;
       if constexpr (kJeffreys) grad = grad - fma(f, part, e * apart_exp);
       grad.store(tiles.gap + j);
     }

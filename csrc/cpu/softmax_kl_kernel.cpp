@@ -26,6 +26,10 @@ constexpr int64_t kProbe = 128;
 // Shifted logits may exceed the shift by 100 doublings before sums would lose their range.
 constexpr double kMaxDoublings = 100, kLargestSum = 0x1p100;
 
+// General rows are taken twice anyway rarely enough to be summed around a mean that is far smaller
+// than kFarMeanLimit.
+constexpr double kGeneralMeanLimit = 4;
+
 // What a row comes to; what a backward needs of it is saved as RowStat.
 struct RowSummary {
   RowKind kind = RowKind::kNan;
@@ -35,6 +39,7 @@ struct RowSummary {
   double log_ratio = 0;     // log(1 + E_p[exp(x) - 1]), in general rows
   double mean = 0;          // r = E_p[x]; for JS E_p[log(p / m)]
   double student_mean = 0;  // E_q[x], for Jeffreys; for JS E_q[log(q / m)]
+  double student_rest = 0;  // in general rows, what rounding takes from student_mean
   double divergence = 0;
   double student_lse = 0;  // log of the sum of exp((s - student_shift) / T)
 };
@@ -82,6 +87,9 @@ struct Worker {
     return __builtin_fabs(row.student_shift) >= __builtin_fabs(row.teacher_shift);
   }
 
+  // JS has its own means, and wants x to be small where both sides have mass: around the maxima.
+  bool is_js() const { return params.divergence == Divergence::kJs; }
+
   // student - teacher - gap, in the order in which RowConstants::x takes it.
   static double apart(const RowSummary& row, double student, double teacher) {
     return gap_is_students(row) ? (student - row.gap) - teacher : student - (teacher + row.gap);
@@ -96,7 +104,17 @@ struct Worker {
             static_cast<T>(of_student ? row.gap : 0),
             static_cast<T>(of_student ? 0 : -row.gap),
             static_cast<T>(row.centre),
+            excluded_below(row.student_shift),
+            excluded_below(row.teacher_shift),
             T(0)};
+  }
+
+  // Divided by the temperature, the distance to a maximum may leave the range: logits as low as
+  // that, which are put there to mask a class, exclude it like -inf.
+  T excluded_below(double maximum) const {
+    constexpr double kLowest = Float<T>::lowest;
+    const double bound = maximum + params.temperature * kLowest;
+    return bound > kLowest ? static_cast<T>(bound) : -Float<T>::infinity;
   }
 
   // Whether the loops read and write bfloat16 themselves, instead of through tiles.
@@ -229,11 +247,15 @@ struct Worker {
     const double log_ratio = __builtin_log(sums.student / sums.teacher);
     row.divergence = log_ratio - row.mean;
     if (far_sums_are_off(row.divergence, row.mean)) {
-      row.centre = row.mean;
+      row.centre = is_js() ? kNotANumber : row.mean;
       return false;
     }
     if (jeffreys) {
       row.student_mean = sums.student_linear / sums.student * inv_t;
+      if (!(__builtin_fabs(row.student_mean) <= kFarMeanLimit)) {
+        row.centre = row.mean;
+        return false;
+      }
       row.divergence = row.student_mean - row.mean;
     }
     if (params.cross_entropy.labels != nullptr) row.student_lse = __builtin_log(sums.student);
@@ -258,14 +280,15 @@ struct Worker {
         static_cast<T>(__builtin_isnan(row.centre)
                            ? difference
                            : row.centre + apart(row, student_probe, teacher_probe) * inv_t);
-    RowConstants<T> c = constants(row);
-    c.bridge = static_cast<T>(__builtin_exp(difference - row.centre));
-    RowSums sums;
-    for_tiles([&](const T* s, const T* t, int64_t, int64_t n) { sum_general(s, t, n, c, sums); });
+    RowSums sums = general_sums(row, difference);
+    if (__builtin_fabs(row.mean) > kGeneralMeanLimit && __builtin_isfinite(row.mean) && !is_js()) {
+      row.centre = static_cast<T>(row.centre + row.mean);
+      sums = general_sums(row, difference);
+    }
     row.kind = RowKind::kGeneral;
     row.student_sum = sums.student, row.teacher_sum = sums.teacher;
-    row.mean = sums.linear / sums.teacher;
     row.student_mean = sums.student_linear / sums.student;
+    if (jeffreys) row.student_rest = student_rest(row);
     row.student_lse = __builtin_log(sums.student);
     const double log_ratio = __builtin_log(sums.student / sums.teacher) + difference - row.centre;
     const double plain = log_ratio - row.mean, excess = sums.excess / sums.teacher,
@@ -280,6 +303,25 @@ struct Worker {
       row.kind = RowKind::kInfinite;
       row.divergence = kInfinity;
     }
+  }
+
+  // Around row.centre; also sets row.mean. `difference`: x of the maxima around 0.
+  RowSums general_sums(RowSummary& row, double difference) const {
+    RowConstants<T> c = constants(row);
+    c.bridge = static_cast<T>(__builtin_exp(difference - row.centre));
+    RowSums sums;
+    for_tiles([&](const T* s, const T* t, int64_t, int64_t n) { sum_general(s, t, n, c, sums); });
+    row.mean = sums.linear / sums.teacher;
+    return sums;
+  }
+
+  double student_rest(const RowSummary& row) const {
+    const RowConstants<T> c = constants(row);
+    double sum = 0;
+    for_tiles([&](const T* s, const T* t, int64_t, int64_t n) {
+      sum += sum_student_rest(s, t, n, c, static_cast<T>(row.student_mean));
+    });
+    return sum / row.student_sum;
   }
 
   // JS: the sums of KL, by whichever loop fits, then a loop of its own.
@@ -469,9 +511,10 @@ struct Worker {
       if (jeffreys) student_fx = q * unit, teacher_e = p, teacher_f = -q;
     }
     const auto in_t = [](double value) { return static_cast<T>(value); };
-    return {in_t(student_f),  in_t(student_e),       smoothing_constant(ce_scale),
-            in_t(student_fx), in_t(-p * unit),       in_t(teacher_e),
-            in_t(teacher_f),  in_t(row.mean / unit), in_t(row.student_mean / unit)};
+    return {in_t(student_f),       in_t(student_e),       smoothing_constant(ce_scale),
+            in_t(student_fx),      in_t(-p * unit),       in_t(teacher_e),
+            in_t(teacher_f),       in_t(row.mean / unit), in_t(row.student_mean / unit),
+            in_t(row.student_rest)};
   }
 
   // What the x that the loops take is worth: far rows leave the temperature out.
@@ -646,9 +689,7 @@ struct Worker {
     RowSummary row;
     double value = 0;
     if (params.divergence_weight != 0) {
-      row = params.divergence == Divergence::kJs ? summarise_js(cache)
-            : cache                              ? summarise<true>()
-                                                 : summarise<false>();
+      row = is_js() ? summarise_js(cache) : cache ? summarise<true>() : summarise<false>();
       row.divergence = row.divergence < 0 ? 0 : row.divergence;
       value = params.divergence_weight * row.divergence;
     } else {
@@ -726,7 +767,7 @@ struct Worker {
     scale *= params.divergence_weight;
     if (!has_divergence)
       write_cross_entropy_gradient(hard);
-    else if (params.divergence == Divergence::kJs)
+    else if (is_js())
       write_js_gradients(row, scale);
     else if (row.kind == RowKind::kNear)
       cached ? write_gradients<RowKind::kNear, true>(row, scale, hard)

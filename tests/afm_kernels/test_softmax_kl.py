@@ -485,6 +485,53 @@ def test_any_finite_gap(device: torch.device, classes: int, side: str, gap: floa
         assert_gradient(gradient, wanted, terms=gradient_terms(student, teacher))
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+@pytest.mark.parametrize("classes", [5, 300])
+def test_masked_by_the_smallest_number(
+    device: torch.device, classes: int, side: str, divergence: str
+) -> None:
+    """Its distance to other logits leaves the range where it is divided by a temperature below 1: no NaN follows."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, classes, generator=generator)
+    if side != "teacher":
+        student[1:, 2] = torch.finfo(student.dtype).min
+    if side != "student":
+        teacher[1:, 2] = torch.finfo(student.dtype).min
+    for temperature in (1.0, 0.5, 0.1):
+        arguments = (temperature, divergence, BETA)
+        truth, *by_truth = truth_divergence(student, teacher, *arguments)
+        own = [x.to(device).requires_grad_() for x in (student, teacher)]
+        loss = softmax_kl_div(
+            *own, temperature=temperature, divergence=divergence, beta=BETA, reduction="none"
+        )
+        moderate = truth < 1e4  # a class that one side masks may be worth inf
+        assert (loss.detach().cpu()[~moderate] > 1e4).all()
+        assert_loss(loss[moderate.to(device)], truth[moderate], terms=truth[moderate])
+        gradients = torch.autograd.grad(loss.sum(), own)
+        allowed = gradient_terms(student, teacher, temperature)[moderate]
+        for gradient, wanted in zip(gradients, by_truth, strict=True):
+            assert_gradient(gradient.cpu()[moderate], wanted[moderate], terms=allowed)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("classes", [9, 300])
+def test_gradients_of_certain_rows_that_disagree(device: torch.device, classes: int, divergence: str) -> None:
+    """Logits ten thousand apart, some of them -inf: what a mean of that size rounds to is no part of a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 1e3 * torch.randn(2, 60, classes, generator=generator)
+    student[::2, 0] = teacher[::2, 0] = -torch.inf
+    arguments = (4.0, divergence, BETA)
+    _, *by_truth = truth_divergence(student, teacher, *arguments)
+    own = [x.to(device).requires_grad_() for x in (student, teacher)]
+    loss = softmax_kl_div(*own, temperature=4.0, divergence=divergence, beta=BETA, reduction="sum")
+    # On CPUs; other backends keep to the size of the terms, as PyTorch does.
+    on_cpu = backend_for("softmax_kl_forward", device.type) == "cpp"
+    size = torch.full((60,), 4.0) if on_cpu else gradient_terms(student, teacher, 4.0)
+    for gradient, wanted in zip(torch.autograd.grad(loss, own), by_truth, strict=True):
+        assert_gradient(gradient, wanted, terms=size)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("classes", [10, 1000])
