@@ -129,6 +129,31 @@ def test_timm_networks(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "size", "folded"),
+    [
+        ("torchvision:inception_v3", {"init_weights": False}, 75, 94),
+        ("torchvision:vit_b_32", {"image_size": 64}, 64, 0),
+        ("timm:mixer_s32_224", {}, 224, 0),
+    ],
+)
+def test_networks_of_one_size_or_with_heads_of_zeros(
+    name: str, options: dict, size: int, folded: int
+) -> None:
+    library, _, name = name.partition(":")
+    torch.manual_seed(SEED)
+    if library == "timm":
+        model = pytest.importorskip("timm").create_model(name, num_classes=10)
+    else:
+        model = torchvision.models.get_model(name, num_classes=10, **options)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    prepared = assert_stands_for(model, torch.rand(2, 3, size, size))
+    assert (prepared.traced, len(prepared.folded), prepared.left) == (True, folded, [])
+
+
+@pytest.mark.slow
 def test_a_timm_network_with_untraceable_convolutions_keeps_those() -> None:
     """Its padding depends on the image's size by an if; it also scales in place, with the result's name unused."""
     timm = pytest.importorskip("timm")
