@@ -140,18 +140,15 @@ class TrainConfig:
             InputError: naming the first setting that cannot be used, its value, and what is allowed.
         """
         types = get_type_hints(TrainConfig)
-        typed = replace(self, **{name: _typed(name, getattr(self, name), types[name]) for name in types})
-        return typed._filled_in()
-
-    def _filled_in(self) -> TrainConfig:
-        method = get_method(self.method)
+        config = replace(self, **{name: _typed(name, getattr(self, name), types[name]) for name in types})
+        method = get_method(config.method)
         filled: dict[str, Any] = {}
         for name, fallback in FALLBACKS.items():
-            if getattr(self, name) is None:
+            if getattr(config, name) is None:
                 filled[name] = method.defaults[name].value if name in method.defaults else fallback
-        if self.step_size is None:
-            filled["step_size"] = self.eps / 4
-        config = replace(self, **filled)
+        if config.step_size is None:
+            filled["step_size"] = config.eps / 4
+        config = replace(config, **filled)
         _check_numbers(config)
         _check_names(config)
         _check_schedule(config)
