@@ -39,29 +39,34 @@ LOSS_OPS = {
     for stem in ("softmax_kl", "distillation", "dkl")
 }
 
-# Number of classes from which on `recompute=None` recomputes, by backend; None: never.
+# Number of classes from which on `recompute=None` recomputes, by backend and loss; absent: never.
 #
 # cpp: in main memory, reading or writing a tensor is what costs. Both gradients made in the forward move four
 # tensors, and four more where an upstream gradient other than 1 scales them; recomputing moves six in either
 # case. Measured with `python -m benchmarks.kernels.floors` from 21841 classes on: recomputing takes 5 to 30 %
 # longer in the one case and 25 to 40 % less in the other. With one gradient it is three tensors and two more
-# against five: no gain. Of fewer classes, what is scaled mostly is in the caches still.
+# against five: no gain. Of fewer classes, what is scaled mostly is in the caches still. The other losses, of 16384,
+# 32000 and 128256 classes: distillation has more to compute, 15 % longer against 12 % less up to 32000 classes, but 12
+# and 28 % less of 128256; dkl reads its rows twice in either case, 2 % longer against 15 % less.
 #
 # triton: rows of more than 8192 classes are streamed, and read twice in either case: gradients made in the
 # forward would save nothing and hold memory until the backward.
-RECOMPUTE_FROM: dict[str, int | None] = {"reference": None, "cpp": 16384, "cuda": None, "triton": 8193}
+RECOMPUTE_FROM: dict[str, dict[str, int]] = {
+    "cpp": {"softmax_kl": 16384, "distillation": 65536, "dkl": 16384},
+    "triton": dict.fromkeys(LOSS_OPS, 8193),
+}
 
 
-def prefers_recompute(student: Tensor, teacher: Tensor, backend: str) -> bool:
-    """What ``recompute=None`` means for these logits.
+def prefers_recompute(stem: str, student: Tensor, teacher: Tensor, backend: str) -> bool:
+    """What ``recompute=None`` means for this loss of these logits.
 
     float16 always recomputes: a gradient made in the forward is rounded to float16 before a loss scale
     multiplies it, and what the scale was there to save has underflowed by then.
     """
     if student.dtype is torch.float16 or teacher.dtype is torch.float16:
         return True
-    from_classes = RECOMPUTE_FROM[backend]
-    if from_classes is None or student.shape[-1] < from_classes:
+    by_loss = RECOMPUTE_FROM.get(backend)
+    if by_loss is None or student.shape[-1] < by_loss[stem]:
         return False
     return backend != "cpp" or (student.requires_grad and teacher.requires_grad)
 

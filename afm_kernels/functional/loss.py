@@ -55,7 +55,7 @@ def fused_loss(
         return transformed_loss(call, student, teacher, *tensors)
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
         if recompute is None:
-            recompute = prefers_recompute(student, teacher, backend)
+            recompute = prefers_recompute(stem, student, teacher, backend)
         call = Call(stem, device_type, backend, params, grad_params, reduction_index, factor, recompute)
         return FusedLoss.apply(call, student, teacher, *tensors)
     loss, _ = ops.kernel(LOSS_OPS[stem].forward, device_type, backend)(

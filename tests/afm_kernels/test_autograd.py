@@ -477,11 +477,16 @@ def test_saved_memory(device: torch.device) -> None:
 
 def test_default_recomputes_both_gradients_of_vocabularies() -> None:
     """Scaling made gradients by an upstream one would cost as much as making them did."""
-    long, short = (torch.zeros(2, classes, requires_grad=True) for classes in (32000, 1000))
-    assert prefers_recompute(long, long, "cpp")
-    assert not prefers_recompute(short, short, "cpp")
-    assert not prefers_recompute(long, long.detach(), "cpp")
-    assert prefers_recompute(short.half(), short, "cpp")  # would underflow before the loss scale
+    longest, long, short = (torch.zeros(2, n, requires_grad=True) for n in (128256, 32000, 1000))
+    assert prefers_recompute("softmax_kl", long, long, "cpp")
+    assert not prefers_recompute("softmax_kl", short, short, "cpp")
+    assert not prefers_recompute("softmax_kl", long, long.detach(), "cpp")
+    assert prefers_recompute("dkl", long, long, "cpp")
+    assert not prefers_recompute("distillation", long, long, "cpp")
+    assert prefers_recompute("distillation", longest, longest, "cpp")
+    assert prefers_recompute(
+        "softmax_kl", short.half(), short, "cpp"
+    )  # would underflow before the loss scale
 
 
 @pytest.mark.skipif(
