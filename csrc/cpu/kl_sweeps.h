@@ -262,11 +262,11 @@ template <class T, class Out, class F>
 AFM_INLINE void sweep_out(const Out* out, int64_t n, bool stream, const F& step) {
   using V = Vec<T>;
   if (!stream) return sweep<V>(0, n, step);
-  constexpr int64_t kBytes = V::width * sizeof(Out);
+  constexpr int64_t kBytes = V::width * sizeof(T);
   const int64_t past = reinterpret_cast<uintptr_t>(out) % kBytes;
   int64_t head = past == 0 ? 0 : (kBytes - past) / static_cast<int64_t>(sizeof(Out));
   head = head < n ? head : n;
-  if (head > 0) step(Part{static_cast<int>(head)}, 0, 0);
+  sweep<V>(0, head, step);
   sweep<V, Streamed>(head, n, step);
 }
 
@@ -283,6 +283,7 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
       student_fx(by.student_fx);
   const V teacher_x(by.teacher_x), teacher_e(by.teacher_e), teacher_f(by.teacher_f);
   const V mean(by.mean), student_mean(by.student_mean), student_rest(by.student_rest);
+  Output<In, T> by_student{grad_student, V()}, by_teacher{grad_teacher, V()};
   sweep_out<T>(kStudent ? grad_student : grad_teacher, n, stream,
                [&](auto access, int64_t j, int) AFM_STEP {
                  V a, b, x, e, f;
@@ -314,12 +315,12 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
                      if constexpr (kGeneral) off = off - student_rest;
                      grad = fma((kNear ? e + f : f) * off, student_fx, grad);
                    }
-                   access.store(grad_student + j, grad);
+                   by_student.store(access, j, grad);
                  }
                  if constexpr (kTeacher) {
                    V grad = e * (x - mean) * teacher_x;
                    if constexpr (kJeffreys) grad = fma(f, teacher_f, fma(e, teacher_e, grad));
-                   access.store(grad_teacher + j, grad);
+                   by_teacher.store(access, j, grad);
                  }
                });
 }

@@ -27,11 +27,16 @@ AFM_INLINE void store_float16(Vec<float> x, Float16* p, int n) {
   memcpy(p, lanes, static_cast<size_t>(n) * sizeof(*p));
 }
 
+// Where a vector stands among the kUnroll that a round of a loop takes.
+enum Place { kAlone, kFirst, kSecond };
+
 // How a loop touches memory: a whole vector, one whose lines are not worth keeping in the caches,
 // or the first n lanes.
 struct Whole {
+  static constexpr Place kPlace = kAlone;
   AFM_MEMBER Vec<float> load(const BFloat16* p, Vec<float>) const { return load_bfloat16(p); }
   AFM_MEMBER void store(BFloat16* p, Vec<float> x) const { store_bfloat16(x, p); }
+  AFM_MEMBER void store(BFloat16* p, Vec<float> x, Vec<float> y) const { store_bfloat16(x, y, p); }
   AFM_MEMBER Vec<float> load(const Float16* p, Vec<float>) const { return load_float16(p); }
   AFM_MEMBER void store(Float16* p, Vec<float> x) const { store_float16(x, p); }
   template <class T>
@@ -50,6 +55,7 @@ struct Whole {
 
 struct Streamed : Whole {
   AFM_MEMBER void store(BFloat16* p, Vec<float> x) const { stream_bfloat16(x, p); }
+  AFM_MEMBER void store(BFloat16* p, Vec<float> x, Vec<float> y) const { stream_bfloat16(x, y, p); }
   template <class T>
   AFM_MEMBER void store(T* p, Vec<T> x) const {
     x.stream(p);
@@ -57,6 +63,7 @@ struct Streamed : Whole {
 };
 
 struct Part {
+  static constexpr Place kPlace = kAlone;
   int n;
   AFM_MEMBER Vec<float> load(const BFloat16* p, Vec<float> fill) const {
     return load_bfloat16(p, n, fill);
@@ -80,6 +87,28 @@ struct Part {
   }
 };
 
+template <class Access, Place place>
+struct Placed : Access {
+  static constexpr Place kPlace = place;
+};
+
+// Where a loop stores its results: vectors of 16-bit numbers two at a time, which is cheaper.
+template <class Out, class T>
+struct Output {
+  Out* to;
+  Vec<T> held;
+
+  template <class Access>
+  AFM_MEMBER void store(const Access& access, int64_t j, Vec<T> x) {
+    if constexpr (sizeof(Out) == sizeof(T) || Access::kPlace == kAlone)
+      access.store(to + j, x);
+    else if constexpr (Access::kPlace == kFirst)
+      held = x;
+    else
+      access.store(to + j - Vec<T>::width, held, x);
+  }
+};
+
 // The loops stay functions of their own: a row's worth of work pays for the call, and their copies
 // add up.
 #define AFM_LOOP static __attribute__((noinline))
@@ -89,8 +118,8 @@ struct Part {
 template <class V, class Access = Whole, class F>
 AFM_INLINE void sweep(int64_t j, int64_t n, const F& step) {
   for (; j + kUnroll * V::width <= n; j += kUnroll * V::width) {
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) step(Access{}, j + u * V::width, u);
+    step(Placed<Access, kFirst>(), j, 0);
+    step(Placed<Access, kSecond>(), j + V::width, 1);
   }
   for (; j + V::width <= n; j += V::width) step(Access{}, j, 0);
   if (j < n) step(Part{static_cast<int>(n - j)}, j, 0);

@@ -15,6 +15,8 @@
 
 #if AFM_CAPABILITY_AVX512 || AFM_CAPABILITY_AVX2
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the "undefined" sources inside its own AVX-512 intrinsics for uninitialised
@@ -129,7 +131,8 @@ AFM_INLINE __mmask8 both(__mmask8 a, __mmask8 b) { return static_cast<__mmask8>(
 // clang-format on
 
 // bfloat16 in memory, float32 in registers. Stores round to nearest, ties to even; of a NaN they
-// expect that its low 16 bits are not all ones, as of those that arithmetic makes.
+// expect that its low 16 bits are not all ones, as of those that arithmetic makes. Two vectors in
+// one call are cheaper than two calls.
 
 // The words of a vector's even lanes, and of its odd ones.
 alignas(64) constexpr uint16_t kUpperHalves[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
@@ -169,6 +172,12 @@ AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p, int n) {
 }
 AFM_INLINE void stream_bfloat16(Vec<float> x, BFloat16* p) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(x));
+}
+AFM_INLINE void store_bfloat16(Vec<float> x, Vec<float> y, BFloat16* p) {
+  store_bfloat16(x, p), store_bfloat16(y, p + Vec<float>::width);
+}
+AFM_INLINE void stream_bfloat16(Vec<float> x, Vec<float> y, BFloat16* p) {
+  stream_bfloat16(x, p), stream_bfloat16(y, p + Vec<float>::width);
 }
 
 // What transposes rows into lanes. See Note [Rows across lanes] in lane_tiles.h.
@@ -347,21 +356,33 @@ AFM_INLINE Vec<float>::Mask both(Vec<float>::Mask a, Vec<float>::Mask b) { retur
 AFM_INLINE Vec<double>::Mask both(Vec<double>::Mask a, Vec<double>::Mask b) { return {_mm256_and_pd(a.m, b.m)}; }
 // clang-format on
 
-// bfloat16 in memory, float32 in registers. Stores round to nearest, ties to even.
+// bfloat16 in memory, float32 in registers, as above.
+
+// Both halves of the vector see all eight numbers, which costs a load and nothing else, and each
+// takes its four.
+alignas(32) constexpr int8_t kToUpperHalves[32] = {-1, -1, 0,  1,  -1, -1, 2,  3,  -1, -1, 4,
+                                                   5,  -1, -1, 6,  7,  -1, -1, 8,  9,  -1, -1,
+                                                   10, 11, -1, -1, 12, 13, -1, -1, 14, 15};
+
 AFM_INLINE Vec<float> widen(__m128i x) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+  return _mm256_castsi256_ps(
+      _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(x),
+                          _mm256_load_si256(reinterpret_cast<const __m256i*>(kToUpperHalves))));
 }
 // The upper half of each lane is the rounded number.
 AFM_INLINE __m256i rounded_to_bfloat16(Vec<float> x) {
   const __m256i bits = _mm256_castps_si256(x.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  const __m256 is_nan = _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q);
-  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(is_nan));
+  return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
 }
 AFM_INLINE __m128i narrow(Vec<float> x) {
   const __m256i halves = _mm256_srli_epi32(rounded_to_bfloat16(x), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+}
+AFM_INLINE __m256i narrow(Vec<float> x, Vec<float> y) {
+  const __m256i mixed = _mm256_packus_epi32(_mm256_srli_epi32(rounded_to_bfloat16(x), 16),
+                                            _mm256_srli_epi32(rounded_to_bfloat16(y), 16));
+  return _mm256_permute4x64_epi64(mixed, 0xd8);
 }
 AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p) {
   return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -382,6 +403,12 @@ AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p, int n) {
 }
 AFM_INLINE void stream_bfloat16(Vec<float> x, BFloat16* p) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(x));
+}
+AFM_INLINE void store_bfloat16(Vec<float> x, Vec<float> y, BFloat16* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x, y));
+}
+AFM_INLINE void stream_bfloat16(Vec<float> x, Vec<float> y, BFloat16* p) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(x, y));
 }
 
 // What transposes rows into lanes, as above.
@@ -546,28 +573,54 @@ AFM_PORTABLE_VEC(double)
 #undef AFM_PORTABLE_VEC
 // clang-format on
 
-// bfloat16 in memory, float32 in registers. Stores round to nearest, ties to even.
+// bfloat16 in memory, float32 in registers, as above.
 typedef uint16_t PortableHalves __attribute__((vector_size(8)));
 typedef uint32_t PortableWords __attribute__((vector_size(16)));
+// The upper half of each lane is the rounded number.
+AFM_INLINE PortableWords rounded_to_bfloat16(Vec<float> x) {
+  const PortableWords bits = (PortableWords)x.v;
+  return bits + 0x7fff + ((bits >> 16) & 1);
+}
+#if defined(__SSE2__)
+AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p) {
+  const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return Vec<float>((Vec<float>::Lanes)_mm_unpacklo_epi16(_mm_setzero_si128(), halves));
+}
+// The eight numbers of two vectors.
+AFM_INLINE __m128i narrow(Vec<float> x, Vec<float> y) {
+  return _mm_packs_epi32(_mm_srai_epi32((__m128i)rounded_to_bfloat16(x), 16),
+                         _mm_srai_epi32((__m128i)rounded_to_bfloat16(y), 16));
+}
+AFM_INLINE void store_bfloat16(Vec<float> x, Vec<float> y, BFloat16* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(x, y));
+}
+AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p) {
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), narrow(x, x));
+}
+#else
 AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p) {
   PortableHalves halves;
   memcpy(&halves, p, sizeof(halves));
   return Vec<float>((Vec<float>::Lanes)(__builtin_convertvector(halves, PortableWords) << 16));
 }
+AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p) {
+  const PortableHalves halves =
+      __builtin_convertvector(rounded_to_bfloat16(x) >> 16, PortableHalves);
+  memcpy(p, &halves, sizeof(halves));
+}
+AFM_INLINE void store_bfloat16(Vec<float> x, Vec<float> y, BFloat16* p) {
+  store_bfloat16(x, p), store_bfloat16(y, p + Vec<float>::width);
+}
+#endif
 AFM_INLINE Vec<float> load_bfloat16(const BFloat16* p, int n, Vec<float> fill) {
   for (int i = 0; i < n; ++i) fill.v[i] = from_bfloat16(p[i].bits);
   return fill;
 }
-AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p) {
-  const PortableWords bits = (PortableWords)x.v;
-  const PortableWords rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const auto is_nan = (bits & 0x7fffffff) > 0x7f800000;
-  const PortableHalves halves =
-      __builtin_convertvector(is_nan ? PortableWords{} + 0x7fc0 : rounded, PortableHalves);
-  memcpy(p, &halves, sizeof(halves));
-}
 AFM_INLINE void store_bfloat16(Vec<float> x, BFloat16* p, int n) {
   for (int i = 0; i < n; ++i) p[i].bits = to_bfloat16(x.v[i]);
+}
+AFM_INLINE void stream_bfloat16(Vec<float> x, Vec<float> y, BFloat16* p) {
+  store_bfloat16(x, y, p);
 }
 AFM_INLINE void stream_bfloat16(Vec<float> x, BFloat16* p) { store_bfloat16(x, p); }
 AFM_INLINE Vec<float> load_float16(const uint16_t* p) {
@@ -591,35 +644,29 @@ AFM_INLINE void transpose_parts(Vec<float>* x) {
   for (int i = 0; i < 4; ++i)
     for (int j = 0; j < 4; ++j) x[i].v[j] = from[j].v[i];
 }
-template <class Convert>
-AFM_INLINE void unpack_pairs(Vec<float> pairs, Vec<float>& first, Vec<float>& second,
-                             const Convert& to_float) {
+AFM_INLINE void unpack_bfloat16(Vec<float> pairs, Vec<float>& first, Vec<float>& second) {
+  using Lanes = Vec<float>::Lanes;
+  const PortableWords bits = (PortableWords)pairs.v;
+  first = Vec<float>((Lanes)(bits << 16)), second = Vec<float>((Lanes)(bits & 0xffff0000));
+}
+AFM_INLINE void unpack_float16(Vec<float> pairs, Vec<float>& first, Vec<float>& second) {
   for (int i = 0; i < 4; ++i) {
     const uint32_t bits = bits_of_float(pairs.v[i]);
-    first.v[i] = to_float(static_cast<uint16_t>(bits & 0xffff));
-    second.v[i] = to_float(static_cast<uint16_t>(bits >> 16));
+    first.v[i] = from_float16(static_cast<uint16_t>(bits & 0xffff));
+    second.v[i] = from_float16(static_cast<uint16_t>(bits >> 16));
   }
 }
-template <class Convert>
-AFM_INLINE Vec<float> pack_pairs(Vec<float> first, Vec<float> second, const Convert& from_float) {
+AFM_INLINE Vec<float> pack_bfloat16(Vec<float> first, Vec<float> second) {
+  return Vec<float>((Vec<float>::Lanes)(rounded_to_bfloat16(first) >> 16 |
+                                        (rounded_to_bfloat16(second) & 0xffff0000)));
+}
+AFM_INLINE Vec<float> pack_float16(Vec<float> first, Vec<float> second) {
   Vec<float> pairs;
   for (int i = 0; i < 4; ++i) {
-    const uint32_t low = from_float(first.v[i]), high = from_float(second.v[i]);
+    const uint32_t low = to_float16(first.v[i]), high = to_float16(second.v[i]);
     pairs.v[i] = float_of_bits(low | high << 16);
   }
   return pairs;
-}
-AFM_INLINE void unpack_bfloat16(Vec<float> pairs, Vec<float>& first, Vec<float>& second) {
-  unpack_pairs(pairs, first, second, from_bfloat16);
-}
-AFM_INLINE void unpack_float16(Vec<float> pairs, Vec<float>& first, Vec<float>& second) {
-  unpack_pairs(pairs, first, second, from_float16);
-}
-AFM_INLINE Vec<float> pack_bfloat16(Vec<float> first, Vec<float> second) {
-  return pack_pairs(first, second, to_bfloat16);
-}
-AFM_INLINE Vec<float> pack_float16(Vec<float> first, Vec<float> second) {
-  return pack_pairs(first, second, to_float16);
 }
 
 #endif
