@@ -10,8 +10,7 @@ namespace {
 // Up to this many classes in all one thread does the work. Measured from 4 to 1024 rows with a
 // second thread that has just worked for someone else and is still awake, as between two layers of
 // a network: on two threads 8000 classes take as long or 5 to 10 % less, 16000 up to a sixth less,
-// 32000 a sixth to a quarter less. Waking one that sleeps costs more than any call of this size,
-// and is the next loop's gain.
+// 32000 a sixth to a quarter less. (Waking one that sleeps costs more than a call of this size.)
 constexpr int64_t kClassesPerThread = 8192;
 
 constexpr int64_t kStreamedBytes = 8 << 20;
