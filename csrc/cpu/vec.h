@@ -41,94 +41,58 @@ struct BFloat16 {
 
 #if AFM_CAPABILITY_AVX512
 
-// clang-format off
-template <>
-struct Vec<float> {
-  static constexpr int width = 16;
-  using Mask = __mmask16;
-  __m512 v;
-  Vec() = default;
-  AFM_MEMBER Vec(__m512 x) : v(x) {}
-  AFM_MEMBER Vec(float x) : v(_mm512_set1_ps(x)) {}
-  AFM_MEMBER static Mask first(int n) { return static_cast<Mask>((1u << n) - 1); }
-  AFM_MEMBER static Vec load(const float* p) { return _mm512_loadu_ps(p); }
-  AFM_MEMBER static Vec load(const float* p, int n, Vec fill) { return _mm512_mask_loadu_ps(fill.v, first(n), p); }
-  AFM_MEMBER void store(float* p) const { _mm512_storeu_ps(p, v); }
-  AFM_MEMBER void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
-  AFM_MEMBER void stream(float* p) const { _mm512_stream_ps(p, v); }
-  AFM_MEMBER float sum() const { return _mm512_reduce_add_ps(v); }
-  AFM_MEMBER float max() const { return _mm512_reduce_max_ps(v); }
-  AFM_MEMBER float min() const { return _mm512_reduce_min_ps(v); }
-  // 2^(the integer in the low bits of a float near 1.5 * 2^23, less the exponent's bias); and back, for x > 0: the biased
-  // exponent in the low bits of 2^23, and the mantissa in [1, 2).
-  AFM_MEMBER Vec exponent_from_magic() const { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 23)); }
-  AFM_MEMBER Vec biased_exponent_on_magic() const {
-    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(v), 23), _mm512_set1_epi32(0x4b000000)));
-  }
-  AFM_MEMBER Vec mantissa() const {
-    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x007fffff)), _mm512_set1_epi32(0x3f800000)));
-  }
-};
-AFM_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm512_add_ps(a.v, b.v); }
-AFM_INLINE Vec<float> operator-(Vec<float> a, Vec<float> b) { return _mm512_sub_ps(a.v, b.v); }
-AFM_INLINE Vec<float> operator*(Vec<float> a, Vec<float> b) { return _mm512_mul_ps(a.v, b.v); }
-AFM_INLINE Vec<float> fms(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmsub_ps(a.v, b.v, c.v); }
-AFM_INLINE Vec<float> times_power_of_2(Vec<float> a, Vec<float> n) { return _mm512_scalef_ps(a.v, n.v); }
-AFM_INLINE Vec<float> operator/(Vec<float> a, Vec<float> b) { return _mm512_div_ps(a.v, b.v); }
-AFM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
-AFM_INLINE Vec<float> max(Vec<float> a, Vec<float> bound) { return _mm512_max_ps(a.v, bound.v); }
-AFM_INLINE Vec<float> min(Vec<float> a, Vec<float> bound) { return _mm512_min_ps(a.v, bound.v); }
-AFM_INLINE Vec<float> abs(Vec<float> a) { return _mm512_abs_ps(a.v); }
-AFM_INLINE __mmask16 operator<(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
-AFM_INLINE __mmask16 operator<=(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
-AFM_INLINE __mmask16 operator==(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
-AFM_INLINE Vec<float> select(__mmask16 m, Vec<float> a, Vec<float> b) { return _mm512_mask_blend_ps(m, b.v, a.v); }
+// Suffix: of the intrinsics.
+#define AFM_AVX512_VEC(T, Register, MaskBits, suffix)                                         \
+  template <>                                                                                 \
+  struct Vec<T> {                                                                             \
+    static constexpr int width = sizeof(Register) / sizeof(T);                                \
+    using Mask = MaskBits;                                                                    \
+    Register v;                                                                               \
+    Vec() = default;                                                                          \
+    AFM_MEMBER Vec(Register x) : v(x) {}                                                      \
+    AFM_MEMBER Vec(T x) : v(_mm512_set1_##suffix(x)) {}                                       \
+    AFM_MEMBER static Mask first(int n) { return static_cast<Mask>((1u << n) - 1); }          \
+    AFM_MEMBER static Vec load(const T* p) { return _mm512_loadu_##suffix(p); }               \
+    AFM_MEMBER static Vec load(const T* p, int n, Vec fill) {                                 \
+      return _mm512_mask_loadu_##suffix(fill.v, first(n), p);                                 \
+    }                                                                                         \
+    AFM_MEMBER void store(T* p) const { _mm512_storeu_##suffix(p, v); }                       \
+    AFM_MEMBER void store(T* p, int n) const { _mm512_mask_storeu_##suffix(p, first(n), v); } \
+    AFM_MEMBER void stream(T* p) const { _mm512_stream_##suffix(p, v); }                      \
+    AFM_MEMBER T sum() const { return _mm512_reduce_add_##suffix(v); }                        \
+    AFM_MEMBER T max() const { return _mm512_reduce_max_##suffix(v); }                        \
+    AFM_MEMBER T min() const { return _mm512_reduce_min_##suffix(v); }                        \
+  };                                                                                          \
+  AFM_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {                                       \
+    return _mm512_fmadd_##suffix(a.v, b.v, c.v);                                              \
+  }                                                                                           \
+  AFM_INLINE Vec<T> fms(Vec<T> a, Vec<T> b, Vec<T> c) {                                       \
+    return _mm512_fmsub_##suffix(a.v, b.v, c.v);                                              \
+  }                                                                                           \
+  AFM_INLINE Vec<T> times_power_of_2(Vec<T> a, Vec<T> n) {                                    \
+    return _mm512_scalef_##suffix(a.v, n.v);                                                  \
+  }                                                                                           \
+  AFM_INLINE Vec<T> max(Vec<T> a, Vec<T> bound) { return _mm512_max_##suffix(a.v, bound.v); } \
+  AFM_INLINE Vec<T> min(Vec<T> a, Vec<T> bound) { return _mm512_min_##suffix(a.v, bound.v); } \
+  AFM_INLINE Vec<T> abs(Vec<T> a) { return _mm512_abs_##suffix(a.v); }                        \
+  AFM_INLINE MaskBits operator<(Vec<T> a, Vec<T> b) {                                         \
+    return _mm512_cmp_##suffix##_mask(a.v, b.v, _CMP_LT_OQ);                                  \
+  }                                                                                           \
+  AFM_INLINE MaskBits operator<=(Vec<T> a, Vec<T> b) {                                        \
+    return _mm512_cmp_##suffix##_mask(a.v, b.v, _CMP_LE_OQ);                                  \
+  }                                                                                           \
+  AFM_INLINE MaskBits operator==(Vec<T> a, Vec<T> b) {                                        \
+    return _mm512_cmp_##suffix##_mask(a.v, b.v, _CMP_EQ_OQ);                                  \
+  }                                                                                           \
+  AFM_INLINE Vec<T> select(MaskBits m, Vec<T> a, Vec<T> b) {                                  \
+    return _mm512_mask_blend_##suffix(m, b.v, a.v);                                           \
+  }                                                                                           \
+  AFM_INLINE bool any(MaskBits m) { return m != 0; }                                          \
+  AFM_INLINE MaskBits both(MaskBits a, MaskBits b) { return static_cast<MaskBits>(a & b); }
 
-template <>
-struct Vec<double> {
-  static constexpr int width = 8;
-  using Mask = __mmask8;
-  __m512d v;
-  Vec() = default;
-  AFM_MEMBER Vec(__m512d x) : v(x) {}
-  AFM_MEMBER Vec(double x) : v(_mm512_set1_pd(x)) {}
-  AFM_MEMBER static Mask first(int n) { return static_cast<Mask>((1u << n) - 1); }
-  AFM_MEMBER static Vec load(const double* p) { return _mm512_loadu_pd(p); }
-  AFM_MEMBER static Vec load(const double* p, int n, Vec fill) { return _mm512_mask_loadu_pd(fill.v, first(n), p); }
-  AFM_MEMBER void store(double* p) const { _mm512_storeu_pd(p, v); }
-  AFM_MEMBER void store(double* p, int n) const { _mm512_mask_storeu_pd(p, first(n), v); }
-  AFM_MEMBER void stream(double* p) const { _mm512_stream_pd(p, v); }
-  AFM_MEMBER double sum() const { return _mm512_reduce_add_pd(v); }
-  AFM_MEMBER double max() const { return _mm512_reduce_max_pd(v); }
-  AFM_MEMBER double min() const { return _mm512_reduce_min_pd(v); }
-  AFM_MEMBER Vec exponent_from_magic() const { return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(v), 52)); }
-  AFM_MEMBER Vec biased_exponent_on_magic() const {
-    return _mm512_castsi512_pd(_mm512_or_si512(_mm512_srli_epi64(_mm512_castpd_si512(v), 52), _mm512_set1_epi64(0x4330000000000000LL)));
-  }
-  AFM_MEMBER Vec mantissa() const {
-    return _mm512_castsi512_pd(_mm512_or_si512(_mm512_and_si512(_mm512_castpd_si512(v), _mm512_set1_epi64(0x000fffffffffffffLL)), _mm512_set1_epi64(0x3ff0000000000000LL)));
-  }
-};
-AFM_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) { return _mm512_add_pd(a.v, b.v); }
-AFM_INLINE Vec<double> operator-(Vec<double> a, Vec<double> b) { return _mm512_sub_pd(a.v, b.v); }
-AFM_INLINE Vec<double> operator*(Vec<double> a, Vec<double> b) { return _mm512_mul_pd(a.v, b.v); }
-AFM_INLINE Vec<double> fms(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmsub_pd(a.v, b.v, c.v); }
-AFM_INLINE Vec<double> times_power_of_2(Vec<double> a, Vec<double> n) { return _mm512_scalef_pd(a.v, n.v); }
-AFM_INLINE Vec<double> operator/(Vec<double> a, Vec<double> b) { return _mm512_div_pd(a.v, b.v); }
-AFM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
-AFM_INLINE Vec<double> max(Vec<double> a, Vec<double> bound) { return _mm512_max_pd(a.v, bound.v); }
-AFM_INLINE Vec<double> min(Vec<double> a, Vec<double> bound) { return _mm512_min_pd(a.v, bound.v); }
-AFM_INLINE Vec<double> abs(Vec<double> a) { return _mm512_abs_pd(a.v); }
-AFM_INLINE __mmask8 operator<(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ); }
-AFM_INLINE __mmask8 operator<=(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_LE_OQ); }
-AFM_INLINE __mmask8 operator==(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ); }
-AFM_INLINE Vec<double> select(__mmask8 m, Vec<double> a, Vec<double> b) { return _mm512_mask_blend_pd(m, b.v, a.v); }
-
-AFM_INLINE bool any(__mmask16 m) { return m != 0; }
-AFM_INLINE bool any(__mmask8 m) { return m != 0; }
-AFM_INLINE __mmask16 both(__mmask16 a, __mmask16 b) { return static_cast<__mmask16>(a & b); }
-AFM_INLINE __mmask8 both(__mmask8 a, __mmask8 b) { return static_cast<__mmask8>(a & b); }
-// clang-format on
+AFM_AVX512_VEC(float, __m512, __mmask16, ps)
+AFM_AVX512_VEC(double, __m512d, __mmask8, pd)
+#undef AFM_AVX512_VEC
 
 // bfloat16 in memory, float32 in registers. Stores round to nearest, ties to even; of a NaN they
 // expect that its low 16 bits are not all ones, as of those that arithmetic makes. Two vectors in
@@ -241,120 +205,83 @@ AFM_INLINE Vec<float> pack_float16(Vec<float> first, Vec<float> second) {
 }
 #elif AFM_CAPABILITY_AVX2
 
-// clang-format off
-alignas(64) constexpr int32_t kFirst32[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
-alignas(64) constexpr int64_t kFirst64[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
+// Read from the middle less n, as many ones as n.
+alignas(64) constexpr int32_t kFirst32[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+alignas(64) constexpr int64_t kFirst64[8] = {-1, -1, -1, -1};
 
-template <>
-struct Vec<float> {
-  static constexpr int width = 8;
-  struct Mask { __m256 m; };
-  __m256 v;
-  Vec() = default;
-  AFM_MEMBER Vec(__m256 x) : v(x) {}
-  AFM_MEMBER Vec(float x) : v(_mm256_set1_ps(x)) {}
-  AFM_MEMBER static __m256i bits(int n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kFirst32 + 8 - n)); }
-  AFM_MEMBER static Mask first(int n) { return {_mm256_castsi256_ps(bits(n))}; }
-  AFM_MEMBER static Vec load(const float* p) { return _mm256_loadu_ps(p); }
-  AFM_MEMBER static Vec load(const float* p, int n, Vec fill) {
-    return _mm256_blendv_ps(fill.v, _mm256_maskload_ps(p, bits(n)), first(n).m);
-  }
-  AFM_MEMBER void store(float* p) const { _mm256_storeu_ps(p, v); }
-  AFM_MEMBER void store(float* p, int n) const { _mm256_maskstore_ps(p, bits(n), v); }
-  AFM_MEMBER void stream(float* p) const { _mm256_stream_ps(p, v); }
-  AFM_MEMBER float sum() const {
-    __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    a = _mm_add_ps(a, _mm_movehl_ps(a, a));
-    return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
-  }
-  AFM_MEMBER float max() const {
-    __m128 a = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    a = _mm_max_ps(a, _mm_movehl_ps(a, a));
-    return _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)));
-  }
-  AFM_MEMBER float min() const {
-    __m128 a = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    a = _mm_min_ps(a, _mm_movehl_ps(a, a));
-    return _mm_cvtss_f32(_mm_min_ss(a, _mm_movehdup_ps(a)));
-  }
-  AFM_MEMBER Vec exponent_from_magic() const { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 23)); }
-  AFM_MEMBER Vec biased_exponent_on_magic() const {
-    return _mm256_castsi256_ps(_mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(v), 23), _mm256_set1_epi32(0x4b000000)));
-  }
-  AFM_MEMBER Vec mantissa() const {
-    return _mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x007fffff)), _mm256_set1_epi32(0x3f800000)));
-  }
-};
-AFM_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm256_add_ps(a.v, b.v); }
-AFM_INLINE Vec<float> operator-(Vec<float> a, Vec<float> b) { return _mm256_sub_ps(a.v, b.v); }
-AFM_INLINE Vec<float> operator*(Vec<float> a, Vec<float> b) { return _mm256_mul_ps(a.v, b.v); }
-AFM_INLINE Vec<float> operator/(Vec<float> a, Vec<float> b) { return _mm256_div_ps(a.v, b.v); }
-AFM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
-AFM_INLINE Vec<float> max(Vec<float> a, Vec<float> bound) { return _mm256_max_ps(a.v, bound.v); }
-AFM_INLINE Vec<float> min(Vec<float> a, Vec<float> bound) { return _mm256_min_ps(a.v, bound.v); }
-AFM_INLINE Vec<float> operator|(Vec<float> a, Vec<float> b) { return _mm256_or_ps(a.v, b.v); }
-AFM_INLINE Vec<float> abs(Vec<float> a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
-AFM_INLINE Vec<float>::Mask operator<(Vec<float> a, Vec<float> b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
-AFM_INLINE Vec<float>::Mask operator<=(Vec<float> a, Vec<float> b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
-AFM_INLINE Vec<float>::Mask operator==(Vec<float> a, Vec<float> b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
-AFM_INLINE Vec<float> select(Vec<float>::Mask m, Vec<float> a, Vec<float> b) { return _mm256_blendv_ps(b.v, a.v, m.m); }
-AFM_INLINE bool any(Vec<float>::Mask m) { return _mm256_movemask_ps(m.m) != 0; }
+template <class F>
+AFM_INLINE float reduce(__m256 v, const F& f) {
+  __m128 a = f(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  a = f(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(f(a, _mm_movehdup_ps(a)));
+}
+template <class F>
+AFM_INLINE double reduce(__m256d v, const F& f) {
+  const __m128d a = f(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+  return _mm_cvtsd_f64(f(a, _mm_unpackhi_pd(a, a)));
+}
 
-template <>
-struct Vec<double> {
-  static constexpr int width = 4;
-  struct Mask { __m256d m; };
-  __m256d v;
-  Vec() = default;
-  AFM_MEMBER Vec(__m256d x) : v(x) {}
-  AFM_MEMBER Vec(double x) : v(_mm256_set1_pd(x)) {}
-  AFM_MEMBER static __m256i bits(int n) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kFirst64 + 4 - n)); }
-  AFM_MEMBER static Mask first(int n) { return {_mm256_castsi256_pd(bits(n))}; }
-  AFM_MEMBER static Vec load(const double* p) { return _mm256_loadu_pd(p); }
-  AFM_MEMBER static Vec load(const double* p, int n, Vec fill) {
-    return _mm256_blendv_pd(fill.v, _mm256_maskload_pd(p, bits(n)), first(n).m);
+// Suffix: of the intrinsics. kFirst: one of the tables above.
+#define AFM_AVX2_VEC(T, Register, suffix, kFirst)                                              \
+  template <>                                                                                  \
+  struct Vec<T> {                                                                              \
+    static constexpr int width = sizeof(Register) / sizeof(T);                                 \
+    struct Mask {                                                                              \
+      Register m;                                                                              \
+    };                                                                                         \
+    Register v;                                                                                \
+    Vec() = default;                                                                           \
+    AFM_MEMBER Vec(Register x) : v(x) {}                                                       \
+    AFM_MEMBER Vec(T x) : v(_mm256_set1_##suffix(x)) {}                                        \
+    AFM_MEMBER static __m256i bits(int n) {                                                    \
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kFirst + width - n));         \
+    }                                                                                          \
+    AFM_MEMBER static Mask first(int n) { return {_mm256_castsi256_##suffix(bits(n))}; }       \
+    AFM_MEMBER static Vec load(const T* p) { return _mm256_loadu_##suffix(p); }                \
+    AFM_MEMBER static Vec load(const T* p, int n, Vec fill) {                                  \
+      return _mm256_blendv_##suffix(fill.v, _mm256_maskload_##suffix(p, bits(n)), first(n).m); \
+    }                                                                                          \
+    AFM_MEMBER void store(T* p) const { _mm256_storeu_##suffix(p, v); }                        \
+    AFM_MEMBER void store(T* p, int n) const { _mm256_maskstore_##suffix(p, bits(n), v); }     \
+    AFM_MEMBER void stream(T* p) const { _mm256_stream_##suffix(p, v); }                       \
+    AFM_MEMBER T sum() const {                                                                 \
+      return reduce(v, [](auto a, auto b) { return _mm_add_##suffix(a, b); });                 \
+    }                                                                                          \
+    AFM_MEMBER T max() const {                                                                 \
+      return reduce(v, [](auto a, auto b) { return _mm_max_##suffix(a, b); });                 \
+    }                                                                                          \
+    AFM_MEMBER T min() const {                                                                 \
+      return reduce(v, [](auto a, auto b) { return _mm_min_##suffix(a, b); });                 \
+    }                                                                                          \
+  };                                                                                           \
+  AFM_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {                                        \
+    return _mm256_fmadd_##suffix(a.v, b.v, c.v);                                               \
+  }                                                                                            \
+  AFM_INLINE Vec<T> max(Vec<T> a, Vec<T> bound) { return _mm256_max_##suffix(a.v, bound.v); }  \
+  AFM_INLINE Vec<T> min(Vec<T> a, Vec<T> bound) { return _mm256_min_##suffix(a.v, bound.v); }  \
+  AFM_INLINE Vec<T> abs(Vec<T> a) {                                                            \
+    return _mm256_andnot_##suffix(_mm256_set1_##suffix(-T(0)), a.v);                           \
+  }                                                                                            \
+  AFM_INLINE Vec<T>::Mask operator<(Vec<T> a, Vec<T> b) {                                      \
+    return {_mm256_cmp_##suffix(a.v, b.v, _CMP_LT_OQ)};                                        \
+  }                                                                                            \
+  AFM_INLINE Vec<T>::Mask operator<=(Vec<T> a, Vec<T> b) {                                     \
+    return {_mm256_cmp_##suffix(a.v, b.v, _CMP_LE_OQ)};                                        \
+  }                                                                                            \
+  AFM_INLINE Vec<T>::Mask operator==(Vec<T> a, Vec<T> b) {                                     \
+    return {_mm256_cmp_##suffix(a.v, b.v, _CMP_EQ_OQ)};                                        \
+  }                                                                                            \
+  AFM_INLINE Vec<T> select(Vec<T>::Mask m, Vec<T> a, Vec<T> b) {                               \
+    return _mm256_blendv_##suffix(b.v, a.v, m.m);                                              \
+  }                                                                                            \
+  AFM_INLINE bool any(Vec<T>::Mask m) { return _mm256_movemask_##suffix(m.m) != 0; }           \
+  AFM_INLINE Vec<T>::Mask both(Vec<T>::Mask a, Vec<T>::Mask b) {                               \
+    return {_mm256_and_##suffix(a.m, b.m)};                                                    \
   }
-  AFM_MEMBER void store(double* p) const { _mm256_storeu_pd(p, v); }
-  AFM_MEMBER void store(double* p, int n) const { _mm256_maskstore_pd(p, bits(n), v); }
-  AFM_MEMBER void stream(double* p) const { _mm256_stream_pd(p, v); }
-  AFM_MEMBER double sum() const {
-    const __m128d a = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
-    return _mm_cvtsd_f64(_mm_add_sd(a, _mm_unpackhi_pd(a, a)));
-  }
-  AFM_MEMBER double max() const {
-    const __m128d a = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
-    return _mm_cvtsd_f64(_mm_max_sd(a, _mm_unpackhi_pd(a, a)));
-  }
-  AFM_MEMBER double min() const {
-    const __m128d a = _mm_min_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
-    return _mm_cvtsd_f64(_mm_min_sd(a, _mm_unpackhi_pd(a, a)));
-  }
-  AFM_MEMBER Vec exponent_from_magic() const { return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(v), 52)); }
-  AFM_MEMBER Vec biased_exponent_on_magic() const {
-    return _mm256_castsi256_pd(_mm256_or_si256(_mm256_srli_epi64(_mm256_castpd_si256(v), 52), _mm256_set1_epi64x(0x4330000000000000LL)));
-  }
-  AFM_MEMBER Vec mantissa() const {
-    return _mm256_castsi256_pd(_mm256_or_si256(_mm256_and_si256(_mm256_castpd_si256(v), _mm256_set1_epi64x(0x000fffffffffffffLL)), _mm256_set1_epi64x(0x3ff0000000000000LL)));
-  }
-};
-AFM_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) { return _mm256_add_pd(a.v, b.v); }
-AFM_INLINE Vec<double> operator-(Vec<double> a, Vec<double> b) { return _mm256_sub_pd(a.v, b.v); }
-AFM_INLINE Vec<double> operator*(Vec<double> a, Vec<double> b) { return _mm256_mul_pd(a.v, b.v); }
-AFM_INLINE Vec<double> operator/(Vec<double> a, Vec<double> b) { return _mm256_div_pd(a.v, b.v); }
-AFM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
-AFM_INLINE Vec<double> max(Vec<double> a, Vec<double> bound) { return _mm256_max_pd(a.v, bound.v); }
-AFM_INLINE Vec<double> min(Vec<double> a, Vec<double> bound) { return _mm256_min_pd(a.v, bound.v); }
-AFM_INLINE Vec<double> operator|(Vec<double> a, Vec<double> b) { return _mm256_or_pd(a.v, b.v); }
-AFM_INLINE Vec<double> abs(Vec<double> a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v); }
-AFM_INLINE Vec<double>::Mask operator<(Vec<double> a, Vec<double> b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ)}; }
-AFM_INLINE Vec<double>::Mask operator<=(Vec<double> a, Vec<double> b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_LE_OQ)}; }
-AFM_INLINE Vec<double>::Mask operator==(Vec<double> a, Vec<double> b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_EQ_OQ)}; }
-AFM_INLINE Vec<double> select(Vec<double>::Mask m, Vec<double> a, Vec<double> b) { return _mm256_blendv_pd(b.v, a.v, m.m); }
-AFM_INLINE bool any(Vec<double>::Mask m) { return _mm256_movemask_pd(m.m) != 0; }
 
-AFM_INLINE Vec<float>::Mask both(Vec<float>::Mask a, Vec<float>::Mask b) { return {_mm256_and_ps(a.m, b.m)}; }
-AFM_INLINE Vec<double>::Mask both(Vec<double>::Mask a, Vec<double>::Mask b) { return {_mm256_and_pd(a.m, b.m)}; }
-// clang-format on
+AFM_AVX2_VEC(float, __m256, ps, kFirst32)
+AFM_AVX2_VEC(double, __m256d, pd, kFirst64)
+#undef AFM_AVX2_VEC
 
 // bfloat16 in memory, float32 in registers, as above.
 
@@ -479,7 +406,6 @@ struct PortableLanes<double> {
 template <class T>
 struct PortableVec {
   static constexpr int width = 16 / sizeof(T);
-  static constexpr int mantissa_bits = sizeof(T) == 4 ? 23 : 52;
   using Lanes = typename PortableLanes<T>::Lanes;
   using BitLanes = typename PortableLanes<T>::Bits;
   struct Mask {
@@ -523,15 +449,6 @@ struct PortableVec {
     for (int i = 1; i < width; ++i) s = s < v[i] ? s : v[i];
     return s;
   }
-  AFM_MEMBER Lanes exponent_lanes() const { return (Lanes)((BitLanes)v << mantissa_bits); }
-  AFM_MEMBER Lanes biased_exponent_lanes() const {
-    constexpr T kMagic = static_cast<T>(1LL << mantissa_bits);
-    return (Lanes)(((BitLanes)v >> mantissa_bits) | (BitLanes)(Lanes{} + kMagic));
-  }
-  AFM_MEMBER Lanes mantissa_lanes() const {
-    const BitLanes fraction = ((BitLanes{} + 1) << mantissa_bits) - 1;
-    return (Lanes)(((BitLanes)v & fraction) | (BitLanes)(Lanes{} + T(1)));
-  }
 };
 
 // clang-format off
@@ -542,18 +459,10 @@ struct PortableVec {
     Vec() = default;                                                                                          \
     AFM_MEMBER static Vec load(const T* p) { return Vec(load_lanes(p)); }                                     \
     AFM_MEMBER static Vec load(const T* p, int n, Vec fill) { return Vec(load_lanes(p, n, fill.v)); }         \
-    AFM_MEMBER Vec exponent_from_magic() const { return Vec(exponent_lanes()); }                              \
-    AFM_MEMBER Vec biased_exponent_on_magic() const { return Vec(biased_exponent_lanes()); }  \
-    AFM_MEMBER Vec mantissa() const { return Vec(mantissa_lanes()); }  \
   };                                                                                                          \
-  AFM_INLINE Vec<T> operator+(Vec<T> a, Vec<T> b) { return Vec<T>(a.v + b.v); }                               \
-  AFM_INLINE Vec<T> operator-(Vec<T> a, Vec<T> b) { return Vec<T>(a.v - b.v); }                               \
-  AFM_INLINE Vec<T> operator*(Vec<T> a, Vec<T> b) { return Vec<T>(a.v * b.v); }                               \
-  AFM_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) { return Vec<T>(a.v / b.v); }                               \
   AFM_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return Vec<T>(a.v * b.v + c.v); }                     \
   AFM_INLINE Vec<T> max(Vec<T> a, Vec<T> bound) { return Vec<T>(a.v > bound.v ? a.v : bound.v); }             \
   AFM_INLINE Vec<T> min(Vec<T> a, Vec<T> bound) { return Vec<T>(a.v < bound.v ? a.v : bound.v); }             \
-  AFM_INLINE Vec<T> operator|(Vec<T> a, Vec<T> b) { return Vec<T>((Vec<T>::Lanes)((Vec<T>::BitLanes)a.v | (Vec<T>::BitLanes)b.v)); } \
   AFM_INLINE Vec<T> abs(Vec<T> a) { return Vec<T>(a.v < 0 ? -a.v : a.v); }                                    \
   AFM_INLINE Vec<T>::Mask operator<(Vec<T> a, Vec<T> b) { return {(Vec<T>::BitLanes)(a.v < b.v)}; }           \
   AFM_INLINE Vec<T>::Mask operator<=(Vec<T> a, Vec<T> b) { return {(Vec<T>::BitLanes)(a.v <= b.v)}; }         \
@@ -670,6 +579,67 @@ AFM_INLINE Vec<float> pack_float16(Vec<float> first, Vec<float> second) {
 }
 
 #endif
+
+// What compilers know of any vector: arithmetic, and the bits of a number.
+template <class T>
+AFM_INLINE Vec<T> operator+(Vec<T> a, Vec<T> b) {
+  return Vec<T>(a.v + b.v);
+}
+template <class T>
+AFM_INLINE Vec<T> operator-(Vec<T> a, Vec<T> b) {
+  return Vec<T>(a.v - b.v);
+}
+template <class T>
+AFM_INLINE Vec<T> operator*(Vec<T> a, Vec<T> b) {
+  return Vec<T>(a.v * b.v);
+}
+template <class T>
+AFM_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) {
+  return Vec<T>(a.v / b.v);
+}
+
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  static constexpr int mantissa = 23;
+  typedef uint32_t Lanes __attribute__((vector_size(sizeof(Vec<float>))));
+};
+template <>
+struct BitsOf<double> {
+  static constexpr int mantissa = 52;
+  typedef uint64_t Lanes __attribute__((vector_size(sizeof(Vec<double>))));
+};
+template <class T>
+AFM_INLINE typename BitsOf<T>::Lanes bits_of(Vec<T> x) {
+  return (typename BitsOf<T>::Lanes)x.v;
+}
+template <class T>
+AFM_INLINE Vec<T> of_bits(typename BitsOf<T>::Lanes bits) {
+  return Vec<T>((decltype(Vec<T>::v))bits);
+}
+template <class T>
+AFM_INLINE Vec<T> operator|(Vec<T> a, Vec<T> b) {
+  return of_bits<T>(bits_of(a) | bits_of(b));
+}
+// 2^(the integer in the low bits of x, less the exponent's bias).
+template <class T>
+AFM_INLINE Vec<T> exponent_from_low_bits(Vec<T> x) {
+  return of_bits<T>(bits_of(x) << BitsOf<T>::mantissa);
+}
+// And back, for x > 0: the biased exponent in the low bits of 2^23 (2^52 for double), and the
+// mantissa in [1, 2).
+template <class T>
+AFM_INLINE Vec<T> exponent_to_low_bits(Vec<T> x) {
+  constexpr T kMagic = static_cast<T>(1LL << BitsOf<T>::mantissa);
+  return of_bits<T>((bits_of(x) >> BitsOf<T>::mantissa) | bits_of(Vec<T>(kMagic)));
+}
+template <class T>
+AFM_INLINE Vec<T> mantissa(Vec<T> x) {
+  using Bits = typename BitsOf<T>::Lanes;
+  const Bits fraction = ((Bits{} + 1) << BitsOf<T>::mantissa) - 1;
+  return of_bits<T>((bits_of(x) & fraction) | bits_of(Vec<T>(T(1))));
+}
 
 // Whole cache lines, past the caches.
 AFM_INLINE bool can_stream(const void* to, int64_t bytes) {

@@ -190,7 +190,7 @@ struct ScaledExp {
     // Without a fused multiply-add v * to_log2 would be rounded before the integer is taken off.
     const V fraction = fma(minus_n, V(step_low), fma(minus_n, V(step_high), v)) * V(to_log2);
 #endif
-    return power_of_2(fraction) * sum.exponent_from_magic();
+    return power_of_2(fraction) * exponent_from_low_bits(sum);
   }
 };
 
@@ -227,7 +227,7 @@ AFM_INLINE Vec<T> log(Vec<T> x) {
   using V = Vec<T>;
   constexpr T kMagic = static_cast<T>((1LL << Float<T>::mantissa_bits) + Float<T>::bias);
   constexpr T kLn2 = static_cast<T>(0.69314718055994530942);
-  return fma(x.biased_exponent_on_magic() - V(kMagic), V(kLn2), log1p<T>(x.mantissa() - V(T(1))));
+  return fma(exponent_to_low_bits(x) - V(kMagic), V(kLn2), log1p<T>(mantissa(x) - V(T(1))));
 }
 
 }  // namespace
