@@ -5,9 +5,9 @@ The mathematics is at the head of ``reference/dkl.py``; with the row's weights w
     μ = Σ w d / W        value = α CE(p, q) + β/2 W Σ w (d - μ)²        ∂/∂t = β W w (d - μ)
 
 Each sum needs the one before it: the maxima, the normalisers with μ, the squares, the gradients. So a row is passed
-over four times, in blocks of ``Limits.on_chip_more`` classes: read from memory once and after that from the caches,
-which hold the rows in flight up to some 100,000 classes. A backward sums again: the logits, which it has to read
-anyway, say more than saved scalars could. One program has several short rows, or one of any length.
+over four times, in blocks of ``Limits.on_chip_more`` classes: read from memory once, and after that from the caches as
+long as they hold the rows in flight. A backward sums again: it has to read the logits anyway. One program has several
+short rows, or one of any length.
 """
 
 from __future__ import annotations
