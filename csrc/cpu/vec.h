@@ -94,6 +94,16 @@ AFM_AVX512_VEC(float, __m512, __mmask16, ps)
 AFM_AVX512_VEC(double, __m512d, __mmask8, pd)
 #undef AFM_AVX512_VEC
 
+// In each lane, the entry of a table that the low bits of `index` say.
+AFM_INLINE Vec<float> pick(const float (&table)[32], Vec<float> index) {
+  return _mm512_permutex2var_ps(_mm512_load_ps(table), _mm512_castps_si512(index.v),
+                                _mm512_load_ps(table + 16));
+}
+AFM_INLINE Vec<double> pick(const double (&table)[16], Vec<double> index) {
+  return _mm512_permutex2var_pd(_mm512_load_pd(table), _mm512_castpd_si512(index.v),
+                                _mm512_load_pd(table + 8));
+}
+
 // bfloat16 in memory, float32 in registers. Stores round to nearest, ties to even; of a NaN they
 // expect that its low 16 bits are not all ones, as of those that arithmetic makes. Two vectors in
 // one call are cheaper than two calls.
@@ -282,6 +292,12 @@ AFM_INLINE double reduce(__m256d v, const F& f) {
 AFM_AVX2_VEC(float, __m256, ps, kFirst32)
 AFM_AVX2_VEC(double, __m256d, pd, kFirst64)
 #undef AFM_AVX2_VEC
+
+// In each lane, the entry of a table that the low bits of `index` say.
+AFM_INLINE Vec<float> pick(const uint32_t (&table)[8], Vec<float> index) {
+  const __m256i entries = _mm256_load_si256(reinterpret_cast<const __m256i*>(table));
+  return _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(entries, _mm256_castps_si256(index.v)));
+}
 
 // bfloat16 in memory, float32 in registers, as above.
 
@@ -626,6 +642,11 @@ AFM_INLINE Vec<T> operator|(Vec<T> a, Vec<T> b) {
 template <class T>
 AFM_INLINE Vec<T> exponent_from_low_bits(Vec<T> x) {
   return of_bits<T>(bits_of(x) << BitsOf<T>::mantissa);
+}
+// The same where those bits are an integer in units of 2^-places, to a number whose bits are added.
+template <int places, class T>
+AFM_INLINE Vec<T> exponent_from_low_bits(Vec<T> x, Vec<T> added) {
+  return of_bits<T>((bits_of(x) << (BitsOf<T>::mantissa - places)) + bits_of(added));
 }
 // And back, for x > 0: the biased exponent in the low bits of 2^23 (2^52 for double), and the
 // mantissa in [1, 2).
