@@ -368,11 +368,11 @@ AFM_INLINE void run_rows(const DklParams& params, int64_t begin, int64_t end, vo
   Worker<T> worker(params, scratch);
   T* extra = static_cast<T*>(scratch) + 5 * kTile;
   if (params.classes <= kLaneClasses) return LaneWorker<T>{params, worker}.run(begin, end, extra);
-  const RowSlot slots[] = {{params.student, worker.student, false},
-                           {params.teacher, worker.teacher, false},
-                           {params.class_weight, worker.class_weight, false},
-                           {params.grad_student, worker.grad_student, true},
-                           {params.grad_teacher, worker.grad_teacher, true}};
+  const RowSlot slots[] = {{params.student, worker.student, nullptr, false},
+                           {params.teacher, worker.teacher, nullptr, false},
+                           {params.class_weight, worker.class_weight, nullptr, false},
+                           {params.grad_student, worker.grad_student, nullptr, true},
+                           {params.grad_teacher, worker.grad_teacher, nullptr, true}};
   for_rows(params.shape, params.classes, slots, extra, begin, end,
            [&](int64_t i) { worker.run(i); });
 }

@@ -76,7 +76,7 @@ struct Probe {
 };
 
 template <class T>
-AFM_LOOP Probe<T> probe_row(const T* s, const T* t, int64_t n) {
+AFM_LOOP void probe_row(const T* s, const T* t, int64_t n, Probe<T>& probe) {
   using V = Vec<T>;
   const V lowest(Float<T>::lowest), highest(-Float<T>::lowest);
   V s_max = lowest, t_max = lowest, d_min = highest, d_max = lowest;
@@ -92,7 +92,8 @@ AFM_LOOP Probe<T> probe_row(const T* s, const T* t, int64_t n) {
     s_max = max(a, s_max), t_max = max(b, t_max);
     d_min = min(select(lanes, d, highest), d_min), d_max = max(select(lanes, d, lowest), d_max);
   }
-  return {s_max.max(), t_max.max(), d_min.min(), d_max.max()};
+  probe.student_max = s_max.max(), probe.teacher_max = t_max.max();
+  probe.gap_min = d_min.min(), probe.gap_max = d_max.max();
 }
 
 // Note [Lines of the gradients]
@@ -111,8 +112,10 @@ struct GradientLines {
   }
 };
 
-// Sums over classes [0, n) of a tile. Constants come by value: the compiler would read them again
-// after every store to a cache, which might have changed them.
+// Sums over classes [0, n) of a tile. Loops that store take their constants into a variable of
+// their own: the compiler would read them again after every store, which might have changed them.
+// (Passed by value they would be copied in 64 bytes at a time from where they were just written in
+// pieces, and a load that spans several stores waits until all of them have reached the cache.)
 
 // Both are done with a row at the first tile that shows that they do not serve it.
 
@@ -120,10 +123,12 @@ struct GradientLines {
 // Anything that is not finite turns `linear` into NaN or inf. kBounded: for rows that turned out
 // not to be in_range, see Note [Exponentials]; what is too large then shows in the sums.
 template <bool kCache, bool kJeffreys, bool kBounded, class In, class T>
-AFM_LOOP void sum_far(const In* s, const In* t, int64_t n, const RowConstants<T> row,
-                      const GradientLines lines, T* student_cache, T* teacher_cache,
+AFM_LOOP void sum_far(const In* s, const In* t, int64_t n, const RowConstants<T>& constants,
+                      const GradientLines& gradient_lines, T* student_cache, T* teacher_cache,
                       RowSums& sums) {
   using V = Vec<T>;
+  const RowConstants<T> row = constants;
+  const GradientLines lines = gradient_lines;
   if (!sums.in_range || !__builtin_isfinite(sums.linear)) return;
   const V student_shift(row.student_shift), teacher_shift(row.teacher_shift);
   Accumulator<T> student, teacher, linear, student_linear, bits;
@@ -145,10 +150,12 @@ AFM_LOOP void sum_far(const In* s, const In* t, int64_t n, const RowConstants<T>
 
 // |x| <= 1 everywhere, which `largest_square` proves: one exponential a class.
 template <bool kCache, bool kJeffreys, bool kBounded, class In, class T>
-AFM_LOOP void sum_near(const In* s, const In* t, int64_t n, const RowConstants<T> row,
-                       const GradientLines lines, T* student_cache, T* teacher_cache,
+AFM_LOOP void sum_near(const In* s, const In* t, int64_t n, const RowConstants<T>& constants,
+                       const GradientLines& gradient_lines, T* student_cache, T* teacher_cache,
                        RowSums& sums) {
   using V = Vec<T>;
+  const RowConstants<T> row = constants;
+  const GradientLines lines = gradient_lines;
   if (!sums.in_range || !(sums.largest_square <= kLargestNearSquare)) return;
   const V teacher_shift(row.teacher_shift);
   Accumulator<T> teacher, linear, excess, curvature, largest_square, bits;
@@ -272,10 +279,11 @@ AFM_INLINE void sweep_out(const Out* out, int64_t n, bool stream, const F& step)
 
 template <RowKind kKind, bool kCached, bool kStudent, bool kTeacher, bool kJeffreys, class In,
           class T>
-AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T> row,
-                       const GradientFactors<T> by, const T* student_cache, const T* teacher_cache,
+AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T>& constants,
+                       const GradientFactors<T>& by, const T* student_cache, const T* teacher_cache,
                        In* grad_student, In* grad_teacher, bool stream) {
   using V = Vec<T>;
+  const RowConstants<T> row = constants;
   constexpr bool kNear = kKind == RowKind::kNear, kGeneral = kKind == RowKind::kGeneral;
   constexpr bool kNeedsF = kStudent || kJeffreys,
                  kNeedsX = kTeacher || kJeffreys || (kNear && !kCached);

@@ -204,10 +204,13 @@ struct RowCursor {
 // logits, a row touches a cache line for each class, and lines a power of two apart fight for the
 // same places of every cache. So kBlockRows rows are transposed at a time: whole lines are read,
 // and written, once.
-// A tensor of a call, and where its worker looks for the row it is to work on.
+
+// A tensor of a call, and where its worker looks for the row it is to work on; of an input also for
+// the row after it, which is null at the end of a block.
 struct RowSlot {
   const RowsOf& tensor;
   RowPointer& row;
+  RowPointer* next;
   bool is_output;
 };
 
@@ -264,18 +267,25 @@ AFM_INLINE void for_rows(const RowShape& shape, int64_t classes, const RowSlot (
   }
   RowCursor cursor(shape, begin);
   for (int64_t i = begin; i < end;) {
-    int64_t count = blocked ? cursor.run() : 1;
-    count = count < kBlockRows ? count : kBlockRows;
+    int64_t count = cursor.run();
+    count = !blocked || count < kBlockRows ? count : kBlockRows;
     count = count < end - i ? count : end - i;
     for (int k = 0; k < kSlots; ++k) {
       blocks[k].first = cursor.row_of(slots[k].tensor);
       if (blocks[k].rows != nullptr && !slots[k].is_output) blocks[k].load(classes, count);
     }
-    for (int64_t r = 0; r < count; ++r, ++i, cursor.next()) {
-      for (int k = 0; k < kSlots; ++k)
-        slots[k].row = blocks[k].row(r, classes, slots[k].tensor.row_strides[last]);
+    const auto row = [&](int k, int64_t r) AFM_LAMBDA_INLINE {
+      return blocks[k].row(r, classes, slots[k].tensor.row_strides[last]);
+    };
+    for (int64_t r = 0; r < count; ++r, ++i) {
+      for (int k = 0; k < kSlots; ++k) {
+        slots[k].row = row(k, r);
+        if (slots[k].next != nullptr)
+          *slots[k].next = r + 1 < count ? row(k, r + 1) : RowPointer{nullptr, DType::kFloat32, 1};
+      }
       run(i);
     }
+    cursor.skip(count, true);
     for (int k = 0; k < kSlots; ++k)
       if (blocks[k].rows != nullptr && slots[k].is_output) blocks[k].store(classes, count);
   }

@@ -65,6 +65,9 @@ struct Worker {
   T* extra_cache[2];  // a row each: for JS, logarithms; with labels, exponentials at T = 1
   T *student_tile, *teacher_tile, *grad_student_tile, *grad_teacher_tile;  // kTile each
   RowPointer student, teacher, grad_student, grad_teacher;                 // the present row
+  RowPointer next_student{}, next_teacher{};  // the row after it; null where there is none
+  int64_t present = 0, probed = -1;           // rows: the present one, and the one that was probed
+  Probe<T> probe;
 
   Worker(const SoftmaxKlParams& p, void* scratch)
       : params(p),
@@ -165,12 +168,23 @@ struct Worker {
     return {first.at(j), second.at(j), element_size(first.dtype)};
   }
 
-  template <bool kCache>
-  RowSummary summarise() {
-    RowSummary row;
+  void look_at(int64_t i, const RowPointer& s, const RowPointer& t) {
     const int64_t head = params.classes < kProbe ? params.classes : kProbe;
-    const Probe<T> probe =
-        probe_row(student.read(0, head, student_tile), teacher.read(0, head, teacher_tile), head);
+    probe_row(s.read(0, head, student_tile), t.read(0, head, teacher_tile), head, probe);
+    probed = i;
+  }
+
+  // At the next row while the sums of the present one are on their way: one after the other, each
+  // would wait for a chain of a few dozen instructions that leaves the processor idle.
+  void look_ahead() {
+    if (next_student.data == nullptr || probed != present) return;
+    look_at(present + 1, next_student, next_teacher);
+  }
+
+  // A row's summary is made in its place: see what kl_sweeps.h says about copies.
+  template <bool kCache>
+  void summarise(RowSummary& row) {
+    if (probed != present) look_at(present, student, teacher);
     row.student_shift = probe.student_max, row.teacher_shift = probe.teacher_max;
     row.gap = coarse_gap(static_cast<T>(probe.student_max - probe.teacher_max));
     const double width = (static_cast<double>(probe.gap_max) - probe.gap_min) * inv_t;
@@ -181,11 +195,9 @@ struct Worker {
       bool is_near = summarise_near<kCache>(row, guess);
       if (is_near && near_centre_is_off(row.divergence, row.mean))
         is_near = summarise_near<kCache>(row, row.centre + row.mean);
-      if (is_near) return row;
+      if (is_near) return;
     }
-    if (summarise_far<kCache>(row)) return row;
-    summarise_general(row);
-    return row;
+    if (!summarise_far<kCache>(row)) summarise_general(row);
   }
 
   template <RowKind kKind, bool kCache, bool kBounded>
@@ -217,6 +229,7 @@ struct Worker {
   bool summarise_near(RowSummary& row, double centre) {
     row.centre = static_cast<T>(centre);
     const RowSums sums = sum_row<RowKind::kNear, kCache>(constants(row));
+    look_ahead();
     if (!(sums.largest_square <= kLargestNearSquare && __builtin_isfinite(sums.linear) &&
           sums.teacher <= kLargestSum))
       return false;
@@ -236,6 +249,7 @@ struct Worker {
   template <bool kCache>
   bool summarise_far(RowSummary& row) {
     const RowSums sums = sum_row<RowKind::kFar, kCache>(constants(row));
+    look_ahead();
     if (!(__builtin_isfinite(sums.linear) && sums.student <= kLargestSum &&
           sums.teacher <= kLargestSum)) {
       row.centre = kNotANumber;  // no better guess for the general loop
@@ -368,9 +382,9 @@ struct Worker {
     return sums;
   }
 
-  RowSummary summarise_js(bool keep) {
-    RowSummary row = summarise<true>();
-    if (row.kind == RowKind::kNan) return row;
+  void summarise_js(RowSummary& row, bool keep) {
+    summarise<true>(row);
+    if (row.kind == RowKind::kNan) return;
     const JsRow<T> js = js_row(row);
     const JsSums sums = row.kind == RowKind::kNear  ? sum_js_row<RowKind::kNear>(js, keep)
                         : row.kind == RowKind::kFar ? sum_js_row<RowKind::kFar>(js, keep)
@@ -379,7 +393,6 @@ struct Worker {
     // of every class, and takes them again.
     row.kind = RowKind::kGeneral;
     row.divergence = sums.value, row.mean = sums.teacher, row.student_mean = sums.student;
-    return row;
   }
 
   void write_js_gradients(const RowSummary& row, double scale) const {
@@ -669,9 +682,8 @@ struct Worker {
     stats[kStatLast] = static_cast<T>(jeffreys ? row.student_mean / x_unit(row) : hard.log_sum_exp);
   }
 
-  RowSummary restore(int64_t i, HardLabel& hard) const {
+  void restore(int64_t i, RowSummary& row, HardLabel& hard) const {
     const T* stats = static_cast<const T*>(params.row_stats) + i * kRowStats;
-    RowSummary row;
     row.kind = static_cast<RowKind>(static_cast<int>(stats[kStatKind]));
     row.student_shift = stats[kStatStudentShift], row.teacher_shift = stats[kStatTeacherShift];
     row.gap = coarse_gap(static_cast<T>(row.student_shift - row.teacher_shift));
@@ -680,16 +692,17 @@ struct Worker {
     row.centre = stats[kStatCentre], row.mean = stats[kStatMean] * x_unit(row),
     row.student_mean = stats[kStatLast] * x_unit(row);
     hard.shift = row.student_shift, hard.log_sum_exp = stats[kStatLast];
-    return row;
   }
 
   // The row's summary and value, where a loss is wanted or a backward cannot do with what was
   // saved.
-  RowSummary measure(int64_t i, HardLabel& hard, bool cache) {
-    RowSummary row;
+  void measure(int64_t i, RowSummary& row, HardLabel& hard, bool cache) {
     double value = 0;
     if (params.divergence_weight != 0) {
-      row = is_js() ? summarise_js(cache) : cache ? summarise<true>() : summarise<false>();
+      if (is_js())
+        summarise_js(row, cache);
+      else
+        cache ? summarise<true>(row) : summarise<false>(row);
       row.divergence = row.divergence < 0 ? 0 : row.divergence;
       value = params.divergence_weight * row.divergence;
     } else {
@@ -701,7 +714,6 @@ struct Worker {
       row.kind = __builtin_isnan(value) ? RowKind::kNan : RowKind::kInfinite;
     if (params.row_values != nullptr) params.row_values[i] = value * weight_of(i) * params.scale;
     save(row, i, hard);
-    return row;
   }
 
   double weight_of(int64_t i) const {
@@ -734,6 +746,7 @@ struct Worker {
   void run(int64_t i) {
     const bool wants_gradients = grad_student.data != nullptr || grad_teacher.data != nullptr;
     const double weight = weight_of(i);
+    present = i;
     HardLabel hard;
     if (weight == 0) {
       RowSummary masked;
@@ -749,10 +762,12 @@ struct Worker {
 
     RowSummary row;
     bool cached = false;
-    if (params.stats_are_given) row = restore(i, hard);
-    if (!params.stats_are_given || row.kind == RowKind::kGeneral) {
+    bool is_measured = !params.stats_are_given;
+    if (!is_measured) restore(i, row, hard);
+    if (!is_measured && row.kind == RowKind::kGeneral) row = RowSummary(), is_measured = true;
+    if (is_measured) {
       cached = wants_gradients;
-      row = measure(i, hard, cached);
+      measure(i, row, hard, cached);
     }
     if (!wants_gradients) return;
 
@@ -922,10 +937,10 @@ AFM_INLINE void run_rows(const SoftmaxKlParams& params, int64_t begin, int64_t e
   Worker<T> worker(params, scratch);
   T* extra = static_cast<T*>(scratch) + softmax_kl_row_scratch(params.classes);
   if (LaneWorker<T>::serves(params)) return LaneWorker<T>{params, worker}.run(begin, end, extra);
-  const RowSlot slots[] = {{params.student, worker.student, false},
-                           {params.teacher, worker.teacher, false},
-                           {params.grad_student, worker.grad_student, true},
-                           {params.grad_teacher, worker.grad_teacher, true}};
+  const RowSlot slots[] = {{params.student, worker.student, &worker.next_student, false},
+                           {params.teacher, worker.teacher, &worker.next_teacher, false},
+                           {params.grad_student, worker.grad_student, nullptr, true},
+                           {params.grad_teacher, worker.grad_teacher, nullptr, true}};
   for_rows(params.shape, params.classes, slots, extra, begin, end,
            [&](int64_t i) { worker.run(i); });
   end_of_streams();
