@@ -24,6 +24,8 @@ What every backend may assume, because ``functional`` has checked it, and must d
 * ``grad_loss``: accumulation dtype; zero-dimensional, or the shape of the rows and contiguous.
 * ``row_stats``: (rows, ROW_STATS), accumulation dtype. What is in it is the backend's own business: a
   backward is always served by the backend of its forward.
+* softmax_kl_forward_backward: the summed loss, and the bits that its backward would give for this ``grad_loss``, a
+  number. See Note [Expected gradients] in autograd/expected.py; only the compiled CPU kernel serves it.
 * ``class_weight`` (dkl): accumulation dtype, contiguous, the shape of the logits; absent, the weights are
   softmax(teacher / weight_temperature). No gradient flows into weights of either kind. ``symmetric`` says
   whether the squared term's gradient reaches the student too (IKL) or the teacher alone (DKL, whose gradients
@@ -87,6 +89,8 @@ SCHEMAS = {
     " -> (Tensor grad_student, Tensor grad_teacher)",
     "softmax_kl_forward_grad": f"({_KL}float temperature, int divergence, float beta, int reduction, float scale, "
     f"{_WRT}) -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
+    "softmax_kl_forward_backward": f"({_KL}float temperature, int divergence, float beta, float scale, "
+    f"float grad_loss, {_WRT}) -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
     "softmax_kl_grad": f"({_KL}float temperature, int divergence, float beta, float scale, {_WRT})"
     " -> (Tensor grad_student, Tensor grad_teacher)",
     "softmax_kl_grad_out": f"({_KL}float temperature, int divergence, float beta, float scale, "
@@ -167,6 +171,10 @@ def _fake_forward_grad(student: torch.Tensor, teacher: torch.Tensor, *args: Any)
     return _fake_loss(student, teacher, args[-4]), *_fake_grads(student, teacher, *args[-2:])
 
 
+def _fake_forward_backward(student: torch.Tensor, teacher: torch.Tensor, *args: Any) -> Any:
+    return _fake_loss(student, teacher, 1), *_fake_grads(student, teacher, *args[-2:])
+
+
 def _fake_grad(student: torch.Tensor, teacher: torch.Tensor, *args: Any) -> Any:
     return _fake_grads(student, teacher, *args[-2:])
 
@@ -207,6 +215,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "softmax_kl_forward": _fake_forward,
     "softmax_kl_backward": _fake_backward,
     "softmax_kl_forward_grad": _fake_forward_grad,
+    "softmax_kl_forward_backward": _fake_forward_backward,
     "softmax_kl_grad": _fake_grad,
     "softmax_kl_grad_out": _fake_nothing,
     "distillation_forward": _fake_forward,

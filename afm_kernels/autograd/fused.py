@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from afm_kernels import ops
+from afm_kernels.autograd.expected import expected_gradient, meet_gradient
 
 
 class LossOps(NamedTuple):
@@ -42,12 +43,12 @@ LOSS_OPS = {
 # Number of classes from which on `recompute=None` recomputes, by backend and loss; absent: never.
 #
 # cpp: in main memory, reading or writing a tensor is what costs. Both gradients made in the forward move four
-# tensors, and four more where an upstream gradient other than 1 scales them; recomputing moves six in either
-# case. Measured with `python -m benchmarks.kernels.floors` from 21841 classes on: recomputing takes 5 to 30 %
-# longer in the one case and 25 to 40 % less in the other. With one gradient it is three tensors and two more
-# against five: no gain. Of fewer classes, what is scaled mostly is in the caches still. The other losses, of 16384,
-# 32000 and 128256 classes: distillation has more to compute, 15 % longer against 12 % less up to 32000 classes, but 12
-# and 28 % less of 128256; dkl reads its rows twice in either case, 2 % longer against 15 % less.
+# tensors, and four more where an upstream gradient other than the expected one scales them; recomputing moves six in
+# either case, and softmax_kl only does it where it does not know what to expect: see Note [Expected gradients] in
+# expected.py. With one gradient it is three tensors and two more against five: no gain. Of fewer classes, what is
+# scaled mostly is in the caches still. The other losses, of 16384, 32000 and 128256 classes: distillation has more to
+# compute, 15 % longer against 12 % less up to 32000 classes, but 12 and 28 % less of 128256; dkl reads its rows twice
+# in either case, 2 % longer against 15 % less.
 #
 # triton: rows of more than 8192 classes are streamed, and read twice in either case: gradients made in the
 # forward would save nothing and hold memory until the backward.
@@ -71,6 +72,11 @@ def prefers_recompute(stem: str, student: Tensor, teacher: Tensor, backend: str)
     return backend != "cpp" or (student.requires_grad and teacher.requires_grad)
 
 
+def is_watched(stem: str, reduction: int, backend: str) -> bool:
+    """Whether a loss that would recompute looks at Note [Expected gradients] in expected.py first."""
+    return stem == "softmax_kl" and reduction == 1 and backend == "cpp" and not torch.compiler.is_compiling()
+
+
 def refuse_forward_mode() -> NoReturn:
     """Raises the one sentence about forward mode. Without it an operator would drop the tangents."""
     raise RuntimeError(
@@ -90,6 +96,9 @@ class Call(NamedTuple):
     reduction: int
     scale: float
     recompute: bool = False
+    watched: bool = (
+        False  # recompute, unless the upstream gradient is known: Note [Expected gradients] in expected.py
+    )
 
 
 class FusedLoss(torch.autograd.Function):
@@ -114,63 +123,85 @@ def fused_forward(
     tensors: tuple[Tensor | None, ...],
 ) -> Tensor:
     """The loss; what its backward needs goes to ``ctx``."""
-    stem, device_type, backend, params, grad_params, reduction, scale, recompute = call
-    names = LOSS_OPS[stem]
+    stem, device_type, backend, params, grad_params, reduction, scale, recompute, watched = call
     kept = [student, teacher, *tensors]
     if not torch.compiler.is_compiling():
         # A teacher's logits, or what was made of them, often come from torch.inference_mode(), whose tensors no
         # graph can save.
         kept = [t.clone() if t is not None and t.is_inference() else t for t in kept]
-    if recompute:
-        loss, row_stats = ops.kernel(names.forward, device_type, backend)(
+    # The upstream gradient that gradients are made for; None where they are not made yet.
+    made_for = expected_gradient(student.shape[-1]) if watched else None if recompute else 1.0
+    made: tuple[Tensor, ...]
+    if made_for is None:
+        loss, *made = ops.kernel(LOSS_OPS[stem].forward, device_type, backend)(
             student, teacher, *tensors, *params, reduction, scale
         )
-        ctx.save_for_backward(*kept, row_stats)
+    elif watched:
+        loss, *made = ops.kernel("softmax_kl_forward_backward", device_type, backend)(
+            student, teacher, *tensors, *params, scale, made_for, *wrt
+        )
     else:
-        loss, grad_student, grad_teacher = ops.kernel(names.forward_grad, device_type, backend)(
+        loss, *made = ops.kernel(LOSS_OPS[stem].forward_grad, device_type, backend)(
             student, teacher, *tensors, *params, *grad_params, reduction, scale, *wrt
         )
-        ctx.save_for_backward(*kept, grad_student, grad_teacher)
-    ctx.call = call
+    ctx.save_for_backward(*kept, *made)
+    ctx.call, ctx.made_for = call, made_for
     return loss
 
 
 def fused_backward(ctx: Any, wrt: Sequence[bool], grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The gradients by student and teacher of a fused loss."""
-    stem, device_type, backend, params, grad_params, _, scale, recompute = ctx.call
-    names = LOSS_OPS[stem]
-    saved = ctx.saved_tensors
+    stem, device_type, backend, params, grad_params, reduction, scale, _, watched = ctx.call
+    made_for, saved = ctx.made_for, ctx.saved_tensors
     wrt_student, wrt_teacher = wrt
     compiling = torch.compiler.is_compiling()
-    if torch.is_grad_enabled() and not compiling:  # See Note [Second derivatives].
-        tensors = saved[:-1] if recompute else saved[:-2]
-        grad_student, grad_teacher = ops.kernel(names.backward, device_type, "reference")(
+    recorded = not compiling and torch.is_grad_enabled()
+    # Whether nobody will ask for the saved gradients again.
+    once = not (
+        compiling
+        or recorded
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+        or _is_batched(grad_loss)
+    )
+    # Looked at only where that waits for no device.
+    if once and device_type == "cpu" and reduction == 1:
+        met = grad_loss.item()
+        if watched:
+            meet_gradient(saved[0].shape[-1], met)
+        if met == made_for:
+            return saved[-2] if wrt_student else None, saved[-1] if wrt_teacher else None
+    if recorded:  # See Note [Second derivatives].
+        tensors = saved[:-1] if made_for is None else saved[:-2]
+        grad_student, grad_teacher = ops.kernel(LOSS_OPS[stem].backward, device_type, "reference")(
             grad_loss, *tensors, None, *params, *grad_params, scale, *wrt
         )
-    elif recompute:
-        grad_student, grad_teacher = ops.kernel(names.backward, device_type, backend)(
+    elif made_for is None or watched:
+        if made_for is not None:  # something else came than was expected, or it is wanted again
+            saved = saved[:-2]
+            _, row_stats = ops.kernel(LOSS_OPS[stem].forward, device_type, backend)(
+                *saved, *params, reduction, scale
+            )
+            saved = *saved, row_stats
+        grad_student, grad_teacher = ops.kernel(LOSS_OPS[stem].backward, device_type, backend)(
             grad_loss.contiguous(), *saved, *params, *grad_params, scale, *wrt
         )
     else:
         row_weight, grad_student, grad_teacher = saved[-3:]
-        in_place = not (
-            compiling
-            or torch._C._autograd._get_current_graph_task_keep_graph()
-            or torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # autograd.grad(is_grads_batched=True)
-        )
-        # The loss itself was differentiated: nothing to multiply, and nobody to keep the gradients for. Looked
-        # up only where that waits for no device.
-        if not in_place or device_type != "cpu" or grad_loss.dim() != 0 or grad_loss.item() != 1:
-            factor = grad_loss
-            if row_weight is not None:  # a row of weight 0 has gradients of 0, whatever comes from above
-                factor = factor.masked_fill(row_weight == 0, 0)
-            if factor.dim():
-                factor = factor.unsqueeze(-1)
-            if wrt_student:
-                grad_student = _scaled(grad_student, factor, in_place)
-            if wrt_teacher:
-                grad_teacher = _scaled(grad_teacher, factor, in_place)
+        factor = grad_loss
+        if row_weight is not None:  # a row of weight 0 has gradients of 0, whatever comes from above
+            factor = factor.masked_fill(row_weight == 0, 0)
+        if factor.dim():
+            factor = factor.unsqueeze(-1)
+        if wrt_student:
+            grad_student = _scaled(grad_student, factor, once)
+        if wrt_teacher:
+            grad_teacher = _scaled(grad_teacher, factor, once)
     return grad_student if wrt_student else None, grad_teacher if wrt_teacher else None
+
+
+def _is_batched(grad_loss: Tensor) -> bool:
+    """Under autograd.grad(is_grads_batched=True): many upstream gradients in one."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad_loss)
 
 
 def _scaled(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:

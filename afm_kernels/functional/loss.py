@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from afm_kernels import ops
-from afm_kernels.autograd.fused import LOSS_OPS, Call, FusedLoss, prefers_recompute, transformed_loss
+from afm_kernels.autograd.fused import (
+    LOSS_OPS,
+    Call,
+    FusedLoss,
+    is_watched,
+    prefers_recompute,
+    transformed_loss,
+)
 from afm_kernels.functional.checks import Logits, check_choice
 
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -56,7 +63,12 @@ def fused_loss(
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
         if recompute is None:
             recompute = prefers_recompute(stem, student, teacher, backend)
-        call = Call(stem, device_type, backend, params, grad_params, reduction_index, factor, recompute)
+            watched = recompute and is_watched(stem, reduction_index, backend)
+        else:
+            watched = False
+        call = Call(
+            stem, device_type, backend, params, grad_params, reduction_index, factor, recompute, watched
+        )
         return FusedLoss.apply(call, student, teacher, *tensors)
     loss, _ = ops.kernel(LOSS_OPS[stem].forward, device_type, backend)(
         student, teacher, *tensors, *params, reduction_index, factor

@@ -17,6 +17,7 @@ from afm_kernels.reference.scale_shift_relu import (
 from afm_kernels.reference.softmax_kl import (
     softmax_kl_backward,
     softmax_kl_forward,
+    softmax_kl_forward_backward,
     softmax_kl_forward_grad,
     softmax_kl_grad,
     softmax_kl_grad_out,
@@ -40,6 +41,7 @@ __all__ = [
     "scale_shift_relu_forward",
     "softmax_kl_backward",
     "softmax_kl_forward",
+    "softmax_kl_forward_backward",
     "softmax_kl_forward_grad",
     "softmax_kl_grad",
     "softmax_kl_grad_out",

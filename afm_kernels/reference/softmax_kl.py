@@ -258,6 +258,27 @@ def softmax_kl_forward_grad(
     )
 
 
+def softmax_kl_forward_backward(
+    student: Tensor,
+    teacher: Tensor,
+    row_weight: Tensor | None,
+    temperature: float,
+    divergence: int,
+    beta: float,
+    scale: float,
+    grad_loss: float,
+    wrt_student: bool,
+    wrt_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    value, to_student, to_teacher = row_divergence(student, teacher, temperature, divergence, beta)
+    upstream = value.new_tensor(grad_loss)
+    return (
+        reduce_rows(value, row_weight, 1, scale),
+        finish_grad(to_student, student, row_weight, scale, upstream, wrt_student),
+        finish_grad(to_teacher, teacher, row_weight, scale, upstream, wrt_teacher),
+    )
+
+
 def softmax_kl_grad(
     student: Tensor,
     teacher: Tensor,

@@ -111,6 +111,20 @@ std::tuple<Tensor, Tensor, Tensor> softmax_kl_forward_grad(Tensor student, Tenso
   return std::tuple_cat(std::tuple<Tensor>(call.take_loss()), call.take_gradients());
 }
 
+std::tuple<Tensor, Tensor, Tensor> softmax_kl_forward_backward(Tensor student, Tensor teacher,
+                                                               std::optional<Tensor> row_weight,
+                                                               double temperature,
+                                                               int64_t divergence, double beta,
+                                                               double scale, double grad_loss,
+                                                               bool wrt_student, bool wrt_teacher) {
+  SoftmaxKlCall call(student, teacher, row_weight, temperature, divergence, beta, scale);
+  call.params.expected_grad_loss = grad_loss, call.params.as_backward = true;
+  call.want_loss(/*reduction=*/1);
+  call.want_gradients(wrt_student, wrt_teacher);
+  call.run();
+  return std::tuple_cat(std::tuple<Tensor>(call.take_loss()), call.take_gradients());
+}
+
 std::tuple<Tensor, Tensor> softmax_kl_grad(Tensor student, Tensor teacher,
                                            std::optional<Tensor> row_weight, double temperature,
                                            int64_t divergence, double beta, double scale,
@@ -180,6 +194,7 @@ STABLE_TORCH_LIBRARY_IMPL(afm_kernels, CPU, m) {
   m.impl("softmax_kl_forward", TORCH_BOX(&afm::cpu::softmax_kl_forward));
   m.impl("softmax_kl_backward", TORCH_BOX(&afm::cpu::softmax_kl_backward));
   m.impl("softmax_kl_forward_grad", TORCH_BOX(&afm::cpu::softmax_kl_forward_grad));
+  m.impl("softmax_kl_forward_backward", TORCH_BOX(&afm::cpu::softmax_kl_forward_backward));
   m.impl("softmax_kl_grad", TORCH_BOX(&afm::cpu::softmax_kl_grad));
   m.impl("softmax_kl_grad_out", TORCH_BOX(&afm::cpu::softmax_kl_grad_out));
   m.impl("distillation_forward", TORCH_BOX(&afm::cpu::distillation_forward));

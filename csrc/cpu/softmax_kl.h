@@ -49,6 +49,10 @@ struct SoftmaxKlParams {
   const void* grad_loss =
       nullptr;  // accumulation type; grad_loss_stride 0: one for all, 1: one a row
   int64_t grad_loss_stride = 0;
+  // Where grad_loss is absent: one for all that is expected. See Note [Expected gradients] in
+  // afm_kernels/autograd/expected.py.
+  double expected_grad_loss = 1;
+  bool as_backward = false;  // the bits of a backward, which has row_stats instead of the sums
 
   double* row_values = nullptr;  // out: weighted loss of each row
   void* row_stats = nullptr;     // out of a forward, into a backward; accumulation type

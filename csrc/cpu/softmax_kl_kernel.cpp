@@ -669,9 +669,10 @@ struct Worker {
 
   // A row.
 
-  void save(const RowSummary& row, int64_t i, const HardLabel& hard) const {
-    if (params.row_stats == nullptr || params.stats_are_given) return;
-    T* stats = static_cast<T*>(params.row_stats) + i * kRowStats;
+  T* stats_of(int64_t i) const { return static_cast<T*>(params.row_stats) + i * kRowStats; }
+  bool wants_stats() const { return params.row_stats != nullptr && !params.stats_are_given; }
+
+  void save(const RowSummary& row, const HardLabel& hard, T* stats) const {
     stats[kStatKind] = static_cast<T>(static_cast<int>(row.kind));
     stats[kStatStudentShift] = static_cast<T>(row.student_shift);
     stats[kStatTeacherShift] = static_cast<T>(row.teacher_shift);
@@ -682,8 +683,7 @@ struct Worker {
     stats[kStatLast] = static_cast<T>(jeffreys ? row.student_mean / x_unit(row) : hard.log_sum_exp);
   }
 
-  void restore(int64_t i, RowSummary& row, HardLabel& hard) const {
-    const T* stats = static_cast<const T*>(params.row_stats) + i * kRowStats;
+  void restore(const T* stats, RowSummary& row, HardLabel& hard) const {
     row.kind = static_cast<RowKind>(static_cast<int>(stats[kStatKind]));
     row.student_shift = stats[kStatStudentShift], row.teacher_shift = stats[kStatTeacherShift];
     row.gap = coarse_gap(static_cast<T>(row.student_shift - row.teacher_shift));
@@ -713,7 +713,11 @@ struct Worker {
     if (!__builtin_isfinite(value))
       row.kind = __builtin_isnan(value) ? RowKind::kNan : RowKind::kInfinite;
     if (params.row_values != nullptr) params.row_values[i] = value * weight_of(i) * params.scale;
-    save(row, i, hard);
+    if (wants_stats()) save(row, hard, stats_of(i));
+    if (params.as_backward && row.kind != RowKind::kGeneral) {
+      T stats[kRowStats];
+      save(row, hard, stats), restore(stats, row, hard);
+    }
   }
 
   double weight_of(int64_t i) const {
@@ -727,7 +731,7 @@ struct Worker {
     if (params.row_values != nullptr) params.row_values[i] = value * weight * params.scale;
     RowSummary again;  // a backward does as the forward did
     again.kind = RowKind::kGeneral;
-    save(again, i, HardLabel());
+    if (wants_stats()) save(again, HardLabel(), stats_of(i));
     return true;
   }
 
@@ -739,7 +743,7 @@ struct Worker {
 
   double given_gradient(int64_t i) const {
     return params.grad_loss == nullptr
-               ? 1
+               ? params.expected_grad_loss
                : static_cast<const T*>(params.grad_loss)[params.grad_loss_stride * i];
   }
 
@@ -752,7 +756,7 @@ struct Worker {
       RowSummary masked;
       masked.kind = RowKind::kMasked;
       if (params.row_values != nullptr) params.row_values[i] = 0;
-      save(masked, i, hard);
+      if (wants_stats()) save(masked, hard, stats_of(i));
       fill(grad_student, grad_student_tile, T(0));
       return fill(grad_teacher, grad_teacher_tile, T(0));
     }
@@ -763,7 +767,7 @@ struct Worker {
     RowSummary row;
     bool cached = false;
     bool is_measured = !params.stats_are_given;
-    if (!is_measured) restore(i, row, hard);
+    if (!is_measured) restore(stats_of(i), row, hard);
     if (!is_measured && row.kind == RowKind::kGeneral) row = RowSummary(), is_measured = true;
     if (is_measured) {
       cached = wants_gradients;

@@ -40,6 +40,8 @@ def arguments_of(op: str, sample: Sample) -> tuple[Any, ...]:
     forward = (student, teacher, *tensors, *params)
     if kind == "forward":
         return *forward, 0, 0.5
+    if kind == "forward_backward":
+        return *forward, 0.5, 0.7, True, True
     if kind == "forward_grad":
         return *forward, *grad_params, 1, 0.5, True, False
     if kind == "grad":
@@ -79,7 +81,10 @@ def test_opcheck(op: str, backend: str, device_type: str, name: str, monkeypatch
 
 
 # The backwards' outputs are those of forward_grad, and out= has none.
-@pytest.mark.parametrize("op", [op for op in LOSS_OPERATORS if not op.endswith(("backward", "out"))])
+@pytest.mark.parametrize(
+    "op",
+    [op for op in LOSS_OPERATORS if not op.endswith(("_backward", "out")) or op.endswith("forward_backward")],
+)
 @pytest.mark.parametrize("name", ["weighted", "sliced", "channels_last", "vector", "no_rows"])
 def test_fake_has_the_metadata_of_the_reference(op: str, name: str) -> None:
     """A fake that promises other strides than a backend returns makes compiled code read the wrong memory."""
