@@ -317,7 +317,7 @@ class _Selection(threading.local):
     name = "auto"
 
 
-_selection = _Selection()
+selection = _Selection()
 
 
 def _auto_backend(op: str, device_type: str) -> str:
@@ -337,7 +337,7 @@ _AUTO = {(op, device): _auto_backend(op, device) for (op, device), served in TAB
 
 def backend_for(op: str, device_type: str) -> str:
     """The name of the backend that serves ``op`` on ``device_type`` in this thread."""
-    name = _selection.name
+    name = selection.name
     if name == "auto":
         return _AUTO.get((op, device_type), "reference")
     if name != "reference" and name not in TABLE.get((op, device_type), ()):
@@ -382,12 +382,12 @@ def use_backend(name: str) -> Iterator[None]:
             )
         if not any(name in served for served in TABLE.values()):
             raise RuntimeError(f"backend {name!r} is not available here: {STATUS[name]}")
-    previous = _selection.name
-    _selection.name = name
+    previous = selection.name
+    selection.name = name
     try:
         yield
     finally:
-        _selection.name = previous
+        selection.name = previous
 
 
 def backend_info() -> dict[str, Any]:
@@ -420,7 +420,7 @@ def backend_info() -> dict[str, Any]:
         },
         "backends": dict(STATUS),
         "cpu_capability": torch.ops.afm_kernels.cpu_capability() if STATUS["cpp"] == "loaded" else None,
-        "selected": _selection.name,
+        "selected": selection.name,
         "serves": {
             f"{op}/{device}": served_by(op, device) for (op, device), served in TABLE.items() if served
         },
@@ -429,5 +429,5 @@ def backend_info() -> dict[str, Any]:
 
 def served_by(op: str, device_type: str) -> str | None:
     """The backend that serves ``op`` in this thread, or None where the chosen one does not."""
-    name = _selection.name
+    name = selection.name
     return _AUTO[op, device_type] if name == "auto" else name if name in TABLE[op, device_type] else None

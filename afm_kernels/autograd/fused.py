@@ -17,7 +17,6 @@ else at the public boundary, since torch.compile takes no Function that has a ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -25,6 +24,11 @@ from torch import Tensor
 
 from afm_kernels import ops
 from afm_kernels.autograd.expected import expected_gradient, meet_gradient
+
+# Whether the backward that runs keeps its graph, and whether an upstream gradient is many in one, under
+# autograd.grad(is_grads_batched=True).
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 class LossOps(NamedTuple):
@@ -96,39 +100,21 @@ class Call(NamedTuple):
     reduction: int
     scale: float
     recompute: bool = False
-    watched: bool = (
-        False  # recompute, unless the upstream gradient is known: Note [Expected gradients] in expected.py
-    )
+    watched: bool = False  # recompute only what was not expected: Note [Expected gradients] in expected.py
 
 
-class FusedLoss(torch.autograd.Function):
-    """Any fused loss: ``apply(call, student, teacher, *tensors)``, the tensors as its operators order them."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Call, student: Tensor, teacher: Tensor, *tensors: Tensor | None) -> Tensor:
-        return fused_forward(ctx, ctx.needs_input_grad[1:3], call, student, teacher, tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        wrt = ctx.needs_input_grad
-        return None, *fused_backward(ctx, wrt[1:3], grad_loss), *(None,) * (len(wrt) - 3)
-
-
-def fused_forward(
-    ctx: Any,
-    wrt: Sequence[bool],
-    call: Call,
-    student: Tensor,
-    teacher: Tensor,
-    tensors: tuple[Tensor | None, ...],
-) -> Tensor:
-    """The loss; what its backward needs goes to ``ctx``."""
+def fused_forward(ctx: Any, student: Tensor, teacher: Tensor, call: Call, *tensors: Tensor | None) -> Tensor:
+    """The loss; what its backward needs goes to ``ctx``. The tensors are as its operators order them."""
     stem, device_type, backend, params, grad_params, reduction, scale, recompute, watched = call
-    kept = [student, teacher, *tensors]
+    wrt = ctx.needs_input_grad[:2]
+    kept = (student, teacher, *tensors)
     if not torch.compiler.is_compiling():
-        # A teacher's logits, or what was made of them, often come from torch.inference_mode(), whose tensors no
-        # graph can save.
-        kept = [t.clone() if t is not None and t.is_inference() else t for t in kept]
+        for tensor in kept:
+            if tensor is not None and tensor.is_inference():
+                # A teacher's logits, or what was made of them, often come from torch.inference_mode(), whose
+                # tensors no graph can save.
+                kept = tuple(t.clone() if t is not None and t.is_inference() else t for t in kept)
+                break
     # The upstream gradient that gradients are made for; None where they are not made yet.
     made_for = expected_gradient(student.shape[-1]) if watched else None if recompute else 1.0
     made: tuple[Tensor, ...]
@@ -149,27 +135,28 @@ def fused_forward(
     return loss
 
 
-def fused_backward(ctx: Any, wrt: Sequence[bool], grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients by student and teacher of a fused loss."""
+def fused_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients by student and teacher of a fused loss; by its other arguments, None."""
     stem, device_type, backend, params, grad_params, reduction, scale, _, watched = ctx.call
     made_for, saved = ctx.made_for, ctx.saved_tensors
-    wrt_student, wrt_teacher = wrt
+    wrt = ctx.needs_input_grad
+    wrt_student, wrt_teacher, *others = wrt
+    wrt = wrt[:2]
     compiling = torch.compiler.is_compiling()
     recorded = not compiling and torch.is_grad_enabled()
     # Whether nobody will ask for the saved gradients again.
-    once = not (
-        compiling
-        or recorded
-        or torch._C._autograd._get_current_graph_task_keep_graph()
-        or _is_batched(grad_loss)
-    )
+    once = not (compiling or recorded or _keeps_graph() or _is_batched(grad_loss))
     # Looked at only where that waits for no device.
     if once and device_type == "cpu" and reduction == 1:
         met = grad_loss.item()
         if watched:
             meet_gradient(saved[0].shape[-1], met)
         if met == made_for:
-            return saved[-2] if wrt_student else None, saved[-1] if wrt_teacher else None
+            return (
+                saved[-2] if wrt_student else None,
+                saved[-1] if wrt_teacher else None,
+                *(None,) * len(others),
+            )
     if recorded:  # See Note [Second derivatives].
         tensors = saved[:-1] if made_for is None else saved[:-2]
         grad_student, grad_teacher = ops.kernel(LOSS_OPS[stem].backward, device_type, "reference")(
@@ -196,12 +183,49 @@ def fused_backward(ctx: Any, wrt: Sequence[bool], grad_loss: Tensor) -> tuple[Te
             grad_student = _scaled(grad_student, factor, once)
         if wrt_teacher:
             grad_teacher = _scaled(grad_teacher, factor, once)
-    return grad_student if wrt_student else None, grad_teacher if wrt_teacher else None
+    return (
+        grad_student if wrt_student else None,
+        grad_teacher if wrt_teacher else None,
+        *(None,) * len(others),
+    )
 
 
-def _is_batched(grad_loss: Tensor) -> bool:
-    """Under autograd.grad(is_grads_batched=True): many upstream gradients in one."""
-    return torch._C._functorch.is_legacy_batchedtensor(grad_loss)
+class FusedLoss(torch.autograd.Function):
+    """Any fused loss: ``apply(student, teacher, call, *tensors)``."""
+
+    forward = staticmethod(fused_forward)
+    backward = staticmethod(fused_backward)
+
+
+class QuickLoss(torch.autograd.Function):
+    """FusedLoss's commonest case, summed softmax_kl with gradients made in the forward, and nothing in its way.
+
+    Not for compiled calls, nor for logits from torch.inference_mode(). See Note [Calls like one before] in
+    functional/loss.py.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, call: Call, row_weight: Tensor | None) -> Tensor:
+        loss, to_student, to_teacher = torch.ops.afm_kernels.softmax_kl_forward_grad.default(
+            student, teacher, row_weight, *call.params, 1, call.scale, *ctx.needs_input_grad[:2]
+        )
+        ctx.save_for_backward(student, teacher, row_weight, to_student, to_teacher)
+        ctx.call, ctx.made_for = call, 1.0
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or _keeps_graph()
+            or _is_batched(grad_loss)
+            or grad_loss.item() != 1
+        ):
+            return fused_backward(ctx, grad_loss)
+        *_, to_student, to_teacher = ctx.saved_tensors
+        wrt_student, wrt_teacher, *_ = ctx.needs_input_grad
+        return to_student if wrt_student else None, to_teacher if wrt_teacher else None, None, None
 
 
 def _scaled(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:

@@ -56,9 +56,6 @@ class SoftmaxKLDivFunction(torch.autograd.Function):
             backend = ops.backend_for("softmax_kl_forward_grad", device_type)
         params = (temperature, divergence, beta)
         call = Call("softmax_kl", device_type, backend, params, (), reduction, scale, recompute)
-        return fused_forward(ctx, ctx.needs_input_grad[:2], call, student, teacher, (row_weight,))
+        return fused_forward(ctx, student, teacher, call, row_weight)
 
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        wrt = ctx.needs_input_grad
-        return *fused_backward(ctx, wrt[:2], grad_loss), *(None,) * (len(wrt) - 2)
+    backward = staticmethod(fused_backward)

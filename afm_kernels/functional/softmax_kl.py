@@ -42,7 +42,7 @@ from afm_kernels.functional.checks import (
     check_recompute,
     check_row_weight,
 )
-from afm_kernels.functional.loss import fused_loss
+from afm_kernels.functional.loss import fused_loss, quick_gradients, quick_loss, remember
 from afm_kernels.functional.out import check_memory, check_not_recorded, write
 
 _SIDES = ("student", "teacher")
@@ -99,6 +99,15 @@ def softmax_kl_div(
     >>> round(loss.item(), 4), student.grad.allclose(torch.tensor([[-0.5752, 0.0, 0.5752]]), atol=1e-4)
     (1.1504, True)
     """
+    # See Note [Calls like one before] in loss.py.
+    may_be_quick = (
+        row_weight is None and recompute is None and dim == -1 and not torch.compiler.is_compiling()
+    )
+    if may_be_quick:
+        options = (temperature, reduction, scale_by_t2, divergence, beta)
+        loss = quick_loss(options, student_logits, teacher_logits)
+        if loss is not None:
+            return loss
     logits = check_logits(student_logits, teacher_logits, dim)
     temperature = check_positive("temperature", temperature)
     kind = 0 if divergence == "kl" else check_choice("divergence", divergence, ops.DIVERGENCES)
@@ -108,9 +117,11 @@ def softmax_kl_div(
     if recompute is not None:
         check_recompute(recompute)
     factor = temperature * temperature if scale_by_t2 else 1.0
-    return fused_loss(
-        "softmax_kl", logits, (row_weight,), (temperature, kind, beta), (), reduction, factor, recompute
-    )
+    params = (temperature, kind, beta)
+    loss = fused_loss("softmax_kl", logits, (row_weight,), params, (), reduction, factor, recompute)
+    if may_be_quick:
+        remember(options, (params, reduction, factor))
+    return loss
 
 
 def softmax_kl_div_grad(
@@ -150,6 +161,19 @@ def softmax_kl_div_grad(
     >>> to_student.allclose(torch.tensor([[0.2311, -0.2311]]), atol=1e-4)
     True
     """
+    # See Note [Calls like one before] in loss.py.
+    may_be_quick = (
+        row_weight is None
+        and out is None
+        and wrt is _SIDES
+        and dim == -1
+        and not torch.compiler.is_compiling()
+    )
+    if may_be_quick:
+        options = ("grad", temperature, divergence, beta)
+        gradients = quick_gradients(options, student_logits, teacher_logits)
+        if gradients is not None:
+            return gradients
     logits = check_logits(student_logits, teacher_logits, dim)
     temperature = check_positive("temperature", temperature)
     kind = 0 if divergence == "kl" else check_choice("divergence", divergence, ops.DIVERGENCES)
@@ -186,6 +210,8 @@ def softmax_kl_div_grad(
             to_teacher = to_teacher.movedim(-1, dim) if wrt_teacher else to_teacher
     finally:
         torch._C._set_grad_enabled(recording)
+    if may_be_quick:
+        remember(options, (temperature, kind, beta))
     if wrt_student and wrt_teacher:
         return (to_student, to_teacher) if wrt[0] == "student" else (to_teacher, to_student)
     return (to_student,) if wrt_student else (to_teacher,)

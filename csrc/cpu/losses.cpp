@@ -23,11 +23,22 @@ int64_t rows_of(const Layout& layout) {
 
 bool is_float64(const Tensor& tensor) { return dtype_of(tensor) == DType::kFloat64; }
 
+// Before anything is read from them: callers in a hurry leave these checks to the operator. See
+// Note [Calls like one before] in afm_kernels/functional/loss.py.
+const Tensor& checked(const Tensor& student, const Tensor& teacher) {
+  const Layout a(student), b(teacher);
+  STD_TORCH_CHECK(student.is_cpu() && teacher.is_cpu(), "logits are not on the CPU");
+  STD_TORCH_CHECK(a.dims > 0 && a.dims == b.dims && std::equal(a.sizes, a.sizes + a.dims, b.sizes),
+                  "student and teacher differ in shape, or have no class dimension");
+  STD_TORCH_CHECK(a.sizes[a.dims - 1] > 0, "the class dimension is empty");
+  return student;
+}
+
 }  // namespace
 
 LossCall::LossCall(const Tensor& student, const Tensor& teacher,
                    const std::optional<Tensor>& row_weight)
-    : student(student),
+    : student(checked(student, teacher)),
       teacher(teacher),
       layout(student),
       teacher_layout(teacher),
