@@ -448,7 +448,7 @@ def _mean_and_spread(runs: Sequence[Json], figure: str, decimals: int) -> str:
 
 
 def floors(folder: Path, capability: str) -> str:
-    """The speeds that softmax_kl is held to, as one instruction set reached them."""
+    """The speeds that softmax_kl is held to, as one instruction set reached them (-fresh: with fresh pages)."""
     from benchmarks.kernels.floors import HEAD, rows
 
     content = load(folder / f"floors-{capability}.json")
@@ -487,6 +487,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "study-digits": partial(study, "digits"),
     "study-cifar10": partial(study, "cifar10"),
     "floors": partial(floors, capability="avx512"),
+    "floors-fresh": partial(floors, capability="avx512-fresh"),
     "floors-avx2": partial(floors, capability="avx2"),
     "floors-portable": partial(floors, capability="portable"),
 }

@@ -147,7 +147,7 @@ def fused_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     # Whether nobody will ask for the saved gradients again.
     once = not (compiling or recorded or _keeps_graph() or _is_batched(grad_loss))
     # Looked at only where that waits for no device.
-    if once and device_type == "cpu" and reduction == 1:
+    if once and device_type == "cpu" and reduction == 1 and (watched or made_for is not None):
         met = grad_loss.item()
         if watched:
             meet_gradient(saved[0].shape[-1], met)

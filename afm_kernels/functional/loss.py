@@ -70,7 +70,9 @@ def _is_plain(student: Tensor, teacher: Tensor) -> bool:
     )
 
 
-def quick_loss(options: tuple[Any, ...], student: Tensor, teacher: Tensor) -> Tensor | None:
+def quick_loss(
+    options: tuple[Any, ...], student: Tensor, teacher: Tensor, recompute: bool | None
+) -> Tensor | None:
     """softmax_kl of options that were good before; None where it takes the long way. Not for compiled calls."""
     try:
         params, reduction, factor = _good[options]
@@ -88,16 +90,17 @@ def quick_loss(options: tuple[Any, ...], student: Tensor, teacher: Tensor) -> Te
             return ops.kernel("softmax_kl_forward", "cpu", "cpp")(student, teacher, None, *params, 1, factor)[
                 0
             ]
+        if student.is_inference() or teacher.is_inference():
+            return None
         half = torch.float16
-        if num_classes < _LONG and student.dtype is not half and teacher.dtype is not half:
-            if student.is_inference() or teacher.is_inference():
-                return None
-            return QuickLoss.apply(
-                student, teacher, Call("softmax_kl", "cpu", "cpp", params, (), 1, factor), None
-            )
-        recompute = prefers_recompute("softmax_kl", student, teacher, "cpp")
-        call = Call("softmax_kl", "cpu", "cpp", params, (), 1, factor, recompute, recompute)
-        return FusedLoss.apply(student, teacher, call, None)
+        watched = False
+        if recompute is None:
+            if num_classes < _LONG and student.dtype is not half and teacher.dtype is not half:
+                recompute = False
+            else:
+                watched = recompute = prefers_recompute("softmax_kl", student, teacher, "cpp")
+        call = Call("softmax_kl", "cpu", "cpp", params, (), 1, factor, recompute, watched)
+        return (FusedLoss if recompute else QuickLoss).apply(student, teacher, call, None)
     except (KeyError, *REFUSALS):
         return None
 

@@ -101,11 +101,14 @@ def softmax_kl_div(
     """
     # See Note [Calls like one before] in loss.py.
     may_be_quick = (
-        row_weight is None and recompute is None and dim == -1 and not torch.compiler.is_compiling()
+        row_weight is None
+        and dim == -1
+        and (recompute is None or recompute is True or recompute is False)
+        and not torch.compiler.is_compiling()
     )
     if may_be_quick:
         options = (temperature, reduction, scale_by_t2, divergence, beta)
-        loss = quick_loss(options, student_logits, teacher_logits)
+        loss = quick_loss(options, student_logits, teacher_logits, recompute)
         if loss is not None:
             return loss
     logits = check_logits(student_logits, teacher_logits, dim)
