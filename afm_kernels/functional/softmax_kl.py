@@ -77,7 +77,9 @@ def softmax_kl_div(
             2015).
         recompute: True saves O(rows) for the backward and recomputes there; False makes the gradients in the
             forward, and scales them where the loss is multiplied afterwards; None takes what was measured
-            faster, all in all, for the backend and the number of classes.
+            faster, all in all, for the backend and the number of classes. Of vocabularies on CPUs it makes them
+            in the forward once it has seen what the losses are multiplied with, see Note [Expected gradients]
+            in afm_kernels/autograd/expected.py.
         divergence: "kl"; "reverse_kl", KL(student ‖ teacher); "jeffreys", their sum; or "js", Jensen-Shannon,
             β KL(p‖m) + (1 - β) KL(q‖m) with m = β p + (1 - β) q, teacher p and student q.
         beta: β of "js", between 0 and 1.
