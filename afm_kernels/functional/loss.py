@@ -87,9 +87,8 @@ def quick_loss(
         elif reduction == "none" or rows == 0:
             return None
         if not (torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)):
-            return ops.kernel("softmax_kl_forward", "cpu", "cpp")(student, teacher, None, *params, 1, factor)[
-                0
-            ]
+            forward = ops.kernel("softmax_kl_forward", "cpu", "cpp")
+            return forward(student, teacher, None, *params, 1, factor)[0]
         if student.is_inference() or teacher.is_inference():
             return None
         half = torch.float16
@@ -156,11 +155,10 @@ def fused_loss(
         call = Call(stem, device_type, backend, params, grad_params, reduction_index, factor)
         return transformed_loss(call, student, teacher, *tensors)
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+        watched = False
         if recompute is None:
             recompute = prefers_recompute(stem, student, teacher, backend)
             watched = recompute and is_watched(stem, reduction_index, backend)
-        else:
-            watched = False
         call = Call(
             stem, device_type, backend, params, grad_params, reduction_index, factor, recompute, watched
         )
