@@ -36,8 +36,10 @@ def results() -> dict[str, torch.Tensor]:
         return torch.randn(shape, generator=generator)
 
     student, teacher = random(64, 100).requires_grad_(), random(64, 100).requires_grad_()
-    loss = softmax_kl_div(student, teacher, temperature=4.0)
-    loss.backward()
+    for _ in range(2):  # the second call takes a shorter way, if the kernels are compiled
+        student.grad = teacher.grad = None
+        loss = softmax_kl_div(student, teacher, temperature=4.0)
+        loss.backward()
     x, grad = random(4, 3, 8, 8).sigmoid(), random(4, 3, 8, 8)
     activation = random(4, 3, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
     rectified = scale_shift_relu(activation, random(3), random(3), x)
