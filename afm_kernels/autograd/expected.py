@@ -14,9 +14,14 @@ expectation, and the next ``STREAK`` losses recompute too.
 
 What was expected shows in time and memory only: the operator that makes gradients for an expected upstream gradient
 gives the bits that the recomputing backward gives for it.
+
+Where somebody else looks after saved tensors (torch.autograd.graph.saved_tensors_hooks) nothing is expected:
+torch.utils.checkpoint runs a forward again in the backward, other losses later, and has to find the same tensors saved.
 """
 
 from __future__ import annotations
+
+import torch
 
 STREAK = 4
 """How many equal upstream gradients in a row make the next one expected. A wrong guess moves ten tensors in place of
@@ -30,7 +35,9 @@ _met: dict[
 def expected_gradient(num_classes: int) -> float | None:
     """What the next loss over so many classes is expected to meet; None where nothing is."""
     value, times = _met.get(num_classes, (0.0, 0))
-    return value if times >= STREAK else None
+    if times < STREAK or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return None
+    return value
 
 
 def meet_gradient(num_classes: int, value: float) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from samples import SAMPLES, draw
 from torch import Tensor
 
@@ -165,3 +166,21 @@ def test_second_derivatives_and_batched_gradients() -> None:
         wanted = gradients(logits, upstream.item(), recompute=True)
         for got, right in zip(batched, wanted, strict=True):
             torch.testing.assert_close(got[index], right)
+
+
+def test_checkpointed_chunks() -> None:
+    """A forward that runs again in the backward saves the same tensors, whatever was met in between."""
+    features = torch.randn(expected.STREAK + 2, 3)
+    heads = [torch.randn(3, CLASSES, requires_grad=True) for _ in range(2)]
+
+    def chunk(x: Tensor) -> Tensor:
+        return softmax_kl_div(x @ heads[0], x @ heads[1], reduction="sum")
+
+    for _ in range(2):
+        total = sum(
+            torch.utils.checkpoint.checkpoint(chunk, x, use_reentrant=False) for x in features.split(1)
+        )
+        got = torch.autograd.grad(total, heads)
+    wanted = torch.autograd.grad(chunk(features), heads)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
