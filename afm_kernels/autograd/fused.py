@@ -47,12 +47,11 @@ LOSS_OPS = {
 # Number of classes from which on `recompute=None` recomputes, by backend and loss; absent: never.
 #
 # cpp: in main memory, reading or writing a tensor is what costs. Both gradients made in the forward move four
-# tensors, and four more where an upstream gradient other than the expected one scales them; recomputing moves six in
-# either case, and softmax_kl only does it where it does not know what to expect: see Note [Expected gradients] in
-# expected.py. With one gradient it is three tensors and two more against five: no gain. Of fewer classes, what is
-# scaled mostly is in the caches still. The other losses, of 16384, 32000 and 128256 classes: distillation has more to
-# compute, 15 % longer against 12 % less up to 32000 classes, but 12 and 28 % less of 128256; dkl reads its rows twice
-# in either case, 2 % longer against 15 % less.
+# tensors, and four more where an upstream gradient scales them; recomputing moves six in either case. With one
+# gradient it is three tensors and two more against five: no gain. Of fewer classes, what is scaled mostly is in the
+# caches still. An eager softmax_kl does better than either: see Note [Expected gradients] in expected.py. The other
+# losses, of 16384, 32000 and 128256 classes: distillation has more to compute, 15 % longer against 12 % less up to
+# 32000 classes, but 12 and 28 % less of 128256; dkl reads its rows twice in either case, 2 % longer against 15 % less.
 #
 # triton: rows of more than 8192 classes are streamed, and read twice in either case: gradients made in the
 # forward would save nothing and hold memory until the backward.
@@ -76,9 +75,20 @@ def prefers_recompute(stem: str, student: Tensor, teacher: Tensor, backend: str)
     return backend != "cpp" or (student.requires_grad and teacher.requires_grad)
 
 
-def is_watched(stem: str, reduction: int, backend: str) -> bool:
-    """Whether a loss that would recompute looks at Note [Expected gradients] in expected.py first."""
-    return stem == "softmax_kl" and reduction == 1 and backend == "cpp" and not torch.compiler.is_compiling()
+def is_watched(stem: str, student: Tensor, teacher: Tensor, reduction: int, backend: str) -> bool:
+    """Whether ``recompute=None`` goes by Note [Expected gradients] in expected.py: of long rows, and of float16."""
+    return (
+        stem == "softmax_kl"
+        and reduction == 1
+        and backend == "cpp"
+        and not torch.compiler.is_compiling()
+        and (
+            student.shape[-1] >= RECOMPUTE_FROM["cpp"]["softmax_kl"]
+            or student.dtype is torch.float16
+            or teacher.dtype is torch.float16
+        )
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    )
 
 
 def refuse_forward_mode() -> NoReturn:

@@ -97,7 +97,8 @@ def quick_loss(
             if num_classes < _LONG and student.dtype is not half and teacher.dtype is not half:
                 recompute = False
             else:
-                watched = recompute = prefers_recompute("softmax_kl", student, teacher, "cpp")
+                watched = is_watched("softmax_kl", student, teacher, 1, "cpp")
+                recompute = watched or prefers_recompute("softmax_kl", student, teacher, "cpp")
         call = Call("softmax_kl", "cpu", "cpp", params, (), 1, factor, recompute, watched)
         return (FusedLoss if recompute else QuickLoss).apply(student, teacher, call, None)
     except (KeyError, *REFUSALS):
@@ -157,8 +158,8 @@ def fused_loss(
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
         watched = False
         if recompute is None:
-            recompute = prefers_recompute(stem, student, teacher, backend)
-            watched = recompute and is_watched(stem, reduction_index, backend)
+            watched = is_watched(stem, student, teacher, reduction_index, backend)
+            recompute = watched or prefers_recompute(stem, student, teacher, backend)
         call = Call(
             stem, device_type, backend, params, grad_params, reduction_index, factor, recompute, watched
         )

@@ -39,13 +39,13 @@ def gradients(
     logits: tuple[Tensor, Tensor], upstream: float, recompute: bool | None = None
 ) -> tuple[Tensor, ...]:
     loss = softmax_kl_div(*logits, recompute=recompute)
-    return torch.autograd.grad(loss, logits, torch.tensor(upstream))
+    return torch.autograd.grad(loss, [t for t in logits if t.requires_grad], torch.tensor(upstream))
 
 
 def makes_gradients(logits: tuple[Tensor, Tensor]) -> bool:
     """Whether the next loss makes its gradients in the forward."""
     saved = softmax_kl_div(*logits).grad_fn.saved_tensors
-    return sum(t is not None and t.shape == logits[0].shape for t in saved) == 4
+    return sum(t is not None and t.shape == logits[0].shape for t in saved) > 2
 
 
 def assert_same_bits(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
@@ -96,8 +96,12 @@ def test_bits_of_longer_rows(num_classes: int, distance: float) -> None:
             assert_same_bits(got, (loss, *wanted))
 
 
-def test_what_was_met_often_enough_is_expected() -> None:
-    logits = pair()
+@pytest.mark.parametrize("sides", ["both", "student", "teacher"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_was_met_often_enough_is_expected(dtype: torch.dtype, sides: str) -> None:
+    logits = pair(dtype=dtype)
+    if sides != "both":
+        logits[sides == "student"].requires_grad_(False)
     for upstream in (1.0, 0.25):
         for _ in range(expected.STREAK):
             assert not makes_gradients(logits)
