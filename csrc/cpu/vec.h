@@ -17,6 +17,8 @@
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the "undefined" sources inside its own AVX-512 intrinsics for uninitialised
@@ -476,7 +478,6 @@ struct PortableVec {
     AFM_MEMBER static Vec load(const T* p) { return Vec(load_lanes(p)); }                                     \
     AFM_MEMBER static Vec load(const T* p, int n, Vec fill) { return Vec(load_lanes(p, n, fill.v)); }         \
   };                                                                                                          \
-  AFM_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return Vec<T>(a.v * b.v + c.v); }                     \
   AFM_INLINE Vec<T> max(Vec<T> a, Vec<T> bound) { return Vec<T>(a.v > bound.v ? a.v : bound.v); }             \
   AFM_INLINE Vec<T> min(Vec<T> a, Vec<T> bound) { return Vec<T>(a.v < bound.v ? a.v : bound.v); }             \
   AFM_INLINE Vec<T> abs(Vec<T> a) { return Vec<T>(a.v < 0 ? -a.v : a.v); }                                    \
@@ -497,6 +498,25 @@ AFM_PORTABLE_VEC(float)
 AFM_PORTABLE_VEC(double)
 #undef AFM_PORTABLE_VEC
 // clang-format on
+
+// Fused where every processor of the kind can.
+#if defined(__aarch64__)
+AFM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return Vec<float>(
+      (Vec<float>::Lanes)vfmaq_f32((float32x4_t)c.v, (float32x4_t)a.v, (float32x4_t)b.v));
+}
+AFM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return Vec<double>(
+      (Vec<double>::Lanes)vfmaq_f64((float64x2_t)c.v, (float64x2_t)a.v, (float64x2_t)b.v));
+}
+#else
+AFM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return Vec<float>(a.v * b.v + c.v);
+}
+AFM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return Vec<double>(a.v * b.v + c.v);
+}
+#endif
 
 // bfloat16 in memory, float32 in registers, as above.
 typedef uint16_t PortableHalves __attribute__((vector_size(8)));
