@@ -155,17 +155,25 @@ struct Worker {
 
   // Sums.
 
-  // See Note [Lines of the gradients]. A streamed line is not to come at all, and a row longer than
-  // a tile would have lost its lines again before it writes them.
-  GradientLines gradient_lines(int64_t j) const {
-    const GradientLines none = {reinterpret_cast<const char*>(student_cache),
-                                reinterpret_cast<const char*>(student_cache), 0};
-    const RowPointer& first = grad_student.data != nullptr ? grad_student : grad_teacher;
-    const RowPointer& second = grad_teacher.data != nullptr ? grad_teacher : grad_student;
-    if (params.stream || params.classes > kTile || first.data == nullptr || first.stride != 1 ||
-        second.stride != 1 || first.dtype != second.dtype)
-      return none;
+  // Of two rows from class j on, for loops that run over both; see Note [Lines ahead].
+  Lines lines_of(const RowPointer& student_row, const RowPointer& teacher_row, int64_t j) const {
+    const RowPointer& first = student_row.data != nullptr ? student_row : teacher_row;
+    const RowPointer& second = teacher_row.data != nullptr ? teacher_row : student_row;
+    const char* at_hand = reinterpret_cast<const char*>(student_cache);
+    if (first.data == nullptr || first.stride != 1 || second.stride != 1 ||
+        first.dtype != second.dtype)
+      return {at_hand, at_hand, 0};
     return {first.at(j), second.at(j), element_size(first.dtype)};
+  }
+
+  bool is_long() const { return params.classes > kTile; }
+
+  template <bool kCache>
+  Lines lines_of_sums(int64_t j) const {
+    if (!is_long())
+      return params.stream ? lines_of({}, {}, 0) : lines_of(grad_student, grad_teacher, j);
+    const int64_t bytes = kCache ? kAheadOfStores : kAheadOfLoads;
+    return lines_of(student, teacher, j + bytes / element_size(student.dtype));
   }
 
   void look_at(int64_t i, const RowPointer& s, const RowPointer& t) {
@@ -204,14 +212,15 @@ struct Worker {
   RowSums sum_tiles(const RowConstants<T>& c) const {
     RowSums sums;
     for_direct_tiles([&](const auto* s, const auto* t, int64_t j, int64_t n) {
-      const GradientLines lines = gradient_lines(j);
+      const Lines lines = lines_of_sums<kCache>(j);
+      const bool ahead = is_long();
       T *f = student_cache + j, *e = teacher_cache + j;
       if constexpr (kKind == RowKind::kNear)
-        jeffreys ? sum_near<kCache, true, kBounded>(s, t, n, c, lines, f, e, sums)
-                 : sum_near<kCache, false, kBounded>(s, t, n, c, lines, f, e, sums);
+        jeffreys ? sum_near<kCache, true, kBounded>(s, t, n, c, lines, ahead, f, e, sums)
+                 : sum_near<kCache, false, kBounded>(s, t, n, c, lines, ahead, f, e, sums);
       else
-        jeffreys ? sum_far<kCache, true, kBounded>(s, t, n, c, lines, f, e, sums)
-                 : sum_far<kCache, false, kBounded>(s, t, n, c, lines, f, e, sums);
+        jeffreys ? sum_far<kCache, true, kBounded>(s, t, n, c, lines, ahead, f, e, sums)
+                 : sum_far<kCache, false, kBounded>(s, t, n, c, lines, ahead, f, e, sums);
     });
     return sums;
   }
@@ -538,15 +547,17 @@ struct Worker {
                                 const RowConstants<T>& c, const GradientFactors<T>& by,
                                 In* to_student, In* to_teacher, bool stream) const {
     const T *f = student_cache + j, *e = teacher_cache + j;
+    Lines lines, *next = nullptr;
+    if (stream) lines = lines_of(next_student, next_teacher, j), next = &lines;
     if (to_student != nullptr && to_teacher != nullptr)
       gradient<kKind, kCached, true, true, kJeffreys>(s, t, n, c, by, f, e, to_student, to_teacher,
-                                                      stream);
+                                                      next);
     else if (to_student != nullptr)
       gradient<kKind, kCached, true, false, kJeffreys>(s, t, n, c, by, f, e, to_student, to_teacher,
-                                                       stream);
+                                                       next);
     else
       gradient<kKind, kCached, false, true, kJeffreys>(s, t, n, c, by, f, e, to_student, to_teacher,
-                                                       stream);
+                                                       next);
   }
 
   template <RowKind kKind, bool kCached>

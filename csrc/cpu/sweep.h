@@ -30,10 +30,11 @@ AFM_INLINE void store_float16(Vec<float> x, Float16* p, int n) {
 // Where a vector stands among the kUnroll that a round of a loop takes.
 enum Place { kAlone, kFirst, kSecond };
 
-// How a loop touches memory: a whole vector, one whose lines are not worth keeping in the caches,
-// or the first n lanes.
+// How a loop touches memory: a whole vector; one in a loop that asks for lines ahead of itself; one
+// whose lines are not worth keeping in the caches; or the first n lanes of one.
 struct Whole {
   static constexpr Place kPlace = kAlone;
+  static constexpr bool kAhead = false, kStreams = false;
   AFM_MEMBER Vec<float> load(const BFloat16* p, Vec<float>) const { return load_bfloat16(p); }
   AFM_MEMBER void store(BFloat16* p, Vec<float> x) const { store_bfloat16(x, p); }
   AFM_MEMBER void store(BFloat16* p, Vec<float> x, Vec<float> y) const { store_bfloat16(x, y, p); }
@@ -53,7 +54,12 @@ struct Whole {
   }
 };
 
+struct Ahead : Whole {
+  static constexpr bool kAhead = true;
+};
+
 struct Streamed : Whole {
+  static constexpr bool kStreams = true;
   AFM_MEMBER void store(BFloat16* p, Vec<float> x) const { stream_bfloat16(x, p); }
   AFM_MEMBER void store(BFloat16* p, Vec<float> x, Vec<float> y) const { stream_bfloat16(x, y, p); }
   template <class T>
@@ -62,8 +68,10 @@ struct Streamed : Whole {
   }
 };
 
-struct Part {
+template <class Access>
+struct PartOf {
   static constexpr Place kPlace = kAlone;
+  static constexpr bool kAhead = Access::kAhead, kStreams = Access::kStreams;
   int n;
   AFM_MEMBER Vec<float> load(const BFloat16* p, Vec<float> fill) const {
     return load_bfloat16(p, n, fill);
@@ -122,7 +130,7 @@ AFM_INLINE void sweep(int64_t j, int64_t n, const F& step) {
     step(Placed<Access, kSecond>(), j + V::width, 1);
   }
   for (; j + V::width <= n; j += V::width) step(Access{}, j, 0);
-  if (j < n) step(Part{static_cast<int>(n - j)}, j, 0);
+  if (j < n) step(PartOf<Access>{static_cast<int>(n - j)}, j, 0);
 }
 
 // One accumulator for each vector in flight.

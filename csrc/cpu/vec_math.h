@@ -227,7 +227,7 @@ struct ScaledExp {
   AFM_MEMBER bool in_range(const V (&sums)[n]) const {
     using Bits = typename Float<T>::Bits;
     constexpr Bits kAllowed =
-        Bits(1) << (8 * sizeof(T) - 2) | (2 * Float<T>::bias + 2) * kSteps - 1;
+        (Bits(1) << (8 * sizeof(T) - 2)) | ((2 * Float<T>::bias + 2) * kSteps - 1);
     Bits lanes[n * V::width], all = 0;
     memcpy(lanes, sums, sizeof(lanes));
     for (const Bits lane : lanes) all |= lane;
