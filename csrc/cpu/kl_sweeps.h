@@ -295,19 +295,6 @@ struct GradientFactors {
   T student_rest = 0;  // general: what student_mean is off by
 };
 
-// Calls step over n classes; where stores are streamed, whole vectors are aligned.
-template <class T, class Out, class F>
-AFM_INLINE void sweep_out(const Out* out, int64_t n, bool stream, const F& step) {
-  using V = Vec<T>;
-  if (!stream) return sweep<V>(0, n, step);
-  constexpr int64_t kBytes = V::width * sizeof(T);
-  const int64_t past = reinterpret_cast<uintptr_t>(out) % kBytes;
-  int64_t head = past == 0 ? 0 : (kBytes - past) / static_cast<int64_t>(sizeof(Out));
-  head = head < n ? head : n;
-  sweep<V>(0, head, step);
-  sweep<V, Streamed>(head, n, step);
-}
-
 // `next`: where stores are streamed, the lines of the row to come.
 template <RowKind kKind, bool kCached, bool kStudent, bool kTeacher, bool kJeffreys, class In,
           class T>
@@ -327,7 +314,7 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
   const V teacher_x(by.teacher_x), teacher_e(by.teacher_e), teacher_f(by.teacher_f);
   const V mean(by.mean), student_mean(by.student_mean), student_rest(by.student_rest);
   Output<In, T> by_student{grad_student, V()}, by_teacher{grad_teacher, V()};
-  sweep_out<T>(kStudent ? grad_student : grad_teacher, n, stream,
+  sweep_out<V>(kStudent ? grad_student : grad_teacher, n, stream,
                [&](auto access, int64_t j, int) AFM_STEP {
                  V a, b, x, e, f;
                  if constexpr (decltype(access)::kStreams) lines.template request_to_read<false>(j);

@@ -13,8 +13,6 @@ namespace {
 // 32000 a sixth to a quarter less. (Waking one that sleeps costs more than a call of this size.)
 constexpr int64_t kClassesPerThread = 8192;
 
-constexpr int64_t kStreamedBytes = 8 << 20;
-
 int64_t rows_of(const Layout& layout) {
   int64_t rows = 1;
   for (int d = 0; d < layout.dims - 1; ++d) rows *= layout.sizes[d];
@@ -128,7 +126,7 @@ std::tuple<Tensor, Tensor> LossCall::take_gradients() {
 
 bool LossCall::gradients_outgrow_caches() const {
   const int64_t sides = (grad_student ? 1 : 0) + (grad_teacher ? 1 : 0);
-  return sides * layout.numel * (is_double ? 8 : 4) > kStreamedBytes;
+  return outgrows_caches(sides * layout.numel * (is_double ? 8 : 4));
 }
 
 int64_t LossCall::grain() const {

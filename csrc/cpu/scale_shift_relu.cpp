@@ -100,6 +100,7 @@ Tensor scale_shift_relu_forward_op(Tensor x, Tensor scale, Tensor shift,
       .shift = nullptr,
       .period = 0,
       .compute_double = any_double({&x, &scale, &shift, added}),
+      .stream = outgrows_caches(out.numel() * out.element_size()),
       .loop = plan_loop<P::kOperands>(x.sizes().data(), x.dim(), strides),
   };
   params.period = merge_channels(&params.loop, scale.numel());
@@ -137,6 +138,8 @@ std::tuple<Tensor, Tensor> scale_shift_relu_backward_op(Tensor grad_output, Tens
       .scale = nullptr,
       .period = 0,
       .compute_double = any_double({&grad_output, &output, &scale}),
+      .stream = outgrows_caches(((wrt_x ? 1 : 0) + (wrt_residual ? 1 : 0)) * output.numel() *
+                                output.element_size()),
       .loop = plan_loop<P::kOperands>(output.sizes().data(), output.dim(), strides),
   };
   params.period = merge_channels(&params.loop, scale.numel());

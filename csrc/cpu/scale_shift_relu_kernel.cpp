@@ -46,7 +46,7 @@ struct ChannelNumbers {
 
 template <bool kCounts, class C, class X>
 AFM_LOOP void forward_run(X* out, const X* x, const X* residual, const C* scales, const C* shifts,
-                          int64_t n) {
+                          int64_t n, bool stream) {
   using V = Vec<C>;
   const ChannelNumbers<kCounts, C> scale(scales), shift(shifts);
   const V zero(C(0));
@@ -57,17 +57,18 @@ AFM_LOOP void forward_run(X* out, const X* x, const X* residual, const C* scales
     access.store(out + j, max(zero, y));  // a NaN stays
   };
   if (residual == nullptr)
-    sweep<V>(0, n,
-             [&](auto access, int64_t j, int) AFM_STEP { put_relu(access, j, scaled(access, j)); });
+    sweep_out<V>(out, n, stream, [&](auto access, int64_t j, int) AFM_STEP {
+      put_relu(access, j, scaled(access, j));
+    });
   else
-    sweep<V>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
+    sweep_out<V>(out, n, stream, [&](auto access, int64_t j, int) AFM_STEP {
       put_relu(access, j, scaled(access, j) + access.load(residual + j, zero));
     });
 }
 
 template <bool kCounts, class C, class X>
 AFM_LOOP void backward_run(X* grad_x, X* grad_residual, const X* output, const X* grad,
-                           const C* scales, int64_t n) {
+                           const C* scales, int64_t n, bool stream) {
   using V = Vec<C>;
   const ChannelNumbers<kCounts, C> scale(scales);
   const V zero(C(0));
@@ -77,14 +78,15 @@ AFM_LOOP void backward_run(X* grad_x, X* grad_residual, const X* output, const X
   const auto put_by_x = [&](auto access, int64_t j, V g)
                             AFM_STEP { access.store(grad_x + j, g * scale.at(access, j)); };
   if (grad_residual == nullptr)
-    sweep<V>(0, n,
-             [&](auto access, int64_t j, int) AFM_STEP { put_by_x(access, j, passed(access, j)); });
+    sweep_out<V>(grad_x, n, stream, [&](auto access, int64_t j, int) AFM_STEP {
+      put_by_x(access, j, passed(access, j));
+    });
   else if (grad_x == nullptr)
-    sweep<V>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
+    sweep_out<V>(grad_residual, n, stream, [&](auto access, int64_t j, int) AFM_STEP {
       access.store(grad_residual + j, passed(access, j));
     });
   else
-    sweep<V>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
+    sweep_out<V>(grad_x, n, stream, [&](auto access, int64_t j, int) AFM_STEP {
       const V g = passed(access, j);
       access.store(grad_residual + j, g), put_by_x(access, j, g);
     });
@@ -121,6 +123,7 @@ AFM_INLINE void forward(const ScaleShiftReluParams& p, int64_t begin, int64_t en
   const bool counts = strides[P::kChannel][0] != 0;
   const bool direct =
       is_direct<C>(p.loop, p.dtype, p.residual == nullptr ? p.dtype : p.residual_dtype);
+  const bool stream = p.stream && direct;
   for_each_channel_block(
       p.loop, p.period, begin, end,
       [&](const int64_t* at, int64_t channel, int n) AFM_LAMBDA_INLINE {
@@ -128,9 +131,9 @@ AFM_INLINE void forward(const ScaleShiftReluParams& p, int64_t begin, int64_t en
         const C* shift = static_cast<const C*>(p.shift) + channel;
         const auto run = [&](auto* out, const auto* x, const auto* residual) AFM_LAMBDA_INLINE {
           if (counts)
-            forward_run<true>(out, x, residual, scale, shift, n);
+            forward_run<true>(out, x, residual, scale, shift, n, stream);
           else
-            forward_run<false>(out, x, residual, scale, shift, n);
+            forward_run<false>(out, x, residual, scale, shift, n, stream);
         };
         if (direct) {
           return with_element<C>(p.dtype, [&](auto element) AFM_LAMBDA_INLINE {
@@ -149,6 +152,7 @@ AFM_INLINE void forward(const ScaleShiftReluParams& p, int64_t begin, int64_t en
             residual.data == nullptr ? nullptr : residual.read(0, n, scratch[P::kResidual]));
         out.write(0, n, to);
       });
+  end_of_streams();
 }
 
 template <class C>
@@ -158,6 +162,10 @@ AFM_INLINE void backward(const ScaleShiftReluBackwardParams& p, int64_t begin, i
   const auto& strides = p.loop.strides;
   const bool counts = strides[P::kChannel][0] != 0;
   const bool direct = is_direct<C>(p.loop, p.dtype, p.grad_output_dtype);
+  // One loop aligns the stores to both gradients.
+  const bool alike = p.grad_x == nullptr || p.grad_residual == nullptr ||
+                     (static_cast<char*>(p.grad_x) - static_cast<char*>(p.grad_residual)) % 64 == 0;
+  const bool stream = p.stream && direct && alike;
   for_each_channel_block(
       p.loop, p.period, begin, end,
       [&](const int64_t* at, int64_t channel, int n) AFM_LAMBDA_INLINE {
@@ -165,9 +173,9 @@ AFM_INLINE void backward(const ScaleShiftReluBackwardParams& p, int64_t begin, i
         const auto run = [&](auto* grad_x, auto* grad_residual, const auto* output,
                              const auto* grad) AFM_LAMBDA_INLINE {
           if (counts)
-            backward_run<true>(grad_x, grad_residual, output, grad, scale, n);
+            backward_run<true>(grad_x, grad_residual, output, grad, scale, n, stream);
           else
-            backward_run<false>(grad_x, grad_residual, output, grad, scale, n);
+            backward_run<false>(grad_x, grad_residual, output, grad, scale, n, stream);
         };
         if (direct) {
           return with_element<C>(p.dtype, [&](auto element) AFM_LAMBDA_INLINE {
@@ -191,6 +199,7 @@ AFM_INLINE void backward(const ScaleShiftReluBackwardParams& p, int64_t begin, i
         for (int i = 0; i < 2; ++i)
           if (to[i] != nullptr) gradients[i].write(0, n, to[i]);
       });
+  end_of_streams();
 }
 
 }  // namespace

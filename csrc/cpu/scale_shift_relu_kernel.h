@@ -28,6 +28,7 @@ struct ScaleShiftReluParams {
   const void* shift;
   int64_t period;
   bool compute_double;
+  bool stream;  // what is written is too large to be worth keeping in the caches
   // kChannel counts channels: stride 1 along dimension 1 of the tensors, 0 along the others
   StridedLoop<kOperands> loop;
 };
@@ -50,6 +51,7 @@ struct ScaleShiftReluBackwardParams {
   const void* scale;
   int64_t period;
   bool compute_double;
+  bool stream;  // what is written is too large to be worth keeping in the caches
   StridedLoop<kOperands> loop;
 };
 

@@ -62,6 +62,7 @@ struct Streamed : Whole {
   static constexpr bool kStreams = true;
   AFM_MEMBER void store(BFloat16* p, Vec<float> x) const { stream_bfloat16(x, p); }
   AFM_MEMBER void store(BFloat16* p, Vec<float> x, Vec<float> y) const { stream_bfloat16(x, y, p); }
+  AFM_MEMBER void store(Float16* p, Vec<float> x) const { store_float16(x, p); }  // through them
   template <class T>
   AFM_MEMBER void store(T* p, Vec<T> x) const {
     x.stream(p);
@@ -131,6 +132,19 @@ AFM_INLINE void sweep(int64_t j, int64_t n, const F& step) {
   }
   for (; j + V::width <= n; j += V::width) step(Access{}, j, 0);
   if (j < n) step(PartOf<Access>{static_cast<int>(n - j)}, j, 0);
+}
+
+// As sweep over [0, n), for loops that store to `out`; where stores are streamed, whole vectors of
+// it are aligned.
+template <class V, class Out, class F>
+AFM_INLINE void sweep_out(const Out* out, int64_t n, bool stream, const F& step) {
+  if (!stream) return sweep<V>(0, n, step);
+  constexpr int64_t kBytes = sizeof(V);
+  const int64_t past = reinterpret_cast<uintptr_t>(out) % kBytes;
+  int64_t head = past == 0 ? 0 : (kBytes - past) / static_cast<int64_t>(sizeof(Out));
+  head = head < n ? head : n;
+  sweep<V>(0, head, step);
+  sweep<V, Streamed>(head, n, step);
 }
 
 // One accumulator for each vector in flight.

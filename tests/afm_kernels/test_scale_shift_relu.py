@@ -109,6 +109,30 @@ def test_truth_of_gradients(device: torch.device, dtype: torch.dtype) -> None:
                     assert torch.equal(added.grad.double().cpu(), passed)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
+def test_large_results_are_those_of_the_parts(
+    device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    """Results that outgrow the caches are stored past them; those of an image at a time are not."""
+    x, scale, shift, residual = case(device, (9, 37, 113, 127), dtype)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(SEED)).to(device, dtype)
+    x, residual, upstream = (t.contiguous(memory_format=memory_format) for t in (x, residual, upstream))
+    assert x.nbytes > 2**23 > x[:1].nbytes
+
+    def all_of(x: Tensor, residual: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+        x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
+        alone, both = scale_shift_relu(x, scale, shift), scale_shift_relu(x, scale, shift, residual)
+        gradients = torch.autograd.grad(both, (x, residual), upstream)
+        return alone, both, *torch.autograd.grad(alone, x, upstream), *gradients
+
+    parts = [all_of(*one) for one in zip(x.split(1), residual.split(1), upstream.split(1), strict=True)]
+    for whole, pieces in zip(all_of(x, residual, upstream), zip(*parts, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(pieces))
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=5).map(tuple),

@@ -141,7 +141,7 @@ void test_pgd_step(const Kernels& kernels, const Elements& shape, DType grad_dty
 
 // `channels`: 0 where the channel stands still along the run.
 void test_scale_shift_relu(const Kernels& kernels, const Elements& shape, DType other_dtype,
-                           int64_t channels) {
+                           int64_t channels, bool stream) {
   using P = ScaleShiftReluParams;
   using B = ScaleShiftReluBackwardParams;
   Random random;
@@ -157,7 +157,7 @@ void test_scale_shift_relu(const Kernels& kernels, const Elements& shape, DType 
     params.out = out.at(0), params.x = x.at(0), params.residual = added ? residual.at(0) : nullptr;
     params.dtype = shape.dtype, params.residual_dtype = other_dtype;
     params.scale = scale.at(0), params.shift = shift.at(0), params.period = period;
-    params.compute_double = is_double;
+    params.compute_double = is_double, params.stream = stream;
     params.loop = line<P::kOperands>(shape.count, shape.stride);
     params.loop.strides[P::kChannel][0] = channels == 0 ? 0 : 1;
     kernels.forward(params, half, shape.count), kernels.forward(params, 0, half);
@@ -175,6 +175,7 @@ void test_scale_shift_relu(const Kernels& kernels, const Elements& shape, DType 
   params.grad_x = grad_x.at(0), params.grad_residual = grad_residual.at(0);
   params.dtype = shape.dtype, params.grad_output_dtype = other_dtype;
   params.scale = scale.at(0), params.period = period, params.compute_double = is_double;
+  params.stream = stream;
   params.loop = line<B::kOperands>(shape.count, shape.stride);
   params.loop.strides[B::kChannel][0] = channels == 0 ? 0 : 1;
   kernels.backward(params, half, shape.count), kernels.backward(params, 0, half);
@@ -271,8 +272,10 @@ void test_all(const Kernels& kernels) {
       for (int64_t stride : {1, 2}) {
         const Elements shape(pair[0], count, stride, count % 3);
         test_pgd_step(kernels, shape, pair[1], false), test_pgd_step(kernels, shape, pair[1], true);
-        test_scale_shift_relu(kernels, shape, pair[1], 0);
-        if (stride == 1) test_scale_shift_relu(kernels, shape, pair[1], 520);
+        for (bool stream : {false, true}) {
+          test_scale_shift_relu(kernels, shape, pair[1], 0, stream);
+          if (stride == 1) test_scale_shift_relu(kernels, shape, pair[1], 520, stream);
+        }
       }
 
   // Whole tiles and parts of them; slices of input channels, panels of output channels.
