@@ -155,14 +155,19 @@ struct Worker {
 
   // Sums.
 
-  // Of two rows from class j on, for loops that run over both; see Note [Lines ahead].
+  // See Note [Lines ahead].
+  Lines no_lines() const {
+    const char* at_hand = reinterpret_cast<const char*>(student_cache);
+    return {at_hand, at_hand, 0};
+  }
+
+  // Of two rows from class j on, for loops that run over both.
   Lines lines_of(const RowPointer& student_row, const RowPointer& teacher_row, int64_t j) const {
     const RowPointer& first = student_row.data != nullptr ? student_row : teacher_row;
     const RowPointer& second = teacher_row.data != nullptr ? teacher_row : student_row;
-    const char* at_hand = reinterpret_cast<const char*>(student_cache);
     if (first.data == nullptr || first.stride != 1 || second.stride != 1 ||
         first.dtype != second.dtype)
-      return {at_hand, at_hand, 0};
+      return no_lines();
     return {first.at(j), second.at(j), element_size(first.dtype)};
   }
 
@@ -170,8 +175,7 @@ struct Worker {
 
   template <bool kCache>
   Lines lines_of_sums(int64_t j) const {
-    if (!is_long())
-      return params.stream ? lines_of({}, {}, 0) : lines_of(grad_student, grad_teacher, j);
+    if (!is_long()) return params.stream ? no_lines() : lines_of(grad_student, grad_teacher, j);
     const int64_t bytes = kCache ? kAheadOfStores : kAheadOfLoads;
     return lines_of(student, teacher, j + bytes / element_size(student.dtype));
   }
@@ -548,7 +552,11 @@ struct Worker {
                                 In* to_student, In* to_teacher, bool stream) const {
     const T *f = student_cache + j, *e = teacher_cache + j;
     Lines lines, *next = nullptr;
-    if (stream) lines = lines_of(next_student, next_teacher, j), next = &lines;
+    if (stream) {
+      // What fetches by itself keeps up with short rows.
+      lines = params.classes > kTile / 2 ? lines_of(next_student, next_teacher, j) : no_lines();
+      next = &lines;
+    }
     if (to_student != nullptr && to_teacher != nullptr)
       gradient<kKind, kCached, true, true, kJeffreys>(s, t, n, c, by, f, e, to_student, to_teacher,
                                                       next);
