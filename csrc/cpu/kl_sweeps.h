@@ -295,14 +295,27 @@ struct GradientFactors {
   T student_rest = 0;  // general: what student_mean is off by
 };
 
+// The cross-entropy's softmax, where it is another one than the divergence's: what comes to the
+// student's gradient besides is factor * exp(s - shift - log_sum) + constant.
+template <class T>
+struct HardTerm {
+  ScaledExp<T> exp;
+  T factor, constant, shift, log_sum;
+  const T* kept;  // where exponentials are cached, exp(s - shift): log_sum is in the factor then
+  explicit AFM_MEMBER HardTerm(const ScaledExp<T>& plain_exp) : exp(plain_exp) {}
+};
+
 // `next`: where stores are streamed, the lines of the row to come.
-template <RowKind kKind, bool kCached, bool kStudent, bool kTeacher, bool kJeffreys, class In,
-          class T>
+template <RowKind kKind, bool kCached, bool kStudent, bool kTeacher, bool kJeffreys, bool kHard,
+          class In, class T>
 AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T>& constants,
                        const GradientFactors<T>& by, const T* student_cache, const T* teacher_cache,
-                       In* grad_student, In* grad_teacher, const Lines* next) {
+                       In* grad_student, In* grad_teacher, const Lines* next,
+                       const HardTerm<T>* hard_term) {
   using V = Vec<T>;
   const RowConstants<T> row = constants;
+  HardTerm<T> hard(row.exp);
+  if constexpr (kHard) hard = *hard_term;
   const bool stream = next != nullptr;
   Lines lines;
   if (stream) lines = *next;
@@ -345,6 +358,11 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
                      V off = x - student_mean;
                      if constexpr (kGeneral) off = off - student_rest;
                      grad = fma((kNear ? e + f : f) * off, student_fx, grad);
+                   }
+                   if constexpr (kHard) {
+                     const V q = kCached ? access.load(hard.kept + j, V(T(0)))
+                                         : hard.exp((a - V(hard.shift)) - V(hard.log_sum));
+                     grad = fma(q, V(hard.factor), grad + V(hard.constant));
                    }
                    by_student.store(access, j, grad);
                  }

@@ -546,10 +546,12 @@ struct Worker {
   // What the x that the loops take is worth: far rows leave the temperature out.
   double x_unit(const RowSummary& row) const { return row.kind == RowKind::kFar ? inv_t : 1; }
 
-  template <RowKind kKind, bool kCached, bool kJeffreys, class In>
+  // kHard: with the cross-entropy's softmax, which is the student's.
+  template <RowKind kKind, bool kCached, bool kJeffreys, bool kHard, class In>
   AFM_MEMBER void gradient_tile(const In* s, const In* t, int64_t j, int64_t n,
                                 const RowConstants<T>& c, const GradientFactors<T>& by,
-                                In* to_student, In* to_teacher, bool stream) const {
+                                In* to_student, In* to_teacher, bool stream,
+                                HardTerm<T>* hard = nullptr) const {
     const T *f = student_cache + j, *e = teacher_cache + j;
     Lines lines, *next = nullptr;
     if (stream) {
@@ -557,28 +559,32 @@ struct Worker {
       lines = params.classes > kTile / 2 ? lines_of(next_student, next_teacher, j) : no_lines();
       next = &lines;
     }
+    if constexpr (kHard) hard->kept = extra_cache[0] + j;
     if (to_student != nullptr && to_teacher != nullptr)
-      gradient<kKind, kCached, true, true, kJeffreys>(s, t, n, c, by, f, e, to_student, to_teacher,
-                                                      next);
+      gradient<kKind, kCached, true, true, kJeffreys, kHard>(s, t, n, c, by, f, e, to_student,
+                                                             to_teacher, next, hard);
     else if (to_student != nullptr)
-      gradient<kKind, kCached, true, false, kJeffreys>(s, t, n, c, by, f, e, to_student, to_teacher,
-                                                       next);
+      gradient<kKind, kCached, true, false, kJeffreys, kHard>(s, t, n, c, by, f, e, to_student,
+                                                              to_teacher, next, hard);
     else
-      gradient<kKind, kCached, false, true, kJeffreys>(s, t, n, c, by, f, e, to_student, to_teacher,
-                                                       next);
+      gradient<kKind, kCached, false, true, kJeffreys, false>(s, t, n, c, by, f, e, to_student,
+                                                              to_teacher, next, hard);
   }
 
   template <RowKind kKind, bool kCached>
   void write_gradients(const RowSummary& row, double scale, const HardLabel& hard) const {
     // At temperature 1 the cross-entropy's softmax is the divergence's, and only changes its
-    // factors.
+    // factors. General rows are too rare for a loop that takes both.
     const bool separate = hard.scale != 0 && params.temperature != 1;
+    const bool together = separate && kKind != RowKind::kGeneral && hard.is_kept == kCached;
     const RowConstants<T> c = constants(row);
     const GradientFactors<T> by = factors(row, scale, separate ? 0 : hard.scale);
-    const bool stream = params.stream && can_stream() && !separate;
+    const bool stream = params.stream && can_stream() && (together || !separate);
     if constexpr (sizeof(T) == 4) {
       if (hard.scale == 0 && is_bfloat16()) return write_bfloat16<kKind, kCached>(c, by, stream);
     }
+    HardTerm<T> softmax(plain_exp);
+    if (together) softmax = hard_term(hard);
     // Backwards: the end of a long row is what the caches still hold.
     for (int64_t j = (params.classes - 1) / kTile * kTile; j >= 0; j -= kTile) {
       const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
@@ -587,11 +593,16 @@ struct Worker {
       T* to_student = grad_student.data ? grad_student.writable(j, grad_student_tile) : nullptr;
       T* to_teacher = grad_teacher.data ? grad_teacher.writable(j, grad_teacher_tile) : nullptr;
       if (jeffreys)
-        gradient_tile<kKind, kCached, true>(s, t, j, n, c, by, to_student, to_teacher, stream);
+        gradient_tile<kKind, kCached, true, false>(s, t, j, n, c, by, to_student, to_teacher,
+                                                   stream);
+      else if (together)
+        gradient_tile<kKind, kCached, false, kKind != RowKind::kGeneral>(
+            s, t, j, n, c, by, to_student, to_teacher, stream, &softmax);
       else
-        gradient_tile<kKind, kCached, false>(s, t, j, n, c, by, to_student, to_teacher, stream);
+        gradient_tile<kKind, kCached, false, false>(s, t, j, n, c, by, to_student, to_teacher,
+                                                    stream);
       if (to_student) {
-        if (separate) add_softmax(s, j, n, hard, to_student);
+        if (separate && !together) add_softmax(s, j, n, hard, to_student);
         subtract_label(hard, j, n, to_student);
         grad_student.write(j, n, to_student);
       }
@@ -609,9 +620,11 @@ struct Worker {
       const BFloat16 *s = at(student, j), *t = at(teacher, j);
       BFloat16 *to_student = at(grad_student, j), *to_teacher = at(grad_teacher, j);
       if (jeffreys)
-        gradient_tile<kKind, kCached, true>(s, t, j, n, c, by, to_student, to_teacher, stream);
+        gradient_tile<kKind, kCached, true, false>(s, t, j, n, c, by, to_student, to_teacher,
+                                                   stream);
       else
-        gradient_tile<kKind, kCached, false>(s, t, j, n, c, by, to_student, to_teacher, stream);
+        gradient_tile<kKind, kCached, false, false>(s, t, j, n, c, by, to_student, to_teacher,
+                                                    stream);
     }
   }
 
@@ -625,27 +638,33 @@ struct Worker {
   }
 
   // The cross-entropy's gradient is scale * (softmax(s) - smoothing / C - (1 - smoothing) * [the
-  // label's class]).
+  // label's class]): all but the last.
+  HardTerm<T> hard_term(const HardLabel& hard) const {
+    HardTerm<T> term(plain_exp);
+    // Exponentials that were not kept are probabilities, up to a factor near 1.
+    term.log_sum = static_cast<T>(hard.is_kept ? 0 : hard.log_sum_exp);
+    const double rounding = __builtin_exp(static_cast<double>(term.log_sum) - hard.log_sum_exp);
+    term.factor = static_cast<T>(hard.scale * (hard.is_kept ? hard.inv_sum : rounding));
+    term.constant = smoothing_constant(hard.scale), term.shift = static_cast<T>(hard.shift);
+    term.kept = extra_cache[0];
+    return term;
+  }
+
   void add_softmax(const T* s, int64_t j0, int64_t n, const HardLabel& hard, T* to_student) const {
-    const Vec<T> constant(smoothing_constant(hard.scale));
-    const auto add = [&](auto access, int64_t j, Vec<T> e, Vec<T> factor) AFM_STEP {
+    const HardTerm<T> term = hard_term(hard);
+    const Vec<T> factor(term.factor), constant(term.constant);
+    const auto add = [&](auto access, int64_t j, Vec<T> e) AFM_STEP {
       const Vec<T> grad = access.load(static_cast<const T*>(to_student) + j, constant);
       access.store(to_student + j, fma(e, factor, grad + constant));
     };
     if (hard.is_kept) {
-      const T* kept = extra_cache[0] + j0;
-      const Vec<T> factor(static_cast<T>(hard.scale * hard.inv_sum));
       sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
-        add(access, j, access.load(kept + j, constant), factor);
+        add(access, j, access.load(term.kept + j0 + j, constant));
       });
     } else {
-      // The exponentials are probabilities, up to a factor near 1.
-      const T log_sum = static_cast<T>(hard.log_sum_exp);
-      const double rounding = __builtin_exp(static_cast<double>(log_sum) - hard.log_sum_exp);
-      const Vec<T> factor(static_cast<T>(hard.scale * rounding)), shift(static_cast<T>(hard.shift));
       sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
-        const Vec<T> above = access.load(s + j, no_class<T>()) - shift;
-        add(access, j, plain_exp(above - Vec<T>(log_sum)), factor);
+        const Vec<T> above = access.load(s + j, no_class<T>()) - Vec<T>(term.shift);
+        add(access, j, term.exp(above - Vec<T>(term.log_sum)));
       });
     }
   }
