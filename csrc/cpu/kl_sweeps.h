@@ -299,10 +299,9 @@ struct GradientFactors {
 // student's gradient besides is factor * exp(s - shift - log_sum) + constant.
 template <class T>
 struct HardTerm {
-  ScaledExp<T> exp;
+  const ScaledExp<T>* exp;
   T factor, constant, shift, log_sum;
   const T* kept;  // where exponentials are cached, exp(s - shift): log_sum is in the factor then
-  explicit AFM_MEMBER HardTerm(const ScaledExp<T>& plain_exp) : exp(plain_exp) {}
 };
 
 // `next`: where stores are streamed, the lines of the row to come.
@@ -314,8 +313,9 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
                        const HardTerm<T>* hard_term) {
   using V = Vec<T>;
   const RowConstants<T> row = constants;
-  HardTerm<T> hard(row.exp);
+  HardTerm<T> hard;
   if constexpr (kHard) hard = *hard_term;
+  const ScaledExp<T> hard_exp = kHard ? *hard.exp : row.exp;
   const bool stream = next != nullptr;
   Lines lines;
   if (stream) lines = *next;
@@ -361,7 +361,7 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
                    }
                    if constexpr (kHard) {
                      const V q = kCached ? access.load(hard.kept + j, V(T(0)))
-                                         : hard.exp((a - V(hard.shift)) - V(hard.log_sum));
+                                         : hard_exp((a - V(hard.shift)) - V(hard.log_sum));
                      grad = fma(q, V(hard.factor), grad + V(hard.constant));
                    }
                    by_student.store(access, j, grad);

@@ -583,7 +583,7 @@ struct Worker {
     if constexpr (sizeof(T) == 4) {
       if (hard.scale == 0 && is_bfloat16()) return write_bfloat16<kKind, kCached>(c, by, stream);
     }
-    HardTerm<T> softmax(plain_exp);
+    HardTerm<T> softmax;
     if (together) softmax = hard_term(hard);
     // Backwards: the end of a long row is what the caches still hold.
     for (int64_t j = (params.classes - 1) / kTile * kTile; j >= 0; j -= kTile) {
@@ -640,7 +640,8 @@ struct Worker {
   // The cross-entropy's gradient is scale * (softmax(s) - smoothing / C - (1 - smoothing) * [the
   // label's class]): all but the last.
   HardTerm<T> hard_term(const HardLabel& hard) const {
-    HardTerm<T> term(plain_exp);
+    HardTerm<T> term;
+    term.exp = &plain_exp;
     // Exponentials that were not kept are probabilities, up to a factor near 1.
     term.log_sum = static_cast<T>(hard.is_kept ? 0 : hard.log_sum_exp);
     const double rounding = __builtin_exp(static_cast<double>(term.log_sum) - hard.log_sum_exp);
@@ -664,7 +665,7 @@ struct Worker {
     } else {
       sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
         const Vec<T> above = access.load(s + j, no_class<T>()) - Vec<T>(term.shift);
-        add(access, j, term.exp(above - Vec<T>(term.log_sum)));
+        add(access, j, plain_exp(above - Vec<T>(term.log_sum)));
       });
     }
   }
