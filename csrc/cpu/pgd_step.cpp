@@ -179,6 +179,9 @@ void run(Tensor& out, const Tensor* x_adv, const Tensor& grad, const Tensor& x, 
       out.strides().data(), from.strides().data(), grad.strides().data(), x.strides().data()};
   const int64_t* sizes = out.sizes().data();
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  const void* to = out.const_data_ptr();
+  const bool in_place =
+      to == from.const_data_ptr() || to == grad.const_data_ptr() || to == x.const_data_ptr();
   const PgdParams params{
       .out = out.mutable_data_ptr(),
       .x_adv = x_adv == nullptr ? nullptr : x_adv->const_data_ptr(),
@@ -191,6 +194,7 @@ void run(Tensor& out, const Tensor* x_adv, const Tensor& grad, const Tensor& x, 
       .eps = eps,
       .clip_min = clip_min.value_or(-kInfinity),
       .clip_max = clip_max.value_or(kInfinity),
+      .stream = outgrows_caches(out.numel() * out.element_size()) && !in_place,
   };
   if (norm == kLinf) {
     run_linf(params);

@@ -8,24 +8,27 @@ namespace {
 
 using Operand = PgdParams::Operand;
 
+// Whether the loops run on the tensors themselves.
+template <class C>
+AFM_INLINE bool is_direct(const PgdParams& p) {
+  bool direct = p.dtype == p.grad_dtype && is_computed_in<C>(p.dtype);
+  for (int k = 0; k < Operand::kOperands; ++k) direct &= p.loop.strides[k][0] == 1;
+  return direct;
+}
+
 // Calls f(out, x_adv, grad, x, n) for all of [begin, end): on the tensors, or with blocks of
 // compute type. See Note [Elements as they lie]. Of a start, x_adv is x.
 template <class C, class F>
 AFM_INLINE void for_each_block(const PgdParams& p, const int64_t* sample_offsets, int64_t begin,
                                int64_t end, bool writes, const F& f) {
   alignas(64) C scratch[Operand::kOperands][kBlock];
-  bool is_direct = p.dtype == p.grad_dtype && is_computed_in<C>(p.dtype);
-  int64_t strides[Operand::kOperands];
-  for (int k = 0; k < Operand::kOperands; ++k) {
-    strides[k] = p.loop.strides[k][0];
-    is_direct &= strides[k] == 1;
-  }
+  const bool direct = is_direct<C>(p);
   const int from = p.x_adv == nullptr ? Operand::kX : Operand::kXAdv;
   const void* const data[] = {p.out, p.x_adv, p.grad, p.x};
   for_each_run(p.loop, begin, end, [&](const int64_t* offsets, int64_t length) AFM_LAMBDA_INLINE {
     int64_t at[Operand::kOperands];
     for (int k = 0; k < Operand::kOperands; ++k) at[k] = offsets[k] + sample_offsets[k];
-    if (is_direct) {
+    if (direct) {
       return with_element<C>(p.dtype, [&](auto element) AFM_LAMBDA_INLINE {
         using X = decltype(element);
         const auto run = [&](int k)
@@ -37,7 +40,7 @@ AFM_INLINE void for_each_block(const PgdParams& p, const int64_t* sample_offsets
     const auto operand = [&](int k) AFM_LAMBDA_INLINE {
       const DType dtype = k == Operand::kGrad ? p.grad_dtype : p.dtype;
       char* base = static_cast<char*>(const_cast<void*>(data[k]));
-      return RowPointer{base + at[k] * element_size(dtype), dtype, strides[k]};
+      return RowPointer{base + at[k] * element_size(dtype), dtype, p.loop.strides[k][0]};
     };
     for (int64_t j = 0; j < length; j += kBlock) {
       const int64_t n = length - j < kBlock ? length - j : kBlock;
@@ -68,6 +71,7 @@ AFM_INLINE V clamp(V value, V low, V high) {
 template <class C>
 struct LinfStep {
   C step, eps, clip_min, clip_max;
+  bool stream;
 };
 
 // kStart: `grad` is noise, and every pixel moves by step * noise.
@@ -77,7 +81,7 @@ AFM_LOOP void linf_run(X* out, const X* x_adv, const X* grad, const X* x, int64_
   using V = Vec<C>;
   const V step(by.step), back(-by.step), eps(by.eps), zero(C(0));
   const V clip_min(by.clip_min), clip_max(by.clip_max);
-  sweep<V>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
+  sweep_out<V>(out, n, by.stream, [&](auto access, int64_t j, int) AFM_STEP {
     const V g = access.load(grad + j, zero), pixel = access.load(x + j, zero);
     // A gradient of 0 or NaN is its own step.
     const V move = kStart ? step * g : select(zero < g, step, select(g < zero, back, g));
@@ -90,7 +94,8 @@ AFM_LOOP void linf_run(X* out, const X* x_adv, const X* grad, const X* x, int64_
 template <class C>
 AFM_INLINE void linf(const PgdParams& p, int64_t begin, int64_t end) {
   const auto in_c = [](double value) { return static_cast<C>(value); };
-  const LinfStep<C> by = {in_c(p.step_size), in_c(p.eps), in_c(p.clip_min), in_c(p.clip_max)};
+  const LinfStep<C> by = {in_c(p.step_size), in_c(p.eps), in_c(p.clip_min), in_c(p.clip_max),
+                          p.stream && is_direct<C>(p)};
   for_each_block<C>(p, kNoOffsets, begin, end, true,
                     [&](auto* out, const auto* x_adv, const auto* grad, const auto* x, int64_t n)
                         AFM_LAMBDA_INLINE {
@@ -99,6 +104,7 @@ AFM_INLINE void linf(const PgdParams& p, int64_t begin, int64_t end) {
                           else
                             linf_run<false>(out, x_adv, grad, x, n, by);
                         });
+  end_of_streams();
 }
 
 // Sums leave a stretch in double: each lane adds up this many numbers.
@@ -136,6 +142,7 @@ AFM_INLINE PgdSums l2_sums(const PgdParams& p, const int64_t* sample_offsets, in
 template <class C>
 struct L2Step {
   C along, grad_scale, shrink, clip_min, clip_max;
+  bool stream;
 };
 
 template <bool kShrinks, class C, class X>
@@ -144,7 +151,7 @@ AFM_LOOP void l2_run(X* out, const X* x_adv, const X* grad, const X* x, int64_t 
   using V = Vec<C>;
   const V along(by.along), grad_scale(by.grad_scale), shrink(by.shrink), zero(C(0));
   const V clip_min(by.clip_min), clip_max(by.clip_max);
-  sweep<V>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
+  sweep_out<V>(out, n, by.stream, [&](auto access, int64_t j, int) AFM_STEP {
     const V g = access.load(grad + j, zero) * grad_scale;
     V moved = fma(along, g, access.load(x_adv + j, zero));
     if constexpr (kShrinks) {
@@ -159,8 +166,8 @@ template <class C>
 AFM_INLINE void l2_apply(const PgdParams& p, const int64_t* sample_offsets, int64_t begin,
                          int64_t end, double along, double grad_scale, double shrink) {
   const auto in_c = [](double value) { return static_cast<C>(value); };
-  const L2Step<C> by = {in_c(along), in_c(grad_scale), in_c(shrink), in_c(p.clip_min),
-                        in_c(p.clip_max)};
+  const L2Step<C> by = {in_c(along),      in_c(grad_scale), in_c(shrink),
+                        in_c(p.clip_min), in_c(p.clip_max), p.stream && is_direct<C>(p)};
   for_each_block<C>(p, sample_offsets, begin, end, true,
                     [&](auto* out, const auto* x_adv, const auto* grad, const auto* x, int64_t n)
                         AFM_LAMBDA_INLINE {
@@ -169,6 +176,7 @@ AFM_INLINE void l2_apply(const PgdParams& p, const int64_t* sample_offsets, int6
                           else
                             l2_run<true>(out, x_adv, grad, x, n, by);
                         });
+  end_of_streams();
 }
 
 AFM_INLINE bool any_double(const PgdParams& p) {

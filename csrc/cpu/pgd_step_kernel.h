@@ -24,6 +24,7 @@ struct PgdParams {
   double eps;
   double clip_min;
   double clip_max;
+  bool stream;  // `out` is too large to be worth keeping in the caches, and no other operand
 };
 
 // What l2 has to know of a sample, with d = x_adv - x and g = grad * grad_scale.

@@ -111,6 +111,20 @@ def test_large_samples_are_shared_between_threads(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_batches_are_their_parts(device: torch.device, dtype: torch.dtype, norm: str) -> None:
+    """What outgrows the caches is stored past them, but for a step in place; an image at a time is not."""
+    operands = case(device, (9, 3, 419, 417), dtype, dtype)
+    assert operands[0].nbytes > 2**23 > operands[0][:1].nbytes
+    step = {"step_size": 0.02, "eps": 0.0625, "norm": norm}
+    parts = torch.cat([pgd_step(*one, **step) for one in zip(*(t.split(1) for t in operands), strict=True)])
+    for out in (None, operands[0]):
+        actual = pgd_step(*operands, **step, out=out)
+        assert_near(actual, parts.double().cpu(), dtype)
+        assert norm == "l2" or torch.equal(actual, parts)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_do_not_change_a_bit(device: torch.device, dtype: torch.dtype, norm: str) -> None:
     """Many samples, each a thread's, and one large one that threads share."""

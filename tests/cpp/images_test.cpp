@@ -102,6 +102,7 @@ void test_pgd_step(const Kernels& kernels, const Elements& shape, DType grad_dty
   params.x = x.at(0), params.dtype = shape.dtype, params.grad_dtype = grad_dtype;
   params.loop = line<PgdParams::kOperands>(shape.count, shape.stride);
   params.step_size = 0.25, params.eps = 0.5, params.clip_min = 0, params.clip_max = 1;
+  params.stream = !in_place;
   const int64_t half = shape.count / 2;
   kernels.pgd_linf(params, half, shape.count), kernels.pgd_linf(params, 0, half);
   for (int64_t i = 0; i < shape.count; ++i) {
