@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 FLAGS = ["-std=c++17", "-O1", "-g1", f"-I{CSRC}", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 pytestmark = [
-    pytest.mark.slow,  # the compiler takes a minute and a half over the sanitizers' checks
+    pytest.mark.slow,  # the compiler takes five minutes and more over the sanitizers' checks of a loss's unit
     pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler"),
 ]
 
@@ -40,14 +41,17 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A test program, with its kernels for every instruction set of this architecture."""
     folder = tmp_path_factory.mktemp("sanitizers")
     machine = os.uname().machine
-    objects = [compile_object(ROOT / f"tests/cpp/{request.param}_test.cpp", folder / "main.o")]
-    for name, flags in CAPABILITIES.items():
-        if name != "portable" and machine != "x86_64":
-            continue
-        defines = [f"-DAFM_CAPABILITY={name}", f"-DAFM_CAPABILITY_{name.upper()}=1"]
-        for kernel in PROGRAMS[request.param]:
-            source = CSRC / "cpu" / f"{kernel}_kernel.cpp"
-            objects.append(compile_object(source, folder / f"{name}_{kernel}.o", *flags, *defines))
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+        compiled = []
+        for name, flags in CAPABILITIES.items():
+            if name != "portable" and machine != "x86_64":
+                continue
+            defines = [f"-DAFM_CAPABILITY={name}", f"-DAFM_CAPABILITY_{name.upper()}=1"]
+            for kernel in PROGRAMS[request.param]:
+                source, unit = CSRC / "cpu" / f"{kernel}_kernel.cpp", folder / f"{name}_{kernel}.o"
+                compiled.append(compilers.submit(compile_object, source, unit, *flags, *defines))
+        main = compile_object(ROOT / f"tests/cpp/{request.param}_test.cpp", folder / "main.o")
+    objects = [main, *(future.result() for future in compiled)]
     target = folder / f"{request.param}_test"
     subprocess.run([str(COMPILER), *FLAGS, *map(str, objects), "-o", str(target)], check=True)
     return target
