@@ -106,7 +106,7 @@ RUNS = {
     # Not what takes long and holds nothing new for a kernel: large images, and layers above the operators.
     "attack_and_networks": Run(
         ("test_pgd_step.py", "test_scale_shift_relu.py"),
-        "not large_samples and not gradcheck and not transforms and not compiles and not opcheck and not memory_format"
+        "not test_large and not gradcheck and not transforms and not compiles and not opcheck and not memory_format"
         " and not is_batch_norm",
         {},
         35,
