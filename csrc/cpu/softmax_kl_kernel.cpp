@@ -644,8 +644,10 @@ struct Worker {
     term.exp = &plain_exp;
     // Exponentials that were not kept are probabilities, up to a factor near 1.
     term.log_sum = static_cast<T>(hard.is_kept ? 0 : hard.log_sum_exp);
-    const double rounding = __builtin_exp(static_cast<double>(term.log_sum) - hard.log_sum_exp);
-    term.factor = static_cast<T>(hard.scale * (hard.is_kept ? hard.inv_sum : rounding));
+    term.factor = static_cast<T>(
+        hard.scale * (hard.is_kept
+                          ? hard.inv_sum
+                          : __builtin_exp(static_cast<double>(term.log_sum) - hard.log_sum_exp)));
     term.constant = smoothing_constant(hard.scale), term.shift = static_cast<T>(hard.shift);
     term.kept = extra_cache[0];
     return term;
