@@ -18,8 +18,6 @@
 namespace afm::cpu::AFM_CAPABILITY {
 namespace {
 
-constexpr int kBlock = 512;  // elements: four operands of it in double are 16 KiB
-
 // Calls f(an element) with the type of a dtype that is computed in C. Loops that take one type for
 // all operands are compiled for these alone.
 template <class C, class F>

@@ -132,13 +132,6 @@ struct Lines {
 // store and without.
 constexpr int64_t kAheadOfStores = 2048, kAheadOfLoads = 512;
 
-// Sums over classes [0, n) of a tile. Loops that store take their constants into a variable of
-// their own: the compiler would read them again after every store, which might have changed them.
-// (Passed by value they would be copied in 64 bytes at a time from where they were just written in
-// pieces, and a load that spans several stores waits until all of them have reached the cache.)
-
-// Both are done with a row at the first tile that shows that they do not serve it.
-
 // Sums of a row that is_long ask for its own logits, others for the lines of its gradients.
 template <bool kCache, class Access>
 AFM_INLINE void request_lines(const Access&, const Lines& lines, int64_t j) {
@@ -147,6 +140,13 @@ AFM_INLINE void request_lines(const Access&, const Lines& lines, int64_t j) {
   else if constexpr (kCache)
     lines.request_to_write(j);
 }
+
+// Sums over classes [0, n) of a tile. Loops that store take their constants into a variable of
+// their own: the compiler would read them again after every store, which might have changed them.
+// (Passed by value they would be copied in 64 bytes at a time from where they were just written in
+// pieces, and a load that spans several stores waits until all of them have reached the cache.)
+//
+// sum_far and sum_near are done with a row at the first tile that shows that they do not serve it.
 
 // All finite. `linear` and `student_linear` come in units of logits: see RowConstants::far_x.
 // Anything that is not finite turns `linear` into NaN or inf. kBounded: for rows that turned out
@@ -209,12 +209,7 @@ AFM_LOOP void sum_near(const In* s, const In* t, int64_t n, const RowConstants<T
   sums.largest_square = larger(sums.largest_square, largest_square.largest());
 }
 
-// Whether a row is a pair of distributions at all, and its exact maxima.
-struct RowClass {
-  double student_max = -__builtin_inf(), teacher_max = -__builtin_inf();
-  bool broken = false;  // NaN or +inf somewhere
-};
-
+// The exact maximum of one side; `broken` where it holds NaN or +inf, and is no distribution.
 template <class T>
 AFM_LOOP void classify(const T* s, int64_t n, double& largest, bool& broken) {
   using V = Vec<T>;

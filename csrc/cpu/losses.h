@@ -42,6 +42,7 @@ struct LossCall {
 
   // Whether the gradients are so large that they will have left the caches before anyone reads
   // them.
+  // Of 16-bit gradients too as float32, in which the loops keep what they are made of.
   bool gradients_outgrow_caches() const;
 
   // Runs kernel(params, begin, end, scratch) over all rows, on the threads that are worth it.

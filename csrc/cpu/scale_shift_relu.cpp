@@ -23,8 +23,8 @@ using torch::stable::Tensor;
 // Elements below which a second thread costs more than it saves, by estimate.
 constexpr int64_t kGrain = 16384;
 
-// Long enough that a period is no shorter than a kernel's block.
-constexpr int64_t kMinPeriod = 512;
+// So that a period is no shorter than a kernel's block.
+constexpr int64_t kMinPeriod = kBlock;
 
 // A vector of C channels in the compute type, repeated to the length of a period.
 class ChannelVector {

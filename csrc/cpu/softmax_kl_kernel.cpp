@@ -1,8 +1,9 @@
-// One row after another of KL and Jeffreys, alone or with a cross-entropy (the distillation loss).
+// Rows of KL, Jeffreys and JS, alone or with a cross-entropy (the distillation loss).
 //
-// A row is looked at (probe), summed by the loop that fits it, and turned into gradients by a
-// second loop that finds the row and its exponentials still in the cache. JS has a kernel of its
-// own.
+// One after another: a row is looked at (probe), summed by the loop that fits it, and turned into
+// gradients by a second loop that finds the row and its exponentials still in the cache. JS takes
+// the sums of KL, and then loops of its own (js_terms.h). Short rows run side by side, in lanes
+// (LaneWorker).
 
 #include "cpu/softmax_kl.h"
 

@@ -13,6 +13,10 @@ namespace afm::cpu {
 
 constexpr int kMaxDims = 64;  // torch's own limit
 
+// Elements that an operand without a loop of its own is brought to hand at a time: four operands in
+// double are 16 KiB. See Note [Elements as they lie] in blocks.h.
+constexpr int kBlock = 512;
+
 // N operands; operand 0 is the output. Dimension 0 is the innermost, the one where the output's
 // stride is smallest; adjacent dimensions that every operand walks in one stride are merged into
 // one. Strides in elements.
