@@ -257,7 +257,7 @@ def _load_compiled_module(backend: str) -> str:
 def _register_triton() -> str:
     """Registers the launchers of ``afm_kernels.triton`` and says what came of it.
 
-    Note [Triton registration]: ``afm_kernels/triton/__init__.py`` imports no triton, and holds ``SERVES``:
+    ``afm_kernels/triton/__init__.py`` imports no triton, and holds ``SERVES``:
     operator name -> name of the module in that package whose function of the operator's name launches the
     kernel. The module is imported at the first launch, since importing triton takes a second.
     """

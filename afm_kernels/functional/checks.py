@@ -177,6 +177,13 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> int:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}") from None
 
 
+def check_flag(name: str, value: bool) -> bool:
+    """True or False, and nothing that merely counts as one: "no" does, and so does every tensor but a zero."""
+    if value is True or value is False:
+        return value
+    raise TypeError(f"{name} is {_described(value)}; allowed: True, False")
+
+
 def check_recompute(recompute: bool | None) -> None:
     if recompute is not None and not isinstance(recompute, bool):
         raise TypeError(f"recompute is {_described(recompute)}; allowed: True, False, None")

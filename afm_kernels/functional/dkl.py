@@ -20,6 +20,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from afm_kernels.functional.checks import (
+    check_flag,
     check_logits,
     check_not_negative,
     check_positive,
@@ -101,6 +102,7 @@ def dkl_loss(
     if recompute is not None:
         check_recompute(recompute)
     params = (temperature, weight_temperature, alpha, beta)
+    grad_params = (check_flag("symmetric", symmetric),)
     return fused_loss(
-        "dkl", logits, (class_weight, row_weight), params, (bool(symmetric),), reduction, 1.0, recompute
+        "dkl", logits, (class_weight, row_weight), params, grad_params, reduction, 1.0, recompute
     )

@@ -133,7 +133,7 @@ def pgd_start(
         )
     x = _detached(x)
     if kind == "zero":
-        return x.clone() if clip is None or clip == (None, None) else x.clamp(clip_min, clip_max)
+        return x.clone() if clip_min is None and clip_max is None else x.clamp(clip_min, clip_max)
     # Noise of low precision would sit on a coarse grid.
     noise = torch.empty_like(x, dtype=x.dtype if x.dtype == torch.float64 else torch.float32)
     if kind == "gaussian":

@@ -37,6 +37,7 @@ from afm_kernels.autograd.fused import refuse_forward_mode
 from afm_kernels.functional.checks import (
     check_between,
     check_choice,
+    check_flag,
     check_logits,
     check_positive,
     check_recompute,
@@ -106,6 +107,7 @@ def softmax_kl_div(
         row_weight is None
         and dim == -1
         and (recompute is None or recompute is True or recompute is False)
+        and (scale_by_t2 is False or scale_by_t2 is True)
         and not torch.compiler.is_compiling()
     )
     if may_be_quick:
@@ -116,12 +118,13 @@ def softmax_kl_div(
     logits = check_logits(student_logits, teacher_logits, dim)
     temperature = check_positive("temperature", temperature)
     kind = 0 if divergence == "kl" else check_choice("divergence", divergence, ops.DIVERGENCES)
-    beta = check_between("beta", beta, 0, 1, open_ends=True) if kind == 3 else 0.5
+    beta = check_between("beta", beta, 0, 1, open_ends=True)
+    beta = beta if kind == 3 else 0.5
     if row_weight is not None:
         row_weight = check_row_weight(row_weight, logits)
     if recompute is not None:
         check_recompute(recompute)
-    factor = temperature * temperature if scale_by_t2 else 1.0
+    factor = temperature * temperature if check_flag("scale_by_t2", scale_by_t2) else 1.0
     params = (temperature, kind, beta)
     loss = fused_loss("softmax_kl", logits, (row_weight,), params, (), reduction, factor, recompute)
     if may_be_quick:
@@ -182,7 +185,8 @@ def softmax_kl_div_grad(
     logits = check_logits(student_logits, teacher_logits, dim)
     temperature = check_positive("temperature", temperature)
     kind = 0 if divergence == "kl" else check_choice("divergence", divergence, ops.DIVERGENCES)
-    beta = check_between("beta", beta, 0, 1, open_ends=True) if kind == 3 else 0.5
+    beta = check_between("beta", beta, 0, 1, open_ends=True)
+    beta = beta if kind == 3 else 0.5
     if row_weight is not None:
         row_weight = check_row_weight(row_weight, logits)
     wrt_student, wrt_teacher = (True, True) if wrt is _SIDES else _sides(wrt)

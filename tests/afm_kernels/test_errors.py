@@ -178,6 +178,16 @@ OWN = {
             TypeError,
             r"beta is a str \('half'\); a number is expected",
         ),
+        (GOOD, GOOD, {"beta": "half"}, TypeError, r"beta is a str \('half'\); a number is expected"),
+        (
+            GOOD,
+            GOOD,
+            {"scale_by_t2": "no"},
+            TypeError,
+            r"scale_by_t2 is a str \('no'\); allowed: True, False",
+        ),
+        # Equal to False, whose options are remembered.
+        (GOOD, GOOD, {"scale_by_t2": 0}, TypeError, r"scale_by_t2 is a int \(0\); allowed: True, False"),
     ],
     "softmax_kl_div_grad": [
         (GOOD, GOOD, {"divergence": "tv"}, ValueError, r"divergence is 'tv'; allowed"),
@@ -297,6 +307,7 @@ OWN = {
         (GOOD, GOOD, {"labels": LABELS + 5}, ValueError, r"labels holds 5; allowed: 0 to 4"),
     ],
     "dkl_loss": [
+        (GOOD, GOOD, {"symmetric": 1}, TypeError, r"symmetric is a int \(1\); allowed: True, False"),
         (
             GOOD,
             GOOD,

@@ -315,6 +315,7 @@ def test_start_clips(device: torch.device) -> None:
         assert pgd_start(x, eps=0.25, init=init).max() <= 1
     assert pgd_start(2 * x, eps=0.25, init="zero").max() == 1
     assert pgd_start(x, eps=0.25, init="uniform", clip=None).max() > 1
+    assert pgd_start(2 * x, eps=0.25, init="zero", clip=[None, None]).max() == 2  # type: ignore[arg-type]
 
 
 def test_compiles_to_one_graph(device: torch.device) -> None:
