@@ -453,6 +453,13 @@ class PGDAttack:
             raise ValueError(
                 f"a prepared student has its BatchNorm in eval mode, so bn={self.bn!r} is not possible"
             )
+        if self.bn != "eval" and use != "none" and teacher_logits is None and teacher is not None:
+            shared = set(map(id, _batch_norms(student))) & set(map(id, _batch_norms(teacher)))
+            if shared:
+                raise ValueError(
+                    f"bn must be 'eval' where the teacher has BatchNorm modules of the student, which cannot be in two "
+                    f"modes at once; got {self.bn!r}. A copy.deepcopy of the teacher has its own"
+                )
 
 
 def input_gradient(
@@ -463,16 +470,39 @@ def input_gradient(
     labels: Tensor | None = None,
     teacher_logits: Tensor | None = None,
 ) -> Tensor:
-    """The gradient at x_adv that one step of an attack on this objective follows, networks as they are.
+    """The gradient at x_adv that one step of an attack on this objective follows, networks in the modes they are in.
+
+    Args:
+        student, teacher, labels: as ``PGDAttack`` takes them.
+        x_adv: images (N, ...), floating point.
+        objective: as ``PGDAttack`` takes it.
+        teacher_logits: the logits on the clean images, which an objective on those ("fixed_teacher") needs here: the
+            clean images themselves are not known.
+
+    Returns:
+        A tensor like x_adv.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
 
     Example:
         >>> net = torch.nn.Linear(3, 2)
         >>> input_gradient(net, None, torch.rand(5, 3), "margin", torch.zeros(5, dtype=torch.int64)).shape
         torch.Size([5, 3])
     """
-    attack = PGDAttack(objective)
+    attack = PGDAttack(objective, clip=None)
+    student, teacher = unwrap(student), None if teacher is None else unwrap(teacher)
+    attack._check_call(student, teacher, x_adv, labels, teacher_logits, None)
+    if attack._teacher_use(teacher) == "clean" and teacher_logits is None:
+        raise ValueError(
+            f"objective {type(attack.objective).__name__} needs teacher_logits on the clean images, got None"
+        )
     with torch.inference_mode(False), torch.enable_grad():
-        return attack._input_gradient(Target(unwrap(student), teacher, labels, teacher_logits), x_adv)
+        return attack._input_gradient(Target(student, teacher, labels, teacher_logits), x_adv)
+
+
+def _batch_norms(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
 
 
 @contextlib.contextmanager

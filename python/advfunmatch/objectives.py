@@ -104,12 +104,13 @@ class _Labelled:
     def score(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
         # The margin for both objectives: it is positive exactly where the attack has succeeded, so restarts never
         # trade a broken image for an unbroken one, which the highest cross-entropy could.
+        own = student_logits.gather(1, _label_column(student_logits, labels)).squeeze(1)
         best_other = _other_logits(student_logits, labels).amax(1)
-        own = student_logits.gather(1, labels[:, None]).squeeze(1)
         return own - best_other if self.targeted else best_other - own
 
     def success(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
-        hit = student_logits.argmax(1) == labels
+        hit = student_logits.argmax(1, keepdim=True) == _label_column(student_logits, labels)
+        hit = hit.squeeze(1)
         return hit if self.targeted else ~hit
 
 

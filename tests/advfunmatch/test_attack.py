@@ -610,6 +610,25 @@ def test_input_gradient_is_one_steps_gradient(student, teacher, images) -> None:
     log_q, log_p = student(x).log_softmax(1), teacher(x).log_softmax(1)
     (want,) = torch.autograd.grad((log_p.exp() * (log_p - log_q)).sum(), x)
     torch.testing.assert_close(input_gradient(student, teacher, images), want, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="FixedTeacher needs teacher_logits on the clean images, got None"):
+        input_gradient(student, teacher, images, "fixed_teacher")
+    with pytest.raises(ValueError, match="objective Margin needs labels, got None"):
+        input_gradient(student, None, images, "margin")
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "margin"])
+@pytest.mark.parametrize("options", [{"early_stop": True}, {"restarts": 2, "steps": 0}, {}])
+def test_labels_that_are_no_classes_are_named(student, images, objective: str, options: dict) -> None:
+    with pytest.raises(ValueError, match=r"labels must be in \[0, "):
+        PGDAttack(objective, **{"steps": 1, **options})(student, None, images, LABELS + 1000)
+
+
+def test_a_network_is_not_its_own_teacher_in_two_modes(student, images) -> None:
+    for objective, bn in (("mismatch", "batch"), ("fixed_teacher", "train")):
+        with pytest.raises(ValueError, match="bn must be 'eval' where the teacher has BatchNorm modules"):
+            PGDAttack(objective, bn=bn, steps=1)(student, student, images)
+    PGDAttack("fixed_teacher", bn="batch", steps=1)(student, None, images)
+    PGDAttack("mismatch", steps=1)(student, student, images)
 
 
 def test_a_start_of_the_callers_own(student: nn.Module, teacher: nn.Module, images: Tensor) -> None:
