@@ -6,6 +6,7 @@ one panel a shape, quartiles as a band. A red ring marks what ``benchmarks.compa
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -118,15 +119,27 @@ def draw(found: Versions, path: Path) -> Path:
 _RING = {"markersize": 11, "markerfacecolor": "none", "markeredgecolor": "#cc0000", "markeredgewidth": 1.6}
 
 
-def main() -> int:
+def draw_all(folder: Path) -> list[tuple[Path, Versions]]:
+    """The figure in each format, and what it shows.
+
+    Raises:
+        OSError, CalledProcessError: there is no git, or no history.
+    """
+    found = versions(FOLDER / "kernels-cpu.json")
+    return [(draw(found, folder / f"history{suffix}"), found) for suffix in (".svg", ".png")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.history", description=__doc__.split("\n")[0])
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures", help="where to draw it")
+    args = parser.parse_args(argv)
     try:
-        found = versions(FOLDER / "kernels-cpu.json")
+        drawn = draw_all(args.figures)
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"benchmarks.history needs a clone with its git history: {error}", file=sys.stderr)
         return 2
-    for suffix in (".svg", ".png"):
-        path = draw(found, ROOT / "docs" / "figures" / f"history{suffix}")
-        print(f"{path.relative_to(ROOT)}: {len(found)} versions")
+    for path, found in drawn:
+        print(f"{path}: {len(found)} versions")
     for place, name in sorted(slower(found)):
         print(f"slower at {found[place][0]}: {name}")
     return 0

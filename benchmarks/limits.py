@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
 from typing import Any
 
@@ -125,5 +126,8 @@ def table(limits: Any) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.limits", description=(__doc__ or "").split("\n")[0]
+    ).parse_args()
     settle_allocator()
     print(table(measure()))

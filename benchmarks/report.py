@@ -1,12 +1,14 @@
 """Figures and tables from committed results: ``python -m benchmarks.report``.
 
-Draws docs/figures/*.svg and *.png, and writes the tables between the markers of README.md and docs/*.md. With
-``--check``, writes nothing and exits with 1 if a document's table is not what the results say.
+Draws docs/figures/*.svg and *.png, the history of the kernels out of git (``benchmarks.history``), and writes the
+tables between the markers of README.md and docs/*.md. With ``--check``, writes nothing and exits with 1 if a document's
+table is not what the results say.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,10 +45,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.check:
         return 1 if stale else 0
 
+    from benchmarks import history
     from benchmarks.figures import draw
 
     for path in draw(args.results, args.figures):
         print(f"{path}: drawn")
+    try:
+        for path, found in history.draw_all(args.figures):
+            print(f"{path}: drawn, {len(found)} versions")
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"benchmarks.report: history.svg needs a clone with its git history: {error}", file=sys.stderr)
     return 0
 
 
