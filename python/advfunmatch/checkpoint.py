@@ -15,11 +15,12 @@ A dict of tensors and plain Python values, so that ``torch.load(path, weights_on
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .data import ImageDataset, as_float
 from .errors import InputError
@@ -68,7 +69,7 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict[str, Any
 
 
 def _load(path: str | Path, what: str) -> Any:
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{what} {str(path)!r} does not exist or is not a file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -137,15 +138,35 @@ def load_network(
     return network, stored
 
 
-def require_forward(network: nn.Module, data: ImageDataset, what: str) -> None:
-    """InputError unless the network, in eval mode, takes an image of the data."""
+def require_forward(network: nn.Module, data: ImageDataset, what: str) -> int:
+    """Try the network, in eval mode, on images of the data.
+
+    Returns:
+        The number of its logits.
+
+    Raises:
+        InputError: it does not take these images, or does not return logits (N, C) with C at least their classes.
+    """
+    # Two images, so that one row for a whole batch is not taken for one an image.
+    images = as_float(data.images[:2])
     try:
         with torch.no_grad():
-            network(as_float(data.images[:1]))
-    except RuntimeError as error:
+            logits = network(images)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         height, width = data.image_size
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"{what} cannot take images of {height}×{width} pixels: {reason}") from error
+    wanted = f"a floating-point tensor of logits (N, C), here ({len(images)}, {data.num_classes})"
+    if not isinstance(logits, Tensor):
+        raise InputError(f"{what} returns {type(logits).__name__}, but must return {wanted}")
+    if logits.dim() != 2 or len(logits) != len(images) or not logits.is_floating_point():
+        got = f"{logits.dtype} of shape {tuple(logits.shape)}"
+        raise InputError(f"{what} returns {got}, but must return {wanted}")
+    if logits.shape[1] < data.num_classes:
+        raise InputError(
+            f"{what} returns {logits.shape[1]} logits, but data {data.name!r} has {data.num_classes} classes"
+        )
+    return logits.shape[1]
 
 
 def _require_fit(checkpoint: dict[str, Any], path: str | Path, data: ImageDataset, what: str) -> None:

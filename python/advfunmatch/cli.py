@@ -26,12 +26,12 @@ from rich.console import Console
 
 from . import demo as demo_module
 from .checkpoint import load_network
-from .config import FRACTIONS, TrainConfig, config_from, parse_number, read_settings
+from .config import FRACTIONS, TrainConfig, check_teacher_model, config_from, read_settings
 from .data import as_float, load_dataset
 from .distributed import leave_world
 from .environment import environment
 from .errors import InputError, ProcessLost, TrainingDiverged, one_of
-from .evaluate import ATTACKS, AttackSettings, attack_images, check_attacks, mismatched_examples
+from .evaluate import ATTACKS, attack_images, attack_settings, check_attacks, mismatched_examples
 from .evaluate import evaluate as evaluate_model
 from .files import prepare_file, write_atomically, write_json
 from .methods import methods_text
@@ -145,16 +145,16 @@ def evaluate(
 
     Writes the figures as JSON. A student is compared with its teacher too, if that is where it was.
     """
-    names = [name.strip() for name in attacks.split(",") if name.strip()]
-    check_attacks(names)
-    settings = dataclasses.asdict(AttackSettings(parse_number(eps, "eps"), norm, seed, batch_size))
-    if teacher_model and teacher is None:
-        raise InputError(f"teacher_model is {teacher_model!r}, but teacher names no file of its weights")
+    names = check_attacks(name.strip() for name in attacks.split(",") if name.strip())
+    settings = dataclasses.asdict(attack_settings(eps, norm, seed, batch_size))
+    check_teacher_model(teacher_model, teacher)
     test_set = load_dataset(data, split="test", limit=limit).to(choose_device(device))
     network, stored = load_network(checkpoint, model, test_set)
     if teacher is None:
         teacher, teacher_model = _remembered_teacher(stored)
-    teacher_network = load_network(teacher, teacher_model, test_set, "teacher")[0] if teacher else None
+    teacher_network = None
+    if teacher is not None:
+        teacher_network, _ = load_network(teacher, teacher_model, test_set, "teacher")
     prepare_file(out, "out")
     result = evaluate_model(network, test_set, names, teacher=teacher_network, **settings).to_dict()
     result |= {"checkpoint": checkpoint, "model": stored["model"], "data": data, "teacher": teacher}
@@ -166,7 +166,7 @@ def evaluate(
 def attack(
     checkpoint: Checkpoint,
     data: Data,
-    out: Annotated[Path, typer.Option(help=".npz file to write: x_test, y_test, x_clean")],
+    out: Annotated[Path, typer.Option(help=".npz file to write: x_test, y_test, x_clean, class_names")],
     attack: Annotated[str, typer.Option(help="one of: mismatch, " + ", ".join(ATTACKS))] = "pgd20",
     eps: Eps = "8/255",
     norm: Norm = "linf",
@@ -186,7 +186,10 @@ def attack(
         raise one_of("attack", attack, ["mismatch", *ATTACKS])
     if attack == "mismatch" and teacher is None:
         raise InputError("attack 'mismatch' needs --teacher, a checkpoint to differ from")
-    settings = dataclasses.asdict(AttackSettings(parse_number(eps, "eps"), norm, seed, batch_size))
+    if attack != "mismatch" and teacher is not None:
+        raise InputError(f"teacher is {teacher!r}, but attack {attack!r} uses none; mismatch does")
+    check_teacher_model(teacher_model, teacher)
+    settings = dataclasses.asdict(attack_settings(eps, norm, seed, batch_size))
     test_set = load_dataset(data, split="test", limit=limit).to(choose_device(device))
     network, _ = load_network(checkpoint, model, test_set)
     x = as_float(test_set.images)
@@ -201,8 +204,10 @@ def attack(
     with torch.no_grad():
         correct = torch.cat([network(part).argmax(1) for part in x_adv.split(batch_size)]) == test_set.labels
     buffer = io.BytesIO()
-    arrays = {"x_test": x_adv, "y_test": test_set.labels, "x_clean": x}
-    np.savez_compressed(buffer, **{name: value.cpu().numpy() for name, value in arrays.items()})  # type: ignore[arg-type]
+    tensors = {"x_test": x_adv, "y_test": test_set.labels, "x_clean": x}
+    arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    arrays["class_names"] = np.array(test_set.class_names)  # for a class that no image kept
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_atomically(out, buffer.getvalue())
     print(f"{attack}: accuracy {100 * correct.double().mean():.2f} % on {len(test_set)} images; {out}")
 
@@ -250,7 +255,7 @@ def demo(
 def _remembered_teacher(stored: dict[str, Any]) -> tuple[str | None, str | None]:
     """The teacher that a student was trained with and its foreign architecture, if the file is still there."""
     path = stored["config"].get("teacher")
-    there = path is not None and Path(path).is_file()
+    there = path is not None and os.path.isfile(path)
     return (path, stored["config"].get("teacher_model")) if there else (None, None)
 
 
@@ -285,9 +290,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except ProcessLost:
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        sentence = (
-            "interrupted; what was written is whole, and train --resume goes on from its last checkpoint"
-        )
+        sentence = "interrupted; what was written is whole"
+        if "train" in arguments[:1]:
+            sentence += ", and train --resume goes on from its last checkpoint"
         return _fail(sentence, INTERRUPTED)
     except ModuleNotFoundError as error:
         return _fail(f"{error.name} is not installed: pip install 'advfunmatch[train]'", 2)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from numbers import Integral
 from typing import Any, get_args, get_type_hints
 
 from .data.augment import MIXING, ON_STORED, parse_augmentation
@@ -29,6 +30,13 @@ CHOICES = {
     "attack_bn": BN_MODES,
     "reduction": REDUCTIONS,
     "teacher_input": ("adversarial", "clean"),
+}
+# What a setting must name, if it is given.
+NAMED = {
+    "out": "a folder",
+    "teacher": "a checkpoint",
+    "teacher_model": "an architecture",
+    "extra_data": "a data set",
 }
 LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "limit", "eval_limit", "accumulate"), 1),
@@ -173,11 +181,6 @@ def unused_settings(config: TrainConfig) -> list[str]:
     return [name for name in unused if getattr(config, name) != getattr(usual, name)]
 
 
-def setting_names() -> tuple[str, ...]:
-    """The names of all fields of a configuration."""
-    return tuple(field.name for field in fields(TrainConfig))
-
-
 def config_from(settings: Mapping[str, Any]) -> TrainConfig:
     """A configuration from names and values as a user writes them; InputError for a name or type that does not fit."""
     types = get_type_hints(TrainConfig)
@@ -192,7 +195,7 @@ def config_from(settings: Mapping[str, Any]) -> TrainConfig:
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
     allowed = get_args(kind) or (kind,)
-    if isinstance(value, os.PathLike):
+    if isinstance(value, os.PathLike) and str in allowed:
         return os.fspath(value)
     if float in allowed and isinstance(value, str | int) and not isinstance(value, bool):
         return parse_number(value, name)
@@ -200,8 +203,9 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         return ",".join(str(milestone) for milestone in value)
     if name == "augment" and isinstance(value, list):
         return ",".join(str(part) for part in value)
-    # None stands for the method's default too, and True is no number.
-    if value is None or (isinstance(value, allowed) and isinstance(value, bool) == (bool in allowed)):
+    if value is None and (name in FALLBACKS or name == "step_size"):  # which `resolve` fills in
+        return value
+    if isinstance(value, allowed) and isinstance(value, bool) == (bool in allowed):  # True is no number
         return value
     wanted = " or ".join(getattr(each, "__name__", str(each)) for each in allowed if each is not type(None))
     raise InputError(f"{name} is {value!r}, but must be of type {wanted}")
@@ -214,7 +218,7 @@ def read_settings(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             settings = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # 2026-13-01 is a ValueError
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise InputError(f"config {path!r} cannot be read as YAML: {reason}") from error
     if isinstance(settings, dict) and set(settings) == {"config", "environment"}:
@@ -233,10 +237,19 @@ def parse_number(text: str | float, name: str) -> float:
     True
     """
     try:
+        if isinstance(text, bool):
+            raise TypeError  # True is no number
         numerator, slash, denominator = str(text).partition("/")
         return float(numerator) / float(denominator) if slash else float(text)
-    except (ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
         raise InputError(f"{name} is {text!r}, but must be a number or a fraction such as 8/255") from None
+
+
+def parse_integer(value: int, name: str) -> int:
+    """A whole number, NumPy's too, for the setting of that name."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InputError(f"{name} is {value!r}, but must be of type int")
+    return int(value)
 
 
 def check_radius(eps: float, norm: str) -> None:
@@ -251,6 +264,12 @@ def check_seed(seed: int) -> None:
     """InputError for a seed that PyTorch's generators do not take."""
     if not 0 <= seed < 2**63:
         raise InputError(f"seed is {seed}, but must be at least 0 and below 2^63")
+
+
+def check_teacher_model(teacher_model: str | None, teacher: str | None) -> None:
+    """InputError for an architecture without weights."""
+    if teacher_model is not None and teacher is None:
+        raise InputError(f"teacher_model is {teacher_model!r}, but teacher names no file of its weights")
 
 
 def _check_numbers(config: TrainConfig) -> None:
@@ -279,9 +298,10 @@ def _check_numbers(config: TrainConfig) -> None:
 
 
 def _check_names(config: TrainConfig) -> None:
-    """Each setting that is one of a few names."""
-    if not config.out:
-        raise InputError("out is empty, but must name a folder")
+    """Each setting that names something."""
+    for name, kind in NAMED.items():
+        if getattr(config, name) == "":
+            raise InputError(f"{name} is empty, but must name {kind}")
     for name, allowed in CHOICES.items():
         if getattr(config, name) not in allowed:
             raise one_of(name, getattr(config, name), allowed)
@@ -289,6 +309,10 @@ def _check_names(config: TrainConfig) -> None:
 
 def _check_schedule(config: TrainConfig) -> None:
     """Epochs at which something changes."""
+    if config.warmup_epochs > config.epochs:
+        raise InputError(
+            f"warmup_epochs is {config.warmup_epochs}, but must be from 0 to epochs = {config.epochs}"
+        )
     if config.swa_start is not None and not 0 <= config.swa_start < config.epochs:
         raise InputError(
             f"swa_start is {config.swa_start}, but must be from 0 to epochs - 1 = {config.epochs - 1}"
@@ -309,6 +333,10 @@ def _check_combinations(config: TrainConfig, method: Method) -> None:
         raise InputError("ema and swa_start are both given, but only one average of the weights can be kept")
     if config.awp and config.accumulate > 1:
         raise InputError(f"awp goes with accumulate = 1 only, but accumulate is {config.accumulate}")
+    if config.awp and config.awp_warmup >= config.epochs:
+        raise InputError(
+            f"awp_warmup is {config.awp_warmup}, but must be from 0 to epochs - 1 = {config.epochs - 1}"
+        )
     if config.resume and config.overwrite:
         raise InputError("resume and overwrite are both given, but a run can only be continued or replaced")
     if config.extra_data and not 0 < config.extra_images < config.batch_size:
@@ -325,9 +353,6 @@ def _check_combinations(config: TrainConfig, method: Method) -> None:
             )
     if method.name == "kd" and not config.scale_by_t2:
         raise InputError("scale_by_t2 is False, but kd always multiplies its KL term by temperature²")
-    if config.teacher_model and config.teacher is None:
-        raise InputError(
-            f"teacher_model is {config.teacher_model!r}, but teacher names no file of its weights"
-        )
+    check_teacher_model(config.teacher_model, config.teacher)
     if method.needs_teacher and config.teacher is None:
         raise InputError(f"method {config.method!r} matches a teacher, so teacher must name a checkpoint")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from afm_kernels import softmax_kl_div
 
 from .attack import PGDAttack
 from .checkpoint import require_forward
-from .config import NORMS, check_radius, check_seed, parse_number
+from .config import NORMS, check_radius, check_seed, parse_integer, parse_number
 from .data import ImageDataset, as_float
 from .errors import InputError, one_of
 from .lean import prepare_for_attack
@@ -82,6 +82,13 @@ class AttackSettings:
             raise InputError(f"batch_size is {self.batch_size}, but must be at least 1")
 
 
+def attack_settings(eps: float | str, norm: str, seed: int, batch_size: int) -> AttackSettings:
+    """Settings from values as a user writes them; InputError names one that cannot be."""
+    return AttackSettings(
+        parse_number(eps, "eps"), norm, parse_integer(seed, "seed"), parse_integer(batch_size, "batch_size")
+    )
+
+
 def _clean(model: nn.Module, images: Tensor, labels: Tensor, settings: AttackSettings) -> Tensor:
     return images
 
@@ -126,7 +133,10 @@ def _auto_attack(model: nn.Module, images: Tensor, labels: Tensor, settings: Att
     )
     targets = min(9, num_classes - 1)
     adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
-    x_adv, _ = adversary.run_standard_evaluation(images, labels, batch_size=settings.batch_size)
+    # It draws from PyTorch's default generators, and seeds those of every device; it needs autograd, whoever calls.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.inference_mode(False), torch.random.fork_rng(devices=devices):
+        x_adv, _ = adversary.run_standard_evaluation(images, labels, batch_size=settings.batch_size)
     return x_adv
 
 
@@ -148,21 +158,23 @@ ATTACKS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor, AttackSetting
 }
 
 
-def check_attacks(names: Sequence[str]) -> None:
-    """InputError for a name that is no attack, or for none at all."""
-    if isinstance(names, str):
+def check_attacks(names: Iterable[str]) -> list[str]:
+    """The names as a list; InputError for one that is no attack, or for none at all."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
         raise InputError(f"attacks is {names!r}, but must be a list of names")
+    names = list(names)
     for name in names:
-        if name not in ATTACKS:
+        if not isinstance(name, str) or name not in ATTACKS:
             raise one_of("attack", name, ATTACKS)
     if not names:
         raise InputError(f"attacks is empty, but must name one or more of: {', '.join(ATTACKS)}")
+    return names
 
 
 def evaluate(
     model: nn.Module,
     data: ImageDataset,
-    attacks: Sequence[str],
+    attacks: Iterable[str],
     *,
     eps: float,
     norm: str = "linf",
@@ -173,36 +185,41 @@ def evaluate(
     """Measure a model on every image of `data`.
 
     Args:
-        model: maps images in [0, 1] to logits; it is put into eval mode meanwhile.
+        model: maps images in [0, 1] to logits (N, C), C at least the classes of `data`; it is put into eval mode
+            meanwhile.
         data: the images and labels.
         attacks: names in `ATTACKS`.
         eps: radius of the ball of every attack.
         norm: ``"linf"`` or ``"l2"``.
         seed: seeds every attack, so that the same call gives the same figures.
-        teacher: measures fidelity to this network too.
+        teacher: measures fidelity to this network too, which has as many logits.
         batch_size: images attacked at a time.
 
     Returns:
         Accuracies in percent, fidelity where there is a teacher, settings and times.
 
     Raises:
-        InputError: for an unknown attack, a setting that cannot be, or a model that does not take these images.
+        InputError: for an unknown attack, a setting that cannot be, data without images or with labels that are no
+            classes, or a network that does not take these images or does not return such logits.
     """
-    check_attacks(attacks)
-    settings = AttackSettings(parse_number(eps, "eps"), norm, seed, batch_size)
+    attacks = check_attacks(attacks)
+    settings = attack_settings(eps, norm, seed, batch_size)
+    _check_arguments(model, data, teacher)
     data = data.to(_device_of(model, data))
     images, labels = as_float(data.images), data.labels
-    described: dict[str, Any] = {"eps": settings.eps, "norm": norm, "seed": seed}
+    described: dict[str, Any] = {"eps": settings.eps, "norm": norm, "seed": settings.seed}
     described["attacks"] = {name: ATTACKS[name][0] for name in attacks}
     result = Evaluation({}, len(data), described)
     with _frozen(model), _frozen(teacher), _autoattack_warnings(result.warnings):
-        for what, network in (("model", model), ("teacher", teacher)):
-            if network is not None:
-                require_forward(network, data, what)
+        ours = require_forward(model, data, "model")
+        if teacher is not None and (theirs := require_forward(teacher, data, "teacher")) != ours:
+            raise InputError(
+                f"teacher returns {theirs} logits, but model {ours}, and only equal numbers can be compared"
+            )
         for name in attacks:
             started = time.perf_counter()
             x_adv = ATTACKS[name][1](model, images, labels, settings)
-            logits = _logits(model, x_adv, batch_size)
+            logits = _logits(model, x_adv, settings.batch_size)
             if broken := int((~logits.isfinite().all(1)).sum()):
                 result.warnings.append(f"{name}: the logits of {broken} images are not finite")
             correct = logits.argmax(1) == labels
@@ -257,9 +274,11 @@ def attack_images(
 ) -> Tensor:
     """The images of `data` after the attack of that name in `ATTACKS`, float32 in [0, 1]."""
     check_attacks([name])
-    settings = AttackSettings(parse_number(eps, "eps"), norm, seed, batch_size)
+    settings = attack_settings(eps, norm, seed, batch_size)
+    _check_arguments(model, data)
     data = data.to(_device_of(model, data))
     with _frozen(model), _autoattack_warnings([]):
+        require_forward(model, data, "model")
         return ATTACKS[name][1](model, as_float(data.images), data.labels, settings)
 
 
@@ -289,6 +308,24 @@ def _measure_fidelity(
             result.agreement_mismatched, result.kl_mismatched = agreement, kl
 
 
+def _check_arguments(model: nn.Module, data: ImageDataset, teacher: nn.Module | None = None) -> None:
+    """InputError for what is no network, and for data that nothing can be measured on."""
+    for what, network in (("model", model), ("teacher", teacher)):
+        if not isinstance(network, nn.Module) and (what == "model" or network is not None):
+            raise InputError(f"{what} is of type {type(network).__name__}, but must be a torch.nn.Module")
+    if not isinstance(data, ImageDataset):
+        raise InputError(
+            f"data is of type {type(data).__name__}, but must be an ImageDataset, as load_dataset reads it"
+        )
+    if not len(data):
+        raise InputError(f"data {data.name!r} has no images")
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= data.num_classes:
+        raise InputError(
+            f"data {data.name!r} has labels from {low} to {high}, but only {data.num_classes} class names"
+        )
+
+
 def _device_of(model: nn.Module, data: ImageDataset) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), data.images.device)
 
@@ -313,15 +350,18 @@ def _frozen(model: nn.Module | None) -> Iterator[None]:
     if model is None:
         yield
         return
-    training = model.training
+    # Module by module, for a network may keep some, such as its batch norms, in eval mode while the rest is trained.
+    training = [module for module in model.modules() if module.training]
     moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
+    for module in training:
+        module.training = False
     for parameter in moving:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
         for parameter in moving:
             parameter.requires_grad_(True)
 

@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import advfunmatch.cli
 import numpy as np
 import pytest
 import torch
-from advfunmatch import create_model
+from advfunmatch import create_model, load_dataset
 from advfunmatch.cli import run
 from processes import start
 
@@ -178,7 +179,7 @@ def test_train_refuses(
 
 def test_out_without_a_name(tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "out is empty" in refused([*TRAIN, "--out", ""], capsys)
-    for command in (evaluate(teacher, tmp_path), ["attack", *evaluate(teacher, tmp_path)[1:]]):
+    for command in (evaluate(teacher, tmp_path), attack(teacher, tmp_path)):
         assert "which is a folder, but must be a file" in refused(command, capsys)
     assert not list(tmp_path.iterdir())
 
@@ -186,6 +187,12 @@ def test_out_without_a_name(tmp_path: Path, teacher: str, capsys: pytest.Capture
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
     assert "evaluate" in capsys.readouterr().out
+
+
+def test_a_config_with_nothing_after_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("seed:\n")
+    arguments = [*TRAIN, "--out", str(tmp_path / "run"), "--config", str(tmp_path / "run.yaml")]
+    assert "seed is None, but must be of type int" in refused(arguments, capsys)
 
 
 def test_missing_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,6 +218,10 @@ def evaluate(checkpoint: Path | str, out: Path, *more: str) -> list[str]:
         "20",
         *more,
     ]
+
+
+def attack(checkpoint: Path | str, out: Path, *more: str) -> list[str]:
+    return ["attack", *evaluate(checkpoint, out, *more)[1:]]
 
 
 def test_checkpoints_that_are_none(tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,6 +263,67 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
+    ("command", "goes_on"),
+    [("train", True), ("evaluate", False), ("attack", False), ("methods", False)],
+)
+def test_only_train_goes_on_after_an_interrupt(
+    command: str,
+    goes_on: bool,
+    teacher: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("train_model", "load_dataset", "methods_text"):
+        monkeypatch.setattr(advfunmatch.cli, name, interrupted)
+    arguments = {
+        "train": [*TRAIN, "--out", str(tmp_path / "run")],
+        "evaluate": evaluate(teacher, tmp_path / "figures.json"),
+        "attack": attack(teacher, tmp_path / "x.npz"),
+        "methods": ["methods"],
+    }
+    assert run(arguments[command]) == 130
+    said = capsys.readouterr().err
+    assert said.startswith("error: interrupted; what was written is whole")
+    assert ("train --resume goes on" in said) == goes_on
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_an_archive_of_adversarial_examples_is_data_again(
+    limit: int, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive, out = tmp_path / "x.npz", tmp_path / "figures.json"
+    assert run(attack(teacher, archive, "--attack", "fgsm", "--eps", "0.1", "--limit", str(limit))) == 0
+    said = capsys.readouterr().out
+    data = load_dataset(f"npz:{archive}", split="test")
+    assert data.class_names == tuple("0123456789")
+    assert len(data) == limit
+    assert run(evaluate(teacher, out, "--data", f"npz:{archive}", "--attacks", "clean")) == 0
+    assert f"accuracy {json.loads(out.read_text())['clean']:.2f} %" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--attack", "pgd"], "attack is 'pgd', but must be one of: mismatch, clean"),
+        (["--attack", "mismatch"], "needs --teacher"),
+        (["--teacher", "absent.pt"], "teacher is 'absent.pt', but attack 'pgd20' uses none"),
+        (["--teacher-model", "resnet18"], "teacher_model is 'resnet18', but teacher names no file"),
+        (["--attack", "mismatch", "--teacher", "absent.pt"], "teacher 'absent.pt' does not exist"),
+        (["--batch-size", "0"], "batch_size is 0"),
+    ],
+)
+def test_attack_refuses(
+    more: list[str], expected: str, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in refused(attack(teacher, tmp_path / "x.npz", *more), capsys)
+    assert not (tmp_path / "x.npz").exists()
+
+
+@pytest.mark.parametrize(
     ("more", "expected"),
     [
         (["--attacks", "clean,pgd"], "attack is 'pgd', but must be one of: clean"),
@@ -261,6 +333,8 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--batch-size", "0"], "batch_size is 0"),
         (["--limit", "0"], "limit is 0"),
         (["--teacher", "absent.pt"], "teacher 'absent.pt' does not exist"),
+        (["--teacher", "a" * 5000], "does not exist or is not a file"),
+        (["--teacher", ""], "teacher '' does not exist"),
         (["--device", "abacus"], "device is 'abacus'"),
     ],
 )
@@ -323,7 +397,7 @@ def test_weights_of_another_project(tmp_path: Path, teacher: str, capsys: pytest
     assert run(evaluate(student, tmp_path / "figures.json", "--attacks", "clean")) == 0
     assert "agreement" in json.loads((tmp_path / "figures.json").read_text())
     both = ["--model", stored["model"], "--teacher-model", stored["model"], "--teacher"]
-    command = ["attack", *evaluate(tmp_path / "foreign.pt", tmp_path / "x.npz")[1:], "--attack", "mismatch"]
+    command = attack(tmp_path / "foreign.pt", tmp_path / "x.npz", "--attack", "mismatch")
     assert run([*command, *both, str(tmp_path / "foreign.pt")]) == 0
 
     out = tmp_path / "x.json"

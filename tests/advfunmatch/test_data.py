@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,44 @@ def test_npz_layouts(tmp_path: Path, images: np.ndarray, shape: tuple[int, ...])
     assert 0 < float(train[0][0].max()) <= 1
 
 
+def test_npz_that_names_its_classes(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    images, names = np.zeros((2, 8, 9), np.uint8), ("cat", "dog", "ēmu")
+    np.savez(path, x_test=images, y_test=np.array([1, 1]), class_names=np.array(names))
+    assert load_dataset(f"npz:{path}", split="test").class_names == names
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"class_names": np.array(["a"])}, "has label 1, but only 1 class_names"),
+        ({"class_names": np.array(["a", "a"])}, "must be a list of different strings"),
+        ({"class_names": np.array([0, 1])}, "must be a list of different strings"),
+        ({"class_names": np.array("ab")}, "must be a list of different strings"),
+        ({"y_train": np.array([])}, "y_train in .* must hold integer class numbers"),
+        ({"y_train": np.array(["a", "b"])}, "y_train in .* must hold integer class numbers"),
+        ({"y_train": np.array([2 * 10**6])}, "y_train in .* must hold integer class numbers"),
+        ({"x_test": np.zeros((2, 0, 4))}, "images must be"),
+    ],
+)
+def test_npz_test_split_refusals(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    whole = {"x_test": np.zeros((2, 4, 4)), "y_test": np.array([0, 1])}
+    np.savez(tmp_path / "data.npz", **{**whole, **arrays})
+    with pytest.raises(InputError, match=message):
+        load_dataset(f"npz:{tmp_path / 'data.npz'}", split="test")
+
+
+def test_npz_that_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    images = np.random.default_rng(0).integers(0, 2, (20, 8, 8), dtype=np.uint8)
+    np.savez_compressed(path, x_test=images, y_test=np.arange(20) % 2)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        with contextlib.suppress(InputError):
+            load_dataset(f"npz:{path}", split="test")
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -106,6 +145,18 @@ def test_unreadable_image_is_named(folder: Path) -> None:
         load_dataset(f"folder:{folder}", split="train")
 
 
+def test_sixteen_bits_a_pixel_keep_their_brightness(folder: Path) -> None:
+    deep = (np.arange(20, dtype=np.uint16) * 257 * 12).reshape(4, 5)
+    for split in ("train", "test"):
+        for file in (folder / split).glob("*/*.png"):
+            Image.fromarray(deep).save(file)
+    images = load_dataset(f"folder:{folder}", split="test").images
+    assert torch.equal(images[0, 0], torch.arange(20, dtype=torch.uint8).view(4, 5) * 12)
+    Image.fromarray(deep.astype(np.float32)).save(folder / "test" / "dog" / "9.tiff")
+    with pytest.raises(InputError, match=r"dog/9\.tiff' cannot be read: it has 32 bits a pixel"):
+        load_dataset(f"folder:{folder}", split="test")
+
+
 def test_image_of_another_size_is_named(folder: Path) -> None:
     Image.new("RGB", (6, 4)).save(folder / "train" / "dog" / "9.png")
     with pytest.raises(InputError, match=r"dog/9\.png' is 6×4 pixels.*one size"):
@@ -113,8 +164,9 @@ def test_image_of_another_size_is_named(folder: Path) -> None:
 
 
 def test_folders_that_hold_no_data(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(InputError, match="does not exist"):
-        load_dataset(f"folder:{tmp_path / 'absent'}", split="train")
+    for absent in (str(tmp_path / "absent"), "a" * 5000):
+        with pytest.raises(InputError, match="does not exist"):
+            load_dataset(f"folder:{absent}", split="train")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="has no folder 'train'"):
         load_dataset(f"folder:{tmp_path / 'empty'}", split="train")
@@ -135,3 +187,17 @@ def test_unknown_data_lists_what_there_is(name: str) -> None:
 def test_unknown_split() -> None:
     with pytest.raises(InputError, match="split is 'val', but must be one of: train, test"):
         load_dataset("digits", split="val")
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        (0, "limit is 0, but must be at least 1"),
+        (2.5, "limit is 2.5, but must be of type int"),
+        ("9", "limit is '9', but must be of type int"),
+        (True, "limit is True, but must be of type int"),
+    ],
+)
+def test_limit_that_cannot_be(limit: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_dataset("digits", split="test", limit=limit)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from advfunmatch import InputError, evaluate, load_dataset, load_model
-from advfunmatch.evaluate import masking_warnings
+from advfunmatch.evaluate import ATTACKS, masking_warnings
 from pyautoattack import AutoAttack
 
 EPS = 0.1
@@ -81,9 +87,107 @@ def test_same_seed_same_figures_and_the_model_is_left_as_it_was(teacher: str, sm
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_three_classes_are_attacked_too(small_test) -> None:  # type: ignore[no-untyped-def]
-    from dataclasses import replace
+@pytest.mark.parametrize("attacks", [["clean"], ["clean", "fgsm"], ["fails"]])
+def test_each_module_is_left_in_its_mode(
+    attacks: list[str],
+    teacher: str,
+    small_test,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: object) -> torch.Tensor:
+        raise RuntimeError("an attack that fails")
 
+    monkeypatch.setitem(ATTACKS, "fails", ("fails", fails))
+    networks = load_model(teacher).train(), load_model(teacher).train()
+    for network in networks:
+        next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
+    before = [[module.training for module in network.modules()] for network in networks]
+    with pytest.raises(RuntimeError) if "fails" in attacks else nullcontext():
+        evaluate(networks[0], small_test, attacks, eps=EPS, teacher=networks[1])
+    assert [[module.training for module in network.modules()] for network in networks] == before
+
+
+def test_autoattack_leaves_the_callers_generators_alone(small_test) -> None:  # type: ignore[no-untyped-def]
+    def seeded() -> None:
+        torch.manual_seed(3)
+        np.random.seed(3)
+        random.seed(3)
+
+    def drawn() -> list[float]:
+        return [float(torch.rand(())), np.random.rand(), random.random()]
+
+    model = nearest_mean_classifier()
+    seeded()
+    expected = drawn()
+    seeded()
+    evaluate(model, small_test, ["autoattack"], eps=0.5, seed=1)
+    assert drawn() == expected
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients_gets_the_same_figures(
+    without_gradients: type[torch.no_grad],
+    small_test,  # type: ignore[no-untyped-def]
+) -> None:
+    model, attacks = nearest_mean_classifier(), ["pgd10", "autoattack"]
+    expected = evaluate(model, small_test, attacks, eps=0.5).accuracies
+    with without_gradients():
+        assert evaluate(model, small_test, attacks, eps=0.5).accuracies == expected
+
+
+class Returns(torch.nn.Module):
+    """A network that makes what it returns of the flattened images."""
+
+    def __init__(self, make: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.make(x.flatten(1))
+
+
+@pytest.mark.parametrize("what", ["model", "teacher"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x[:, :5], r"returns 5 logits, but data 'digits' has 10 classes"),
+        (lambda x: x[:, :10, None], r"returns torch.float32 of shape \(2, 10, 1\), but must return"),
+        (lambda x: x.mean(0, keepdim=True), r"returns torch.float32 of shape \(1, 64\), but must return"),
+        (lambda x: x[:, :10].long(), "returns torch.int64"),
+        (lambda x: (x, x), r"returns tuple, but must return .* logits \(N, C\), here \(2, 10\)"),
+        (lambda x: x.reshape(3, 5, 7), "cannot take images of 8×8 pixels"),
+        (lambda x: [x][1], "cannot take images of 8×8 pixels: list index out of range"),
+    ],
+)
+def test_a_network_that_does_not_return_logits(
+    what: str,
+    make: Callable[[torch.Tensor], object],
+    message: str,
+    small_test,  # type: ignore[no-untyped-def]
+) -> None:
+    networks = {"model": torch.nn.Flatten(), "teacher": torch.nn.Flatten(), what: Returns(make)}
+    with pytest.raises(InputError, match=f"{what} {message}"):
+        evaluate(data=small_test, attacks=["clean"], eps=EPS, **networks)
+
+
+def test_a_teacher_with_other_logits_is_refused_before_any_attack(
+    small_test,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: object) -> torch.Tensor:
+        raise AssertionError("attacked")
+
+    monkeypatch.setitem(ATTACKS, "clean", ("never", never))
+    with pytest.raises(InputError, match="teacher returns 12 logits, but model 64"):
+        evaluate(torch.nn.Flatten(), small_test, ["clean"], eps=EPS, teacher=Returns(lambda x: x[:, :12]))
+
+
+def test_attacks_may_come_from_a_generator(small_test) -> None:  # type: ignore[no-untyped-def]
+    names = (name for name in ("clean", "fgsm"))
+    assert list(evaluate(torch.nn.Flatten(), small_test, names, eps=EPS).accuracies) == ["clean", "fgsm"]
+
+
+def test_three_classes_are_attacked_too(small_test) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     three = replace(small_test.subset(small_test.labels < 3), class_names=("0", "1", "2"))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
@@ -106,7 +210,17 @@ def test_unknown_attack_lists_what_there_is(teacher: str, small_test) -> None:  
         ({"norm": "l1"}, "norm is 'l1', but must be one of: linf, l2"),
         ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
         ({"seed": -1}, "seed is -1"),
+        ({"eps": None}, "eps is None, but must be a number"),
+        ({"eps": True}, "eps is True, but must be a number"),
+        ({"batch_size": 2.5}, "batch_size is 2.5, but must be of type int"),
+        ({"seed": None}, "seed is None, but must be of type int"),
+        ({"seed": True}, "seed is True, but must be of type int"),
         ({"attacks": "clean"}, "attacks is 'clean', but must be a list"),
+        ({"attacks": None}, "attacks is None, but must be a list"),
+        ({"attacks": [["clean"]]}, r"attack is \['clean'\], but must be one of: clean"),
+        ({"model": "checkpoint.pt"}, "model is of type str, but must be a torch.nn.Module"),
+        ({"teacher": "checkpoint.pt"}, "teacher is of type str, but must be a torch.nn.Module"),
+        ({"data": "digits"}, "data is of type str, but must be an ImageDataset"),
         ({"model": torch.nn.Linear(3, 10)}, r"model cannot take images of 8×8 pixels: mat1 and mat2"),
         ({"teacher": torch.nn.Linear(3, 10)}, r"teacher cannot take images of 8×8 pixels: mat1 and mat2"),
     ],
@@ -116,6 +230,15 @@ def test_what_cannot_be_is_named(small_test, settings: dict, message: str) -> No
     evaluate(**given)  # a module without parameters is a model, too
     with pytest.raises(InputError, match=message):
         evaluate(**{**given, **settings})
+
+
+def test_data_that_nothing_can_be_measured_on(small_test) -> None:  # type: ignore[no-untyped-def]
+    for data, message in (
+        (small_test.subset(torch.arange(0)), "data 'digits' has no images"),
+        (replace(small_test, class_names=("0", "1")), "labels from 1 to 9, but only 2 class names"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate(torch.nn.Flatten(), data, ["clean"], eps=EPS)
 
 
 def test_stronger_attacks_leave_less(teacher: str, small_test) -> None:  # type: ignore[no-untyped-def]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import advfunmatch.checkpoint
@@ -13,7 +13,6 @@ import advfunmatch.trainer
 import pytest
 import torch
 from advfunmatch import InputError, TrainConfig, TrainingDiverged, load_dataset, load_model, train
-from advfunmatch.config import setting_names
 from advfunmatch.methods import METHODS
 
 MakeConfig = Callable[..., TrainConfig]
@@ -47,7 +46,7 @@ def test_checkpoint_says_what_it_is_and_gives_the_measured_network(make_config: 
     assert stored["model"] == "small_cnn-4"
     assert (stored["num_classes"], stored["in_channels"], stored["image_size"]) == (10, 1, [8, 8])
     assert stored["config"] == result["config"]
-    assert set(stored["config"]) == set(setting_names())
+    assert set(stored["config"]) == {field.name for field in fields(TrainConfig)}
     model = load_model(path)
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
@@ -210,6 +209,8 @@ def test_an_existing_run_is_not_replaced_unasked(make_config: MakeConfig) -> Non
         ({"precision": "int8"}, "precision is 'int8', but must be one of: fp32, bf16, fp16"),
         ({"ema": 0.9, "swa_start": 1}, "ema and swa_start"),
         ({"swa_start": 2}, "swa_start is 2"),
+        ({"warmup_epochs": 3}, "warmup_epochs is 3, but must be from 0 to epochs = 2"),
+        ({"awp": True, "awp_warmup": 2}, "awp_warmup is 2, but must be from 0 to epochs - 1 = 1"),
         ({"augment": "crop,blur"}, "augment is 'blur', but must be one of: crop, flip"),
         ({"augment": "mixup"}, "leaves no label that method 'ce' could use"),
         ({"clip_grad": 0.0}, "clip_grad is 0"),
@@ -230,6 +231,9 @@ def test_an_existing_run_is_not_replaced_unasked(make_config: MakeConfig) -> Non
         ({"method": "kd", "teacher": "t.pt", "scale_by_t2": False}, "scale_by_t2 is False, but kd always"),
         ({"teacher_model": "resnet18"}, "teacher_model is 'resnet18', but teacher names no file"),
         ({"method": "advfunmatch"}, "matches a teacher"),
+        ({"method": "advfunmatch", "teacher": ""}, "teacher is empty, but must name a checkpoint"),
+        ({"teacher": "t.pt", "teacher_model": ""}, "teacher_model is empty, but must name an architecture"),
+        ({"extra_data": ""}, "extra_data is empty, but must name a data set"),
         ({"method": "funmatch", "teacher": "absent.pt"}, "teacher 'absent.pt' does not exist"),
     ],
 )

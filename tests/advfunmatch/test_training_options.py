@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_type_hints
 
 import advfunmatch.run
 import advfunmatch.trainer
@@ -299,6 +300,20 @@ def test_a_configuration_in_python_takes_what_the_command_line_takes(tmp_path: P
     assert (written.resolve().eps, written.resolve().out) == (8 / 255, str(tmp_path))
     with pytest.raises(InputError, match=r"epochs is '3', but must be of type int"):
         replace(written, epochs="3").resolve()  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"epochs is .*Path\('3'\), but must be of type int"):
+        replace(written, epochs=Path("3")).resolve()  # type: ignore[arg-type]
+
+
+def test_none_stands_for_a_default_only_where_there_is_one(tmp_path: Path) -> None:
+    written = TrainConfig(data="digits", model="small_cnn", method="ce", out=str(tmp_path))
+    usual, types = written.resolve(), get_type_hints(TrainConfig)
+    for name, kind in types.items():
+        nothing = replace(written, **{name: None})
+        if getattr(written, name) is None:  # a setting that may be left out
+            assert nothing.resolve() == usual, name
+        else:
+            with pytest.raises(InputError, match=f"{name} is None, but must be of type {kind.__name__}"):
+                nothing.resolve()
 
 
 @pytest.mark.parametrize(
@@ -311,6 +326,14 @@ def test_a_configuration_in_python_takes_what_the_command_line_takes(tmp_path: P
         ("epochs: true", "epochs is True, but must be of type int"),
         ("lr: fast", "lr is 'fast', but must be a number"),
         ("awp: 1", "awp is 1, but must be of type bool"),
+        ("epochs:", "epochs is None, but must be of type int"),
+        ("lr:", "lr is None, but must be of type float"),
+        ("eps: null", "eps is None, but must be of type float"),
+        ("data: ~", "data is None, but must be of type str"),
+        ("augment:", "augment is None, but must be of type str"),
+        (f"lr: 1{'0' * 400}", "but must be a number"),
+        ("out: 2026-13-01", "cannot be read as YAML: month must be in 1"),
+        (f"out: {'[' * 3000}", "cannot be read as YAML"),
     ],
 )
 def test_bad_config_files(text: str, message: str, tmp_path: Path) -> None:

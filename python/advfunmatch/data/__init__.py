@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from ..errors import InputError, one_of
+from ..errors import one_of
 from .cifar import load_cifar
-from .dataset import ImageDataset, as_float, choose
+from .dataset import ImageDataset, as_float, check_limit, choose
 from .digits import load_digits
 from .folder import load_folder
 from .npz import load_npz
@@ -34,7 +34,8 @@ def load_dataset(name: str, *, split: str, limit: int | None = None, what: str =
         what: the setting that named it, for an error's sentence.
 
     Returns:
-        The images (uint8, N×C×H×W), labels and class names.
+        The images (N, C, H, W), labels and class names. The images are uint8 (0 to 255); those of an archive of floats
+        are float32 (0 to 1).
 
     Raises:
         InputError: if there is no such data, or it cannot be read.
@@ -45,8 +46,7 @@ def load_dataset(name: str, *, split: str, limit: int | None = None, what: str =
     """
     if split not in SPLITS:
         raise one_of("split", split, SPLITS)
-    if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}, but must be at least 1")
+    check_limit(limit)
     if name in BUNDLED:
         data = BUNDLED[name](split)
         return data.subset(choose(len(data), limit))

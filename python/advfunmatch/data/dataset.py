@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 
@@ -70,11 +71,20 @@ def as_float(images: torch.Tensor) -> torch.Tensor:
     return images.to(torch.float32) / 255 if images.dtype == torch.uint8 else images
 
 
-def choose(total: int, limit: int | None, seed: int = 0) -> torch.Tensor:
-    """Sorted indices of `limit` items drawn at random without replacement, or of all of them."""
-    if limit is None or limit >= total:
-        return torch.arange(total)
+def check_limit(limit: int | None) -> None:
+    """InputError for what is no number of images to keep."""
+    if limit is None:
+        return
+    if isinstance(limit, bool) or not isinstance(limit, Integral):
+        raise InputError(f"limit is {limit!r}, but must be of type int")
     if limit < 1:
         raise InputError(f"limit is {limit}, but must be at least 1")
+
+
+def choose(total: int, limit: int | None, seed: int = 0) -> torch.Tensor:
+    """Sorted indices of `limit` items drawn at random without replacement, or of all of them."""
+    check_limit(limit)
+    if limit is None or limit >= total:
+        return torch.arange(total)
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(total, generator=generator)[:limit].sort().values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,10 +18,10 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp",
 def load_folder(path: str, split: str, limit: int | None) -> ImageDataset:
     """Read one split of an image folder; only the images that `limit` keeps are decoded."""
     root = Path(path)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(f"data folder {path!r} does not exist or is not a folder")
     folder = root / split
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(
             f"data folder {path!r} has no folder {split!r}; it needs train/<class>/ and test/<class>/"
         )
@@ -74,8 +75,13 @@ def _read(file: Path, mode: str | None) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
-            wanted = mode or ("L" if image.mode in ("1", "L", "LA", "I", "I;16", "F") else "RGB")
+        with Image.open(file) as opened:
+            image: Image.Image = opened
+            if image.mode in ("I", "F"):
+                raise ValueError("it has 32 bits a pixel, which have no fixed range; 8 or 16 do")
+            if image.mode.startswith("I;16"):  # Pillow's own conversion makes all above 255 white
+                image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+            wanted = mode or ("L" if image.mode in ("1", "L", "LA") else "RGB")
             return np.array(image.convert(wanted))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"image {str(file)!r} cannot be read: {error}") from error
