@@ -21,12 +21,18 @@ enum Stat : int {
   kStudentSum,
   kTeacherSum,
   kWeightSum,
-  kMean
+  kMean,
+  kGap
 };
+
+// A mean of d as large as this, less the gap, shows that the gap is not that of the classes that
+// have weight: next to it their digits would be lost.
+constexpr double kGapLimit = 16;
 
 struct RowSummary {
   RowKind kind = RowKind::kNan;
   double student_shift = 0, teacher_shift = 0;
+  double gap = 0;                           // s - t where the weight is, or 0; see coarse_gap
   double student_sum = 1, teacher_sum = 1;  // of the exponentials at `temperature`
   double weight_sum = 0;                    // of the weights as weight_of() gives them
   double mean = 0;                          // of d under the weights
@@ -79,7 +85,7 @@ struct Worker {
   };
 
   Gaps gaps(const RowSummary& row) const {
-    const T gap = coarse_gap(static_cast<T>(row.student_shift - row.teacher_shift));
+    const T gap = static_cast<T>(row.gap);
     const bool large_student =
         __builtin_fabs(row.student_shift) >= __builtin_fabs(row.teacher_shift);
     return {large_student ? gap : T(0), large_student ? T(0) : -gap,
@@ -146,11 +152,13 @@ struct Worker {
     row.value += params.alpha * (missing_sum > 0 ? kInfinity : value);
   }
 
-  // beta / 2 * W * sum of w (d - mu)^2, and what of mu rounding left.
-  void add_square(RowSummary& row) const {
+  // Sets row.weight_sum, and `missing` to the number of classes with weight and but one logit;
+  // returns the mean of d.
+  double sum_weights(RowSummary& row, double& missing) const {
     const Gaps g = gaps(row);
     const V excluded(-Float<T>::infinity), zero(T(0)), one(T(1));
-    double weights = 0, products = 0, missing = 0;
+    double products = 0;
+    row.weight_sum = missing = 0;
     for_tiles([&](const T* s, const T* t, const T* w, int64_t, int64_t n) {
       Accumulator<T> weight, product, lost;
       sweep<V>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
@@ -159,9 +167,22 @@ struct Worker {
         weight.add(u, c.weight), product.add_product(u, c.weight, c.d);
         lost.add(u, select(c.missing, one, zero));
       });
-      weights += weight.sum(), products += product.sum(), missing += lost.sum();
+      row.weight_sum += weight.sum(), products += product.sum(), missing += lost.sum();
     });
-    const T guess = static_cast<T>(weights == 0 ? 0 : products / weights);
+    return row.weight_sum == 0 ? 0 : products / row.weight_sum;
+  }
+
+  // beta / 2 * W * sum of w (d - mu)^2, and what of mu rounding left.
+  void add_square(RowSummary& row) const {
+    // At the maxima, which need not be where the weight is.
+    row.gap = coarse_gap(static_cast<T>(row.student_shift - row.teacher_shift));
+    double missing, mean = sum_weights(row, missing);
+    if (row.gap != 0 && !(__builtin_fabs(mean) <= kGapLimit))
+      row.gap = 0, mean = sum_weights(row, missing);
+    const Gaps g = gaps(row);
+    const V excluded(-Float<T>::infinity);
+    const double weights = row.weight_sum;
+    const T guess = static_cast<T>(mean);
     double rest = 0, squares = 0;
     for_tiles([&](const T* s, const T* t, const T* w, int64_t, int64_t n) {
       Accumulator<T> first, second;
@@ -173,7 +194,6 @@ struct Worker {
       });
       rest += first.sum(), squares += second.sum();
     });
-    row.weight_sum = weights;
     if (missing > 0) row.value = row.value + params.beta * kInfinity;
     if (weights == 0) return;
     row.mean = static_cast<double>(guess) + rest / weights;
@@ -236,6 +256,7 @@ struct Worker {
     stats[kStudentSum] = static_cast<T>(row.student_sum),
     stats[kTeacherSum] = static_cast<T>(row.teacher_sum);
     stats[kWeightSum] = static_cast<T>(row.weight_sum), stats[kMean] = static_cast<T>(row.mean);
+    stats[kGap] = static_cast<T>(row.gap);
   }
 
   RowSummary restore(int64_t i) const {
@@ -244,7 +265,7 @@ struct Worker {
     row.kind = static_cast<RowKind>(static_cast<int>(stats[kKind]));
     row.student_shift = stats[kStudentShift], row.teacher_shift = stats[kTeacherShift];
     row.student_sum = stats[kStudentSum], row.teacher_sum = stats[kTeacherSum];
-    row.weight_sum = stats[kWeightSum], row.mean = stats[kMean];
+    row.weight_sum = stats[kWeightSum], row.mean = stats[kMean], row.gap = stats[kGap];
     return row;
   }
 

@@ -57,7 +57,8 @@ struct JsRow {
     const V student_excluded(row.student_excluded), teacher_excluded(row.teacher_excluded);
     JsTerms<T> out;
     auto in_both = V::first(V::width), is_near = in_both;
-    V delta = max(min(row.x(s, t) - V(log_ratio), most), zero - most);
+    const V x = kKind == RowKind::kGeneral ? row.general_x(s, t) : row.x(s, t);
+    V delta = max(min(x - V(log_ratio), most), zero - most);
     if constexpr (kKind == RowKind::kGeneral) {
       in_both = both(student_excluded < s, teacher_excluded < t);
       delta = select(in_both, delta, zero);

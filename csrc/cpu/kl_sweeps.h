@@ -39,14 +39,20 @@ struct RowConstants {
   T inv_t;                               // 1 / temperature
   T student_shift, teacher_shift;        // m_s, m_t
   T student_gap, teacher_gap;            // k_s, k_t; k = k_s - k_t, see coarse_gap
-  T centre;                              // c
+  T centre;                              // c; in general rows less base / T
+  T base;                                // general: what of s - t - k is taken off before it is
+                                         // scaled. At the maxima nothing is left, at any T
   T student_excluded, teacher_excluded;  // general: logits up to here are as good as -inf
-  T bridge;  // general: exp((m_s - m_t - k) / T - c), so that e * exp(x) = bridge * exp((s - m_s) /
-             // T)
+  T bridge;  // general: exp((m_s - m_t - k - base) / T - centre), so that e * exp(x) = bridge *
+             // exp((s - m_s) / T). In gradients 0 where the row takes no difference of the two
 
   AFM_MEMBER Vec<T> x(Vec<T> s, Vec<T> t) const {
     return fma((s - Vec<T>(student_gap)) - (t - Vec<T>(teacher_gap)), Vec<T>(inv_t),
                Vec<T>(-centre));
+  }
+  AFM_MEMBER Vec<T> general_x(Vec<T> s, Vec<T> t) const {
+    return fma(((s - Vec<T>(student_gap)) - (t - Vec<T>(teacher_gap))) - Vec<T>(base),
+               Vec<T>(inv_t), Vec<T>(-centre));
   }
   AFM_MEMBER Vec<T> student_exp(Vec<T> s) const { return exp(s - Vec<T>(student_shift)); }
   AFM_MEMBER Vec<T> teacher_exp(Vec<T> t) const { return exp(t - Vec<T>(teacher_shift)); }
@@ -238,7 +244,7 @@ AFM_LOOP void sum_general(const T* s, const T* t, int64_t n, const RowConstants<
     one_sided.add(u, select(in_both, zero, select(in_s, one, select(in_t, one, zero))));
     student_missing.add(u, select(in_s, zero, select(in_t, one, zero)));
     const V e_s = row.student_exp(a), e_t = row.teacher_exp(b),
-            x = select(in_both, row.x(a, b), zero);
+            x = select(in_both, row.general_x(a, b), zero);
     const auto is_near = both(in_both, abs(x) <= V(T(kNearLimit)));
     const V y = x + excess_of_exp<T>(x), moved = bridge * e_s - e_t;
     const V above = select(is_near, e_t * excess_of_exp<T>(x), moved - e_t * x);
@@ -264,7 +270,7 @@ AFM_LOOP double sum_student_rest(const T* s, const T* t, int64_t n, const RowCon
   sweep<V>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
     const V a = access.load(s + j, excluded), b = access.load(t + j, excluded);
     const auto in_both = both(student_excluded < a, teacher_excluded < b);
-    rest.add_product(u, row.student_exp(a), select(in_both, row.x(a, b), centre) - centre);
+    rest.add_product(u, row.student_exp(a), select(in_both, row.general_x(a, b), centre) - centre);
   });
   return rest.sum();
 }
@@ -275,12 +281,14 @@ AFM_LOOP double sum_student_rest(const T* s, const T* t, int64_t n, const RowCon
 // normalisers), but for the means: where one class has nearly all of p, x less the mean is next to
 // nothing, and its digits are only kept if it is taken before any factor.
 //
-//   f = exp((s - m_s) / T), in near rows e * (exp(x) - 1);  e = exp((t - m_t) / T);  x as the loops
-//   take it
+//   e = exp((t - m_t) / T);  x as the loops take it
+//   f = exp((s - m_s) / T), in near rows and in general ones of a small KL e * (exp(x) - 1): where
+//   one class has nearly all of both sides, q - p is next to nothing there
+//   g = exp((s - m_s) / T), or in units of e what is as much, e * exp(x)
 //
 //   KL        grad_s  = f * student_f + e * student_e + student_1
 //             grad_t  = e * (x - mean) * teacher_x: e first, for 0 has to stay 0 for any finite x
-//   Jeffreys  grad_s += f * (x - student_mean) * student_fx, in near rows (e + f) * ...
+//   Jeffreys  grad_s += g * (x - student_mean) * student_fx
 //             grad_t += e * teacher_e + f * teacher_f
 template <class T>
 struct GradientFactors {
@@ -316,7 +324,7 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
   if (stream) lines = *next;
   constexpr bool kNear = kKind == RowKind::kNear, kGeneral = kKind == RowKind::kGeneral;
   constexpr bool kNeedsF = kStudent || kJeffreys,
-                 kNeedsX = kTeacher || kJeffreys || (kNear && !kCached);
+                 kNeedsX = kTeacher || kJeffreys || kGeneral || (kNear && !kCached);
   const V student_f(by.student_f), student_e(by.student_e), student_1(by.student_1),
       student_fx(by.student_fx);
   const V teacher_x(by.teacher_x), teacher_e(by.teacher_e), teacher_f(by.teacher_f);
@@ -324,16 +332,17 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
   Output<In, T> by_student{grad_student, V()}, by_teacher{grad_teacher, V()};
   sweep_out<V>(kStudent ? grad_student : grad_teacher, n, stream,
                [&](auto access, int64_t j, int) AFM_STEP {
-                 V a, b, x, e, f;
+                 V a, b, x, e, f, g;
+                 typename V::Mask in_both;
                  if constexpr (decltype(access)::kStreams) lines.template request_to_read<false>(j);
                  if constexpr (!kCached || kNeedsX) {
                    a = access.load(s + j, no_class<T>()), b = access.load(t + j, no_class<T>());
                  }
                  if constexpr (kNeedsX) {
-                   x = kKind == RowKind::kFar ? row.far_x(a, b) : row.x(a, b);
+                   x = kNear ? row.x(a, b) : kGeneral ? row.general_x(a, b) : row.far_x(a, b);
                    if constexpr (kGeneral) {
-                     const auto in_s = V(row.student_excluded) < a;
-                     x = select(both(in_s, V(row.teacher_excluded) < b), x, V(T(0)));
+                     in_both = both(V(row.student_excluded) < a, V(row.teacher_excluded) < b);
+                     x = select(in_both, x, V(T(0)));
                    }
                  }
                  if constexpr (kCached) {
@@ -347,12 +356,20 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
                                     : row.finite_student_exp(a);
                  }
                  if constexpr (kNear && kNeedsF) f = e * f;
+                 if constexpr (kJeffreys) g = kNear ? e + f : f;
+                 if constexpr (kGeneral && kNeedsF) {
+                   if (row.bridge != 0) {
+                     const auto is_near = both(in_both, abs(x) <= V(T(kNearLimit)));
+                     g = V(row.bridge) * f;
+                     f = select(is_near, e * (x + excess_of_exp<T>(x)), g - e);
+                   }
+                 }
                  if constexpr (kStudent) {
                    V grad = fma(f, student_f, fma(e, student_e, student_1));
                    if constexpr (kJeffreys) {
                      V off = x - student_mean;
                      if constexpr (kGeneral) off = off - student_rest;
-                     grad = fma((kNear ? e + f : f) * off, student_fx, grad);
+                     grad = fma(g * off, student_fx, grad);
                    }
                    if constexpr (kHard) {
                      const V q = kCached ? access.load(hard.kept + j, V(T(0)))

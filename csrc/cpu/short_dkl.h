@@ -82,6 +82,9 @@ AFM_LOOP DklSums<T> sum_dkl_lanes(const DklTiles<T>& tiles, int64_t classes,
   sums.weight_sum = weights.total, sums.mean = guess + left;
   sums.soft_cross_entropy = log(students.total) - logits.total / teachers.total * V(inv_t);
   sums.variance = select(variance < V(T(0)), V(T(0)), variance);
+  // As kGapLimit of dkl_kernel.cpp: the gap is that of the maxima.
+  const auto is_off = both(V(T(16)) < abs(guess), V(T(0)) < abs(gaps.student) + abs(gaps.teacher));
+  sums.variance = select(is_off, V(T(__builtin_nan(""))), sums.variance);
   return sums;
 }
 

@@ -31,12 +31,16 @@ constexpr double kMaxDoublings = 100, kLargestSum = 0x1p100;
 // than kFarMeanLimit.
 constexpr double kGeneralMeanLimit = 4;
 
+// Teachers whose exponentials sum to less, the largest being 1, have 98 % in one class.
+constexpr double kPeakedSum = 1.02;
+
 // What a row comes to; what a backward needs of it is saved as RowStat.
 struct RowSummary {
   RowKind kind = RowKind::kNan;
-  double student_shift = 0, teacher_shift = 0, gap = 0, centre = 0;
+  double student_shift = 0, teacher_shift = 0, gap = 0, centre = 0, base = 0;
   double student_sum = 1, teacher_sum = 1;
-  double a = 0;             // E_p[exp(x)] - 1, in near rows
+  double a = 0;             // E_p[exp(x)] - 1, in near rows and in general ones of a small KL
+  double bridge = 0;        // in those general ones, as RowConstants::bridge
   double log_ratio = 0;     // log(1 + E_p[exp(x) - 1]), in general rows
   double mean = 0;          // r = E_p[x]; for JS E_p[log(p / m)]
   double student_mean = 0;  // E_q[x], for Jeffreys; for JS E_q[log(q / m)]
@@ -108,9 +112,10 @@ struct Worker {
             static_cast<T>(of_student ? row.gap : 0),
             static_cast<T>(of_student ? 0 : -row.gap),
             static_cast<T>(row.centre),
+            static_cast<T>(row.base),
             excluded_below(row.student_shift),
             excluded_below(row.teacher_shift),
-            T(0)};
+            static_cast<T>(row.bridge)};
   }
 
   // Divided by the temperature, the distance to a maximum may leave the range: logits as low as
@@ -290,7 +295,8 @@ struct Worker {
     return true;
   }
 
-  // row.centre: E_p[(s - m_s - (t - m_t)) / T] with the shifts of `row`, or NaN.
+  // row.centre: E_p[(s - m_s - (t - m_t)) / T] with the shifts of `row`, or NaN. Afterwards around
+  // the exact maxima: see RowConstants::base.
   void summarise_general(RowSummary& row) {
     double student_max = -kInfinity, teacher_max = -kInfinity;
     bool broken = false;
@@ -300,14 +306,17 @@ struct Worker {
     });
     row.kind = RowKind::kNan, row.divergence = kNotANumber;
     if (broken || student_max == -kInfinity || teacher_max == -kInfinity) return;
-    const double student_probe = row.student_shift, teacher_probe = row.teacher_shift;
+    // Where one class has nearly all of p, its x is nearly the mean, and has to be exact.
+    const bool is_peaked = row.teacher_sum < kPeakedSum;
+    const double probe_apart = row.student_shift - row.teacher_shift;
     row.student_shift = student_max, row.teacher_shift = teacher_max;
     row.gap = coarse_gap(static_cast<T>(student_max - teacher_max));
-    const double difference = apart(row, student_max, teacher_max) * inv_t;
+    row.base = base(row);
     row.centre =
-        static_cast<T>(__builtin_isnan(row.centre)
-                           ? difference
-                           : row.centre + apart(row, student_probe, teacher_probe) * inv_t);
+        static_cast<T>(__builtin_isnan(row.centre) || is_peaked
+                           ? 0
+                           : row.centre + (probe_apart - (student_max - teacher_max)) * inv_t);
+    const double difference = (apart(row, student_max, teacher_max) - row.base) * inv_t;
     RowSums sums = general_sums(row, difference);
     if (__builtin_fabs(row.mean) > kGeneralMeanLimit && __builtin_isfinite(row.mean) && !is_js()) {
       row.centre = static_cast<T>(row.centre + row.mean);
@@ -319,21 +328,28 @@ struct Worker {
     if (jeffreys) row.student_rest = student_rest(row);
     row.student_lse = __builtin_log(sums.student);
     const double log_ratio = __builtin_log(sums.student / sums.teacher) + difference - row.centre;
-    const double plain = log_ratio - row.mean, excess = sums.excess / sums.teacher,
-                 a = row.mean + excess;
+    const double plain = log_ratio - row.mean, excess = sums.excess / sums.teacher;
     const bool is_small = plain < 1 && __builtin_fabs(log_ratio) < 1;
+    row.a = row.mean + excess;
+    if (is_small) row.bridge = __builtin_exp(difference - row.centre);
     row.divergence = is_small ? near_kl(row.mean, excess) : plain;
     if (jeffreys)
-      row.divergence = is_small ? near_jeffreys(a, row.mean, sums.curvature / sums.teacher)
+      row.divergence = is_small ? near_jeffreys(row.a, row.mean, sums.curvature / sums.teacher)
                                 : row.student_mean - row.mean;
-    row.log_ratio = is_small ? __builtin_log1p(a) : log_ratio;
+    row.log_ratio = is_small ? __builtin_log1p(row.a) : log_ratio;
     if (jeffreys ? sums.one_sided : sums.student_missing) {
       row.kind = RowKind::kInfinite;
       row.divergence = kInfinity;
     }
   }
 
-  // Around row.centre; also sets row.mean. `difference`: x of the maxima around 0.
+  // What the loops have of s - t - k at the maxima.
+  double base(const RowSummary& row) const {
+    const RowConstants<T> c = constants(row);
+    return (c.student_shift - c.student_gap) - (c.teacher_shift - c.teacher_gap);
+  }
+
+  // Around row.centre; also sets row.mean. `difference`: what rounding took from row.base, over T.
   RowSums general_sums(RowSummary& row, double difference) const {
     RowConstants<T> c = constants(row);
     c.bridge = static_cast<T>(__builtin_exp(difference - row.centre));
@@ -366,9 +382,9 @@ struct Worker {
       per_student = 1 / (1 + row.a);
       row.log_ratio = __builtin_log1p(row.a);
     } else {
-      // One class far away may have moved a general row's centre from all the others.
-      const double centre = apart(row, row.student_shift, row.teacher_shift) * inv_t;
-      if (row.kind == RowKind::kFar || __builtin_fabs(centre - row.centre) > kFarMeanLimit) {
+      // In general rows around the maxima already.
+      if (row.kind == RowKind::kFar) {
+        const double centre = apart(row, row.student_shift, row.teacher_shift) * inv_t;
         row.centre = static_cast<T>(centre);
         row.log_ratio = __builtin_log(row.student_sum / row.teacher_sum) + (centre - row.centre);
       }
@@ -528,7 +544,7 @@ struct Worker {
   GradientFactors<T> factors(const RowSummary& row, double scale, double ce_scale) const {
     const double by_t = scale * inv_t, p = by_t / row.teacher_sum, unit = x_unit(row);
     double student_f, student_e, student_fx = 0, teacher_e = 0, teacher_f = 0;
-    if (row.kind == RowKind::kNear) {
+    if (row.kind == RowKind::kNear || row.bridge != 0) {
       const double q = p / (1 + row.a), ce = ce_scale / row.teacher_sum / (1 + row.a);
       student_f = q + ce, student_e = ce - q * row.a;
       if (jeffreys) student_fx = q, teacher_e = q * row.a, teacher_f = -q;

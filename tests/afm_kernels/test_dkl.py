@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from samples import DTYPE_PAIRS, FINITE, HARD_ROWS, Sample, draw
-from tolerances import GRADIENT, LOSS, excess, same_specials
+from tolerances import GRADIENT, LOSS, excess, relative_l2, same_specials
 from torch import Tensor
 from truth import pairwise_dkl
 
@@ -100,6 +100,10 @@ def test_class_weight_broadcasts_along_dim(device: torch.device) -> None:
     got = dkl_loss(sample.student, sample.teacher, class_weight=prior, dim=1)
     student, teacher = (x.movedim(1, -1).reshape(-1, 19) for x in (sample.student, sample.teacher))
     torch.testing.assert_close(got, dkl_loss(student, teacher, class_weight=prior.reshape(19)))
+    for same in (prior[0], prior.reshape(19)):  # as tensors broadcast, or one weight for each class
+        assert torch.equal(dkl_loss(sample.student, sample.teacher, class_weight=same, dim=1), got)
+    with pytest.raises(ValueError, match=r"class_weight has shape \(19, 1\), which does not broadcast"):
+        dkl_loss(sample.student, sample.teacher, class_weight=prior[0, :, 0], dim=1)
 
 
 def test_decoupled_gradients_are_those_of_kl(device: torch.device) -> None:
@@ -129,6 +133,40 @@ def test_common_offset(device: torch.device) -> None:
     wanted = dkl_loss(sample.student, sample.teacher, alpha=0.0)
     shifted = dkl_loss(sample.student, sample.teacher + 64, alpha=0.0)
     torch.testing.assert_close(shifted, wanted, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("classes", [10, 300])
+@pytest.mark.parametrize("case", ["given", "own"])
+def test_a_class_without_weight_far_away(
+    device: torch.device, case: str, classes: int, recompute: bool
+) -> None:
+    """What is taken off to keep digits is taken from where the weight is."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(8, classes, generator=generator)
+    teacher = student + 0.1 * torch.randn(8, classes, generator=generator)
+    weight = None
+    if case == "given":
+        weight = torch.ones(classes)
+        teacher[:, 0], weight[0] = 1e4, 0
+    else:
+        student[:, 0], teacher[:, 0] = 1e4, -100
+    s, t = student.double(), teacher.double()
+    w = t.softmax(1) if weight is None else weight.double().expand(8, classes)
+    total, d = w.sum(1, keepdim=True), t - s
+    off = d - (w * d).sum(1, keepdim=True) / total
+    own = [x.to(device).requires_grad_() for x in (student, teacher)]
+    loss = dkl_loss(
+        *own,
+        alpha=0.0,
+        class_weight=None if weight is None else weight.to(device),
+        reduction="sum",
+        recompute=recompute,
+    )
+    assert loss.item() == pytest.approx((total / 2 * w * off * off).sum().item(), rel=1e-6)
+    by_teacher = total * w * off
+    for gradient, wanted in zip(torch.autograd.grad(loss, own), (-by_teacher, by_teacher), strict=True):
+        assert relative_l2(gradient.cpu(), wanted) < 1e-6
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

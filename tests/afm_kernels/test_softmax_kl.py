@@ -551,6 +551,49 @@ def test_a_certain_teacher_far_away(
     assert gradient.abs().max() < 1e-8
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("classes", [10, 128, 129, 1000])
+def test_gradients_where_both_sides_are_certain_of_one_class(
+    device: torch.device, classes: int, recompute: bool, divergence: str
+) -> None:
+    """q - p is next to nothing there, and keeps its digits, with all else that is left."""
+    generator = torch.Generator().manual_seed(0)
+    student = 0.1 * torch.randn(5, classes, generator=generator)
+    teacher = student + 0.1 * torch.randn(5, classes, generator=generator)
+    for row, (by_student, by_teacher) in enumerate(((16, 14), (12, 14), (15, 16), (14, 14), (12, 13))):
+        student[row, 3], teacher[row, 3] = by_student, by_teacher
+    for temperature in (1.0, 1.3):
+        _, *by_truth = truth_divergence(student, teacher, temperature, divergence, BETA)
+        own = [x.to(device).requires_grad_() for x in (student, teacher)]
+        loss = softmax_kl_div(
+            *own,
+            divergence=divergence,
+            beta=BETA,
+            temperature=temperature,
+            reduction="sum",
+            recompute=recompute,
+        )
+        for gradient, wanted in zip(torch.autograd.grad(loss, own), by_truth, strict=True):
+            error = (gradient.double().cpu() - wanted).norm(dim=1) / wanted.norm(dim=1)
+            assert error.max() < 1e-5, (temperature, error)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("classes", [10, 300])
+def test_small_temperatures_of_rows_that_agree(device: torch.device, classes: int, divergence: str) -> None:
+    """Each side is a certainty then, and the same one: no noise of its exact value is magnified."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 6, classes, generator=generator)
+    student[:, 3], teacher[:, 3] = 9, 7
+    for temperature in (3e-3, 1e-6, 1e-13, 1e-25):
+        own = [x.to(device).requires_grad_() for x in (student, teacher)]
+        loss = softmax_kl_div(*own, temperature=temperature, divergence=divergence, beta=BETA)
+        assert loss == 0
+        for gradient in torch.autograd.grad(loss, own):
+            assert (gradient == 0).all()
+
+
 @pytest.mark.parametrize("classes", [10, 300])
 def test_a_nan_upstream_stays_one_in_bfloat16(device: torch.device, classes: int) -> None:
     """Rounding must not carry a NaN's bits over into the sign, as it would those of 0x7fffffff, CUDA's NaN."""
