@@ -25,6 +25,10 @@ from torch import Tensor
 from afm_kernels import ops
 from afm_kernels.autograd.expected import expected_gradient, meet_gradient
 
+# Whether somebody watches each operator, to trace it or to know shapes alone: no number can be looked at then.
+_modes = torch._C._len_torch_dispatch_stack
+# Who looks after saved tensors, if not autograd itself.
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 # Whether the backward that runs keeps its graph, and whether an upstream gradient is many in one, under
 # autograd.grad(is_grads_batched=True).
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
@@ -87,7 +91,7 @@ def is_watched(stem: str, student: Tensor, teacher: Tensor, reduction: int, back
             or student.dtype is torch.float16
             or teacher.dtype is torch.float16
         )
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        and _saved_tensors_hooks(False) is None
     )
 
 
@@ -142,6 +146,7 @@ def fused_forward(ctx: Any, student: Tensor, teacher: Tensor, call: Call, *tenso
         )
     ctx.save_for_backward(*kept, *made)
     ctx.call, ctx.made_for = call, made_for
+    ctx.is_ours = torch.compiler.is_compiling() or _saved_tensors_hooks(False) is None
     return loss
 
 
@@ -154,8 +159,9 @@ def fused_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     wrt = wrt[:2]
     compiling = torch.compiler.is_compiling()
     recorded = not compiling and torch.is_grad_enabled()
+    traced = not compiling and (type(grad_loss) is not Tensor or _modes() != 0)
     # Whether nobody will ask for the saved gradients again.
-    once = not (compiling or recorded or _keeps_graph() or _is_batched(grad_loss))
+    once = not (compiling or recorded or traced or _keeps_graph() or _is_batched(grad_loss))
     # Looked at only where that waits for no device.
     if once and device_type == "cpu" and reduction == 1 and (watched or made_for is not None):
         met = grad_loss.item()
@@ -190,9 +196,9 @@ def fused_backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if factor.dim():
             factor = factor.unsqueeze(-1)
         if wrt_student:
-            grad_student = _scaled(grad_student, factor, once)
+            grad_student = _scaled(grad_student, factor, once and ctx.is_ours)
         if wrt_teacher:
-            grad_teacher = _scaled(grad_teacher, factor, once)
+            grad_teacher = _scaled(grad_teacher, factor, once and ctx.is_ours)
     return (
         grad_student if wrt_student else None,
         grad_teacher if wrt_teacher else None,
@@ -220,7 +226,7 @@ class QuickLoss(torch.autograd.Function):
             student, teacher, row_weight, *call.params, 1, call.scale, *ctx.needs_input_grad[:2]
         )
         ctx.save_for_backward(student, teacher, row_weight, to_student, to_teacher)
-        ctx.call, ctx.made_for = call, 1.0
+        ctx.call, ctx.made_for, ctx.is_ours = call, 1.0, _saved_tensors_hooks(False) is None
         return loss
 
     @staticmethod
@@ -230,6 +236,8 @@ class QuickLoss(torch.autograd.Function):
             or torch.is_grad_enabled()
             or _keeps_graph()
             or _is_batched(grad_loss)
+            or type(grad_loss) is not Tensor
+            or _modes() != 0
             or grad_loss.item() != 1
         ):
             return fused_backward(ctx, grad_loss)

@@ -35,6 +35,9 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, dim: int) -> Lo
             else ("student_logits", student_logits)
         )
         raise TypeError(f"{name} is {_described(got)}; a floating-point tensor is expected")
+    if student_logits.is_nested or teacher_logits.is_nested:
+        check_dense("student_logits", student_logits)
+        check_dense("teacher_logits", teacher_logits)
     shape = student_logits.shape
     if shape != teacher_logits.shape:
         raise ValueError(
@@ -49,12 +52,8 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, dim: int) -> Lo
         )
         raise TypeError(f"{name} has dtype {got_dtype}; allowed: float16, bfloat16, float32, float64")
     if student_logits.layout is not torch.strided or teacher_logits.layout is not torch.strided:
-        name, layout = (
-            ("teacher_logits", teacher_logits.layout)
-            if student_logits.layout is torch.strided
-            else ("student_logits", student_logits.layout)
-        )
-        raise TypeError(f"{name} has layout {layout}; a dense tensor (torch.strided) is expected")
+        check_dense("student_logits", student_logits)
+        check_dense("teacher_logits", teacher_logits)
     if student_logits.device != teacher_logits.device:
         raise ValueError(
             f"teacher_logits is on {teacher_logits.device} and student_logits on {student_logits.device}; "
@@ -103,6 +102,7 @@ def constant_like_rows(name: str, value: Tensor, logits: Logits, shape: torch.Si
         raise TypeError(f"{name} is {_described(value)}; a tensor is expected")
     if value.is_complex():
         raise TypeError(f"{name} has dtype {value.dtype}; a real tensor is expected")
+    check_dense(name, value)
     if value.device != logits.student.device:
         raise ValueError(
             f"{name} is on {value.device} and the logits on {logits.student.device}; they must be on one device"
@@ -112,18 +112,25 @@ def constant_like_rows(name: str, value: Tensor, logits: Logits, shape: torch.Si
             f"{name} requires a gradient, but it is a constant of the loss: pass {name}.detach(), or weight the "
             'rows of reduction="none" yourself'
         )
+    if (
+        forward_ad._current_level >= 0
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad.unpack_dual(value).tangent is not None
+    ):
+        refuse_forward_mode()
     double = logits.student.dtype == torch.float64 or logits.teacher.dtype == torch.float64
     value = value.to(torch.float64 if double else torch.float32)
     if value.shape != shape:
-        if value.dim() > len(shape) or any(
-            own not in (1, wanted)
-            for own, wanted in zip(reversed(value.shape), reversed(shape), strict=False)
-        ):
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}, which does not broadcast to {tuple(shape)}"
-            )
+        check_broadcasts(name, value, shape)
         value = value.expand(shape)
     return value.contiguous()
+
+
+def check_broadcasts(name: str, value: Tensor, shape: torch.Size) -> None:
+    if value.dim() > len(shape) or any(
+        own not in (1, wanted) for own, wanted in zip(reversed(value.shape), reversed(shape), strict=False)
+    ):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, which does not broadcast to {tuple(shape)}")
 
 
 def check_integer(name: str, value: int) -> int:
@@ -189,13 +196,18 @@ def check_recompute(recompute: bool | None) -> None:
         raise TypeError(f"recompute is {_described(recompute)}; allowed: True, False, None")
 
 
+def check_dense(name: str, value: Tensor) -> None:
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} has layout {layout}; a dense tensor (torch.strided) is expected")
+
+
 def check_floating(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {_described(value)}; a floating-point tensor is expected")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}; allowed: float16, bfloat16, float32, float64")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name} has layout {value.layout}; a dense tensor (torch.strided) is expected")
+    check_dense(name, value)
 
 
 def check_like(name: str, value: Tensor, other_name: str, other: Tensor, same_dtype: bool = False) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from afm_kernels.functional.checks import (
     Logits,
     check_between,
+    check_dense,
     check_integer,
     check_logits,
     check_positive,
@@ -85,7 +86,9 @@ def distillation_loss(
     alpha = check_between("alpha", alpha, 0, 1)
     label_smoothing = check_between("label_smoothing", label_smoothing, 0, 1)
     ignore_index = check_integer("ignore_index", ignore_index)
-    labels = _check_labels(labels, logits, ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index is {ignore_index}; an int64 is expected")
+    labels = _check_labels(labels, logits, ignore_index, are_looked_at=alpha != 1)
     if row_weight is not None:
         row_weight = check_row_weight(row_weight, logits)
     if recompute is not None:
@@ -94,12 +97,13 @@ def distillation_loss(
     return fused_loss("distillation", logits, (labels, row_weight), params, (), reduction, 1.0, recompute)
 
 
-def _check_labels(labels: Tensor, logits: Logits, ignore_index: int) -> Tensor:
+def _check_labels(labels: Tensor, logits: Logits, ignore_index: int, are_looked_at: bool) -> Tensor:
     student = logits.student
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels is a {type(labels).__name__}; an integer tensor is expected")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels has dtype {labels.dtype}; an integer tensor is expected")
+    check_dense("labels", labels)
     if labels.shape != student.shape[:-1]:
         raise ValueError(
             f"labels has shape {tuple(labels.shape)}; expected that of the rows, {tuple(student.shape[:-1])}"
@@ -111,11 +115,13 @@ def _check_labels(labels: Tensor, logits: Logits, ignore_index: int) -> Tensor:
     labels = labels.long().contiguous()
     # Elsewhere the answer would have to be waited for; there, such a row is NaN.
     if (
-        labels.device.type == "cpu"
+        are_looked_at
+        and labels.device.type == "cpu"
         and labels.numel() > 0
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and type(labels) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0  # nobody traces, or wants shapes alone
     ):
         lowest, highest = labels.aminmax()
         if lowest.item() < 0 or highest.item() >= logits.num_classes:  # mostly ignore_index, if anything

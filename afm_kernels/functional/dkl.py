@@ -20,6 +20,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from afm_kernels.functional.checks import (
+    check_broadcasts,
     check_flag,
     check_logits,
     check_not_negative,
@@ -71,8 +72,8 @@ def dkl_loss(
         beta: the factor of the squared difference, at least 0.
         temperature: T of the cross-entropy; the squared difference has none.
         weight_temperature: the weights are w = softmax(teacher / weight_temperature).
-        class_weight: the weights instead, broadcasting to the logits (class dimension where ``dim`` says),
-            finite and at least 0; for GKL, a prior of each row's class. Constant.
+        class_weight: the weights instead, finite and at least 0; for GKL, a prior of each row's class. One for
+            each class, (C,), whatever ``dim`` is, or what broadcasts to the logits as they come. Constant.
         symmetric: whether the squared difference moves the student too (IKL, GKL). False is DKL, whose
             gradients for α = β = 1 are those of KL on both sides.
         reduction: "none", "sum", "mean" (divides by the number of elements) or "batchmean" (by the number of
@@ -94,8 +95,10 @@ def dkl_loss(
     alpha = check_not_negative("alpha", alpha)
     beta = check_not_negative("beta", beta)
     if class_weight is not None:
-        if dim != -1 and isinstance(class_weight, Tensor) and class_weight.dim() == student_logits.dim():
-            class_weight = class_weight.movedim(dim, -1)
+        if dim != -1 and isinstance(class_weight, Tensor) and class_weight.dim() > 1:
+            check_broadcasts("class_weight", class_weight, student_logits.shape)
+            missing = student_logits.dim() - class_weight.dim()
+            class_weight = class_weight[(None,) * missing].movedim(dim, -1)
         class_weight = constant_like_rows("class_weight", class_weight, logits, logits.student.shape)
     if row_weight is not None:
         row_weight = check_row_weight(row_weight, logits)

@@ -33,6 +33,10 @@ def check_memory(written: dict[str, Tensor], read: dict[str, Tensor], or_same: b
         return
     tensors = [*written.items(), *read.items()]
     for i, (name, out) in enumerate(written.items(), start=1):
+        if out.is_neg():
+            raise ValueError(
+                f"{name} is a view whose negation is pending (torch.is_neg); it cannot be written"
+            )
         if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
             raise ValueError(
                 f"{name} is expanded, with strides {out.stride()}: elements that are written share memory"
@@ -74,7 +78,7 @@ def _same_elements(a: Tensor, b: Tensor) -> bool:
 
 
 def _spans_overlap(a: Tensor, b: Tensor) -> bool:
-    if a.numel() == 0 or b.numel() == 0:
+    if a.numel() == 0 or b.numel() == 0 or a.is_meta or b.is_meta:  # of shapes alone, without memory
         return False
     return a.data_ptr() < _end(b) and b.data_ptr() < _end(a)
 

@@ -111,7 +111,8 @@ def softmax_kl_div(
         and not torch.compiler.is_compiling()
     )
     if may_be_quick:
-        options = (temperature, reduction, scale_by_t2, divergence, beta)
+        # With the types: a Decimal is equal to a float, and no number here.
+        options = (temperature, type(temperature), reduction, scale_by_t2, divergence, beta, type(beta))
         loss = quick_loss(options, student_logits, teacher_logits, recompute)
         if loss is not None:
             return loss
@@ -178,7 +179,7 @@ def softmax_kl_div_grad(
         and not torch.compiler.is_compiling()
     )
     if may_be_quick:
-        options = ("grad", temperature, divergence, beta)
+        options = ("grad", temperature, type(temperature), divergence, beta, type(beta))
         gradients = quick_gradients(options, student_logits, teacher_logits)
         if gradients is not None:
             return gradients

@@ -135,12 +135,12 @@ AFM_INLINE void sweep(int64_t j, int64_t n, const F& step) {
 }
 
 // As sweep over [0, n), for loops that store to `out`; where stores are streamed, whole vectors of
-// it are aligned.
+// it are aligned. (At an address that is no multiple of the element's size none ever is.)
 template <class V, class Out, class F>
 AFM_INLINE void sweep_out(const Out* out, int64_t n, bool stream, const F& step) {
-  if (!stream) return sweep<V>(0, n, step);
   constexpr int64_t kBytes = sizeof(V);
   const int64_t past = reinterpret_cast<uintptr_t>(out) % kBytes;
+  if (!stream || past % static_cast<int64_t>(sizeof(Out)) != 0) return sweep<V>(0, n, step);
   int64_t head = past == 0 ? 0 : (kBytes - past) / static_cast<int64_t>(sizeof(Out));
   head = head < n ? head : n;
   sweep<V>(0, head, step);

@@ -11,6 +11,8 @@ import pytest
 import torch
 from samples import draw
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from afm_kernels import (
     DistillationLoss,
@@ -253,6 +255,45 @@ def test_forward_mode_is_refused(device: torch.device, name: str) -> None:
         dual = torch.autograd.forward_ad.make_dual(student, tangent)
         with pytest.raises(RuntimeError, match=sentence):
             LOSSES[name](dual, teacher)
+        weights = torch.autograd.forward_ad.make_dual(
+            torch.ones(2, device=device), torch.ones(2, device=device)
+        )
+        with pytest.raises(RuntimeError, match=sentence):
+            LOSSES[name](student, teacher, row_weight=weights)
+
+
+@pytest.mark.parametrize("recompute", [None, False, True])
+@pytest.mark.parametrize("name", ["kl", "distillation", "dkl"])
+def test_traced_and_of_shapes_alone(device: torch.device, name: str, recompute: bool | None) -> None:
+    """A backward looks at no number where somebody traces it, nor where there are no numbers."""
+    student, teacher = (x.detach() for x in logits(device, 4, 10))
+
+    def by_student(s: Tensor, t: Tensor) -> Tensor:
+        s = s.detach().requires_grad_()
+        return torch.autograd.grad(3 * LOSSES[name](s, t, recompute=recompute), s)[0]
+
+    for mode in ("real", "symbolic"):
+        traced = make_fx(by_student, tracing_mode=mode)(student, teacher)
+        assert torch.equal(traced(teacher, student), by_student(teacher, student))
+    with FakeTensorMode():
+        shapes = (torch.empty(4, 10, device=device) for _ in range(2))
+        assert by_student(*shapes).shape == (4, 10)
+
+
+def test_tensors_that_hooks_hold_are_left_alone(device: torch.device) -> None:
+    """What was saved is scaled in place, but not where it is somebody else's."""
+    student, teacher = logits(device, 6, 20)
+    held: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = [LOSSES[name](student, teacher, recompute=False) for name in LOSSES]
+    before = [tensor.clone() for tensor in held]
+    torch.autograd.grad([3 * loss for loss in losses], (student, teacher))
+    assert all(map(torch.equal, held, before))
 
 
 # torch.compile ---------------------------------------------------------------------------------------------------

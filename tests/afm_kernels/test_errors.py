@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -129,6 +130,13 @@ COMMON = [
         ValueError,
         r"row_weight requires a gradient",
     ),
+    (
+        GOOD,
+        GOOD,
+        {"row_weight": torch.ones(4).to_sparse()},
+        TypeError,
+        r"row_weight has layout torch.sparse_coo; a dense tensor",
+    ),
 ]
 REDUCED = [
     (
@@ -179,6 +187,8 @@ OWN = {
             r"beta is a str \('half'\); a number is expected",
         ),
         (GOOD, GOOD, {"beta": "half"}, TypeError, r"beta is a str \('half'\); a number is expected"),
+        # Equal to the number that is remembered.
+        (GOOD, GOOD, {"temperature": Decimal(1)}, TypeError, r"temperature is a Decimal"),
         (
             GOOD,
             GOOD,
@@ -202,6 +212,13 @@ OWN = {
         ),
         (GOOD, GOOD, {"wrt": ("input",)}, ValueError, r"wrt is \('input',\); allowed"),
         (GOOD, GOOD, {"wrt": None}, ValueError, r"wrt is None; allowed"),
+        (
+            GOOD,
+            GOOD,
+            {"out": (torch.zeros(4, 5, dtype=torch.complex64).conj().imag, torch.zeros(4, 5))},
+            ValueError,
+            r"out for 'student' is a view whose negation is pending",
+        ),
         (GOOD, GOOD, {"out": 1}, ValueError, r"out must hold one tensor for each side of wrt="),
         (GOOD, GOOD, {"out": GOOD}, ValueError, r"out must hold one tensor for each side of wrt="),
         (GOOD, GOOD, {"out": (GOOD,)}, ValueError, r"out must hold one tensor for each side of wrt="),
@@ -279,6 +296,14 @@ OWN = {
             {"ignore_index": 1.5},
             TypeError,
             r"ignore_index is a float \(1.5\); an int is expected",
+        ),
+        (GOOD, GOOD, {"ignore_index": 2**70}, ValueError, r"ignore_index is \d+; an int64 is expected"),
+        (
+            GOOD,
+            GOOD,
+            {"labels": LABELS.to_sparse()},
+            TypeError,
+            r"labels has layout torch.sparse_coo; a dense tensor",
         ),
         (GOOD, GOOD, {"labels": [0] * 4}, TypeError, r"labels is a list; an integer tensor is expected"),
         (
@@ -383,6 +408,17 @@ def test_out_is_refused_alike_where_python_looks_at_it_first(case: tuple) -> Non
     """The compiled CPU operator looks at ``out`` itself; see Note [Tensors to write]."""
     with use_backend("reference"):
         test_bad_argument("softmax_kl_div_grad", *case)
+
+
+def test_labels_are_not_looked_at_without_a_cross_entropy() -> None:
+    assert distillation(GOOD, GOOD, labels=LABELS + 99, alpha=1.0) == 0
+
+
+def test_out_of_shapes_alone() -> None:
+    """Meta tensors have no memory to share."""
+    meta = GOOD.to("meta")
+    to_student, _ = softmax_kl_div_grad(meta, meta, out=(torch.empty_like(meta), torch.empty_like(meta)))
+    assert to_student.shape == GOOD.shape
 
 
 def test_integers_of_numpy_are_integers() -> None:

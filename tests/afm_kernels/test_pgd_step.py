@@ -124,6 +124,17 @@ def test_large_batches_are_their_parts(device: torch.device, dtype: torch.dtype,
         assert norm == "l2" or torch.equal(actual, parts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_out_at_an_odd_address(dtype: torch.dtype) -> None:
+    """Where no vector is ever aligned, none is stored past the caches."""
+    device = torch.device("cpu")
+    x_adv, grad, x = case(device, (3, 3, 520, 1024), dtype, dtype)
+    assert x.nbytes > 2**23
+    out = torch.frombuffer(bytearray(x.nbytes + 1), dtype=dtype, count=x.numel(), offset=1).view(x.shape)
+    step = {"step_size": 0.02, "eps": 0.0625}
+    assert torch.equal(pgd_step(x_adv, grad, x, **step, out=out), pgd_step(x_adv, grad, x, **step))
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_do_not_change_a_bit(device: torch.device, dtype: torch.dtype, norm: str) -> None:
