@@ -16,6 +16,10 @@ Dropout and Identity are gone, and an in-place operation whose input has no othe
 tensors need no gradient, so no weight-gradient graph is ever built. ``refresh_`` writes the live network's current
 values into the same memory: a captured CUDA graph that reads it stays valid.
 
+Hooks of the network itself, and a ``__call__`` of its class, run around the prepared graph; a submodule with hooks is
+kept whole, with them. Where the activations' memory format would show (in code that is kept whole, or an in-place
+operation on memory of several names) the network is served in contiguous format, whatever was asked for.
+
 Gradients in float32 differ from the live network's where a pre-activation is within rounding of zero and a ReLU
 flips; PyTorch's own float32 differs from float64 by the same mechanism and as much.
 """
@@ -24,19 +28,34 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .lean_layers import FoldedConv, ScaleShiftReLU
-from .lean_rewrite import Rewriter, first_line, trace
+from .lean_rewrite import Rewriter
+from .lean_trace import first_line, has_own_call, hooks_of, trace
 
 __all__ = ["PreparedModel", "prepare_for_attack", "unwrap"]
 
+# Functions, and which of them are called how.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+# The prepared graph's name in the copy of a network that has hooks.
+_GRAPH = "lean_graph"
 _WRAPPERS = (
     nn.parallel.DistributedDataParallel,
     nn.DataParallel,
@@ -53,16 +72,18 @@ def prepare_for_attack(
 
     Args:
         model: any network of images (N, C, H, W) to logits. DDP, DataParallel and torch.compile wrappers are looked
-            through. One that torch.fx cannot trace is served as an unfolded copy, with a warning.
+            through. One that torch.fx cannot trace is served as an unfolded copy, with a warning, and so is a part
+            that it cannot, or that has hooks. Hooks of the network itself run as they are now.
         dtype: of the copy's weights, arithmetic and logits (None: the model's). Images are converted on entry.
-        memory_format: ``torch.channels_last`` or ``torch.contiguous_format``.
+        memory_format: ``torch.channels_last`` or ``torch.contiguous_format``. The latter is taken anyway where the
+            format could change the logits.
 
     Returns:
         A ``PreparedModel``. After an update of the live weights, call its ``refresh_()``.
 
     Raises:
-        TypeError: model is not a module, or dtype is not floating point.
-        ValueError: another memory format.
+        TypeError: model is not a module, or dtype is not a floating-point torch.dtype.
+        ValueError: another memory format; or hooks on a wrapper that is looked through, which would be lost.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
@@ -71,15 +92,26 @@ def prepare_for_attack(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(
+            f"dtype must be a floating-point dtype such as torch.bfloat16, or None; got {dtype!r}"
+        )
     if memory_format not in (torch.channels_last, torch.contiguous_format):
         raise ValueError(
-            f"memory_format must be torch.channels_last or torch.contiguous_format, got {memory_format}"
+            f"memory_format must be torch.channels_last or torch.contiguous_format, got {memory_format!r}"
         )
+    network = unwrap(model, compiled=True)
+    wrapper: Any = model
+    while wrapper is not network:
+        if hooks_of(wrapper):
+            raise ValueError(
+                f"model is a {type(wrapper).__name__} with hooks, which a prepared network would lose: "
+                f"register them on the {type(network).__name__} in it"
+            )
+        wrapper = wrapper.module if isinstance(wrapper, _WRAPPERS) else wrapper._orig_mod
     # A copy made of inference tensors could not be differentiated later, where inference mode has ended.
     with torch.inference_mode(False):
-        return PreparedModel(unwrap(model, compiled=True), dtype, memory_format)
+        return PreparedModel(network, dtype, memory_format)
 
 
 def unwrap(model: nn.Module, compiled: bool = False) -> nn.Module:
@@ -105,31 +137,39 @@ class PreparedModel(nn.Module):
         folded: the names of the BatchNorms that went into a convolution.
         fused: the names of those that went into a scale_shift_relu.
         left: what stayed as it was, a sentence each.
+        memory_format: of the images on entry, and of the convolutions.
     """
 
     def __init__(
         self, live: nn.Module, dtype: torch.dtype | None, memory_format: torch.memory_format
     ) -> None:
         super().__init__()
-        self.memory_format = memory_format
         self.traced = True
         self.folded: list[str] = []
         self.fused: list[str] = []
         self.left: list[str] = []
         # In a tuple, so that the live network is no submodule of this one.
         self._live = (live,)
-        network = _copy_of(live).eval().requires_grad_(False)
+        network = _copy_of(live)
         self.network: nn.Module
         try:
             graph_module, untraced = trace(network)
         except Exception as error:  # tracing runs the model's own code, which may raise anything
             self.traced = False
-            self.network = network
+            self.network = _copy_of(live)  # tracing may have left proxies in the other
+            memory_format = torch.contiguous_format
             self.left.append(f"the whole network, which torch.fx cannot trace ({first_line(error)})")
         else:
             rewriter = Rewriter(graph_module, live)
             rewriter.run()
             self.network = graph_module
+            if hooks_of(network) or has_own_call(network):
+                # The copy itself, whose forward is the graph.
+                network.add_module(_GRAPH, graph_module)
+                vars(network)["forward"] = graph_module.forward
+                self.network = network
+            if rewriter.needs_contiguous:
+                memory_format = torch.contiguous_format
             self.folded, self.fused = rewriter.folded, rewriter.fused
             self.left += [
                 f"{name}, which torch.fx cannot trace ({reason})" for name, reason in untraced.items()
@@ -140,6 +180,7 @@ class PreparedModel(nn.Module):
                 f"prepare_for_attack({type(live).__name__}) left unfolded: {'; '.join(untraced_sentences)}",
                 stacklevel=3,
             )
+        self.memory_format = memory_format
         if dtype is not None:
             self.network.to(dtype)
         self.dtype = dtype or self._dtype_of_weights()
@@ -219,7 +260,7 @@ class PreparedModel(nn.Module):
                 continue
             owner, _, name = path.rpartition(".")
             try:
-                module = live.get_submodule(owner)
+                module = live.get_submodule(owner.removeprefix(_GRAPH).removeprefix("."))
                 getattr(module, name)
             except AttributeError:
                 continue  # a constant of the traced code, which no update changes
@@ -248,7 +289,59 @@ def _copy_of(live: nn.Module) -> nn.Module:
         for t in vars(module).values()
         if isinstance(t, Tensor) and not t.is_leaf
     }
-    return copy.deepcopy(live, computed)
+    network = copy.deepcopy(live, computed)
+    copies = {id(module): computed[id(module)] for module in live.modules() if id(module) in computed}
+    for module in live.modules():
+        if isinstance(module, fx.GraphModule):  # its own deepcopy leaves them out
+            for name in _HOOKS:
+                vars(copies[id(module)])[name] = copy.deepcopy(vars(module)[name], computed)
+    for module in network.modules():
+        if "forward" in vars(module):
+            vars(module)["forward"] = _of_the_copy(vars(module)["forward"], copies)
+        for name in _HOOKS:
+            hooks = getattr(module, name)
+            if isinstance(hooks, dict):
+                hooks.update({key: _of_the_copy(hook, copies) for key, hook in hooks.items()})
+    return network.eval().requires_grad_(False)
+
+
+def _of_the_copy(function: Any, copies: dict[int, Any]) -> Any:
+    """The function with the copies in place of the live modules, and their methods, that it holds or names.
+
+    deepcopy hands a function on as it is: ``forward = net.forward; net.forward = lambda x: forward((x - mean) / std)``
+    would run the live network, in its own mode.
+    """
+    if not isinstance(function, types.FunctionType):
+        return function
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, types.MethodType) and id(value.__self__) in copies:
+            return types.MethodType(value.__func__, copies[id(value.__self__)])
+        return copies.get(id(value), value) if isinstance(value, nn.Module) else value
+
+    def copied_cell(cell: types.CellType) -> types.CellType:
+        try:
+            value = cell.cell_contents
+        except ValueError:  # an empty one
+            return cell
+        return cell if (new := copied(value)) is value else types.CellType(new)
+
+    named = {
+        name: function.__globals__[name]
+        for name in function.__code__.co_names
+        if name in function.__globals__
+    }
+    changed = {name: new for name, value in named.items() if (new := copied(value)) is not value}
+    result = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **changed} if changed else function.__globals__,
+        function.__name__,
+        tuple(map(copied, function.__defaults__ or ())),
+        tuple(map(copied_cell, function.__closure__ or ())),
+    )
+    result.__kwdefaults__ = {name: copied(v) for name, v in (function.__kwdefaults__ or {}).items()}
+    vars(result).update(vars(function))
+    return result
 
 
 @contextlib.contextmanager

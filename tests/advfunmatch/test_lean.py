@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import operator
+import random
 import warnings
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -288,6 +290,108 @@ def functional_batch_norm(net: Net, x: Tensor) -> Tensor:
     return F.relu(F.batch_norm(net.a(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps))
 
 
+def keyword_inputs(net: Net, x: Tensor) -> Tensor:
+    x = net.relu(input=net.bn(input=net.a(input=x)))
+    y = torch.add(input=net.bn2(net.b(x)), other=x)
+    y = F.dropout(input=net.dropout(input=torch.relu(input=y)), training=False)
+    return F.relu(input=(y * 0.5).sub_(0.1), inplace=True) + y
+
+
+def functional_batch_norm_by_keywords(net: Net, x: Tensor) -> Tensor:
+    bn = net.bn
+    x = F.batch_norm(
+        input=net.a(x), running_mean=bn.running_mean, running_var=bn.running_var, weight=bn.weight
+    )
+    return F.relu(x, inplace=True)
+
+
+def functional_batch_norm_without_relu(net: Net, x: Tensor) -> Tensor:
+    bn = net.bn
+    return F.batch_norm(net.a(x), bn.running_mean * 2, bn.running_var + 1).tanh()
+
+
+def augmented_assignment_to_a_second_name(net: Net, x: Tensor) -> Tensor:
+    x = net.bn(net.a(x))
+    y = x
+    y += 1
+    y *= 2
+    return x.relu()
+
+
+def augmented_assignment_to_a_view(net: Net, x: Tensor) -> Tensor:
+    x = net.bn(net.a(x))
+    y = x[:, :2]
+    y += net.b(x)[:, 2:]
+    return net.bn2(x)
+
+
+def augmented_assignment_of_a_convolution_to_a_view(net: Net, x: Tensor) -> Tensor:
+    x = net.bn(net.a(x))
+    y = x.flatten(0, 0)
+    y += net.b(x)
+    return net.bn2(x) + net.relu(y)
+
+
+def augmented_assignment_to_a_number(net: Net, x: Tensor) -> Tensor:
+    size = x.shape[2] + 0
+    half = size
+    size //= 2
+    size += 1
+    return F.interpolate(net.a(x), (half, size))
+
+
+def in_place_relu_then_add_on_a_view(net: Net, x: Tensor) -> Tensor:
+    x = net.bn(net.a(x))
+    x[:, :2].relu_().add_(1)
+    return net.bn2(x)
+
+
+def in_place_after_a_view_was_taken(net: Net, x: Tensor) -> Tensor:
+    x = net.bn(net.a(x))
+    y = x[:, :2]
+    x.relu_()
+    return net.bn2(x) + y.sum(1, keepdim=True)
+
+
+def input_of_a_convolution_changed_before_the_addition(net: Net, x: Tensor) -> Tensor:
+    x = net.a(x).tanh()
+    y = net.bn(net.b(x))
+    x.mul_(2)
+    return F.relu(y + x)
+
+
+def input_of_a_batch_norm_changed_before_the_relu(net: Net, x: Tensor) -> Tensor:
+    x = net.a(x).tanh()
+    y = net.bn(x)
+    x.mul_(2)
+    return F.relu(y) + x
+
+
+def input_of_a_convolution_changed_through_a_view(net: Net, x: Tensor) -> Tensor:
+    x = net.bn(net.a(x))
+    y = net.b(x)
+    x[:, 0].zero_()
+    return net.relu(net.bn2(y)) + x
+
+
+def tuples(net: Net, x: Tensor) -> Tensor:
+    low, high = net.bn(net.a(x)).chunk(2, 1)
+    return net.relu(net.bn2(net.b(torch.cat([high, low], 1))))
+
+
+def in_place_by_position(net: Net, x: Tensor) -> Tensor:
+    x = net.bn(net.a(x))
+    y = x.view(x.shape)
+    F.leaky_relu(y, 0.1, True)
+    return net.bn2(x)
+
+
+def in_place_silu(net: Net, x: Tensor) -> Tensor:
+    x = net.bn(net.a(x))
+    y = F.silu(x, inplace=True)
+    return net.relu(net.bn2(net.b(y)) + x)
+
+
 WIRINGS = [
     residual,
     two_foldable_branches,
@@ -307,12 +411,41 @@ WIRINGS = [
     added_with_a_factor,
     normalised_with_dropout,
     functional_batch_norm,
+    keyword_inputs,
+    functional_batch_norm_by_keywords,
+    functional_batch_norm_without_relu,
+    augmented_assignment_to_a_second_name,
+    augmented_assignment_to_a_number,
+    in_place_after_a_view_was_taken,
+    tuples,
+    in_place_by_position,
+    in_place_silu,
 ]
 
 
 @pytest.mark.parametrize("wiring", WIRINGS, ids=operator.attrgetter("__name__"))
 def test_wirings(wiring: Callable[[Net, Tensor], Tensor]) -> None:
     assert_stands_for(Net(wiring), torch.rand(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "wiring",
+    [
+        augmented_assignment_to_a_view,
+        augmented_assignment_of_a_convolution_to_a_view,
+        in_place_relu_then_add_on_a_view,
+        input_of_a_convolution_changed_before_the_addition,
+        input_of_a_batch_norm_changed_before_the_relu,
+        input_of_a_convolution_changed_through_a_view,
+    ],
+    ids=operator.attrgetter("__name__"),
+)
+def test_wirings_that_change_what_a_gradient_needs(wiring: Callable[[Net, Tensor], Tensor]) -> None:
+    """With trained weights autograd refuses these, so the logits are all there is to compare."""
+    net = settle(Net(wiring).double())
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert_near(prepare_for_attack(net)(x), net(x), 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -484,6 +617,367 @@ def test_options_of_forward_keep_their_defaults() -> None:
     assert prepared.folded == ["net.bn"]
 
 
+# ---- hooks, and forwards that are not their class's ---------------------------------------------------------------
+
+
+def normalised(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    return ((args[0] - 0.3) / 0.37,)
+
+
+HOOKS: dict[str, Callable[[nn.Module], object]] = {
+    "pre": lambda m: m.register_forward_pre_hook(normalised),
+    "forward": lambda m: m.register_forward_hook(lambda module, args, out: out * 2 + 0.1),
+    "with-kwargs": lambda m: m.register_forward_hook(
+        lambda module, args, kwargs, out: out * len(args), with_kwargs=True, always_call=True
+    ),
+    "backward": lambda m: m.register_full_backward_hook(lambda module, grad_in, grad_out: (grad_in[0] * 3,)),
+    "backward-pre": lambda m: m.register_full_backward_pre_hook(lambda module, grad_out: (grad_out[0] * 3,)),
+    "in-place-pre": lambda m: m.register_forward_pre_hook(lambda module, args: (args[0].clone().mul_(2),)),
+}
+
+
+def block(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), *layers)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        None,
+        nn.ReLU(),
+        nn.ReLU(inplace=True),
+        nn.Identity(),
+        nn.Dropout(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.MaxPool2d(2),
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
+        nn.BatchNorm2d(4),
+    ],
+    ids=[
+        "root",
+        "relu",
+        "relu-in-place",
+        "identity",
+        "dropout",
+        "pool",
+        "maxpool",
+        "container",
+        "bn",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*left unfolded.*it has hooks")
+def test_hooks_run(layer: nn.Module | None, hook: str) -> None:
+    if isinstance(layer, nn.ReLU) and layer.inplace and hook.startswith("backward"):
+        pytest.skip("autograd refuses an in-place operation behind a backward hook")
+    torch.manual_seed(SEED)
+    layer = copy.deepcopy(layer)
+    net = nn.Sequential(
+        block(), layer or nn.ReLU(), nn.AdaptiveAvgPool2d((2, 2)), nn.Flatten(), nn.Linear(16, 3)
+    )
+    HOOKS[hook](net if layer is None else layer)
+    prepared = assert_stands_for(net, torch.rand(2, 3, 8, 8))
+    assert "0.1" in prepared.folded
+
+
+def test_a_submodule_with_hooks_is_kept_whole_and_named() -> None:
+    """Traced, a hook that records would record proxies, once."""
+    net = nn.Sequential(block(nn.ReLU()), block(nn.ReLU()))
+    net[1][0] = nn.Conv2d(4, 4, 3)
+    seen = []
+    net[0].register_forward_hook(lambda module, args, out: seen.append(out))
+    with pytest.warns(UserWarning, match=r"left unfolded: 0, which torch.fx cannot trace \(it has hooks\)"):
+        prepared = prepare_for_attack(settle(net))
+    assert prepared.folded == ["1.1"]
+    assert seen == []
+    x = torch.rand(2, 3, 8, 8)
+    prepared(x)
+    prepared(x)
+    assert len(seen) == 2
+
+
+def test_a_hook_of_the_network_that_reads_its_buffers_follows_them() -> None:
+    net = Net(residual).double()
+    net.register_forward_pre_hook(lambda module, args: (args[0] - module.mean,))
+    prepared = prepare_for_attack(settle(net), torch.float32)
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    for _ in range(2):
+        assert_near(prepared.refresh_()(x), net(x), 1e-5)
+        net.mean.mul_(3)
+    assert prepared.folded == ["bn"]
+
+
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.filterwarnings("ignore:.*left unfolded")
+def test_hooks_of_a_graph_module(part: bool) -> None:
+    """Its own deepcopy loses them."""
+    net: nn.Module = torch.fx.symbolic_trace(block(nn.ReLU()).double())
+    net.register_forward_pre_hook(lambda module, args, kwargs: ((args[0] - 0.3,), kwargs), with_kwargs=True)
+    model, x = settle(nn.Sequential(net, nn.Flatten()) if part else net), torch.rand(2, 3, 8, 8).double()
+    got = out_and_gradient(prepare_for_attack(model), x)
+    for ours, want in zip(got, out_and_gradient(model, x), strict=True):
+        assert_near(ours, want, 1e-10)
+
+
+def test_a_network_with_hooks_compiles_without_a_graph_break() -> None:
+    net = block(nn.ReLU())
+    net.register_forward_pre_hook(normalised)
+    prepared = prepare_for_attack(settle(net))
+    x = torch.rand(2, 3, 8, 8)
+    assert_near(torch.compile(prepared, fullgraph=True, backend="eager")(x), net(x), 1e-5)
+
+
+def test_hooks_on_a_wrapper_are_an_error() -> None:
+    wrapped = nn.DataParallel(nn.Linear(2, 2))
+    wrapped.register_forward_pre_hook(normalised)
+    with pytest.raises(ValueError, match=r"DataParallel with hooks.*register them on the Linear in it"):
+        prepare_for_attack(wrapped)
+
+
+@pytest.mark.parametrize("part", ["", "0", "1", "0.0", "0.1", "2"])
+@pytest.mark.filterwarnings("ignore:.*left unfolded")
+def test_a_forward_of_the_instances_own(part: str) -> None:
+    """Also one that calls the live network's, which is in training mode."""
+    net = nn.Sequential(block(), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+    module = net.get_submodule(part)
+    forward = module.forward
+    module.forward = lambda x: forward(x * 2) + 0.2
+    x = torch.rand(2, 3, 8, 8)
+    net = settle(net.double()).train()
+    prepared = prepare_for_attack(net)
+    half_way = prepare_for_attack(net, torch.float32)
+    before = copy.deepcopy(net.state_dict())
+    got = out_and_gradient(prepared, x.double())
+    in_float32 = half_way(x)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    for ours, want in zip(got, out_and_gradient(net.eval(), x.double()), strict=True):
+        assert_near(ours, want, 1e-10)
+    assert_near(in_float32, got[0], 1e-4)
+
+
+class ShiftedReLU(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - 0.2)
+
+
+class AlwaysDropout(nn.Dropout):
+    """As for Monte-Carlo estimates: eval mode does not end it. Here of all or nothing, so that it can be compared."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.0, training=True) * 0.5
+
+
+class ScaledConv(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight * 2, bias)
+
+
+class ScaledBatchNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class DoublesItsCall(nn.Sequential):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2
+
+
+class DataDependentTwice(nn.Module):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Pool(nn.AdaptiveAvgPool2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.abs() if x.sum() > 0 else x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        ShiftedReLU(),
+        ShiftedReLU(inplace=True),
+        AlwaysDropout(),
+        ScaledConv(4, 4, 3),
+        ScaledBatchNorm(4),
+        DoublesItsCall(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
+        DataDependentTwice(),
+        Pool(6),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+@pytest.mark.filterwarnings("ignore:.*left unfolded")
+def test_subclasses_are_not_their_base(layer: nn.Module) -> None:
+    torch.manual_seed(SEED)
+    net = block(copy.deepcopy(layer), nn.ReLU(), nn.AdaptiveAvgPool2d((2, 2)), nn.Flatten(), nn.Linear(16, 3))
+    assert_stands_for(net, torch.rand(2, 3, 8, 8))
+
+
+def test_a_call_of_the_networks_own_runs() -> None:
+    net = DoublesItsCall(*block(nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)))
+    assert assert_stands_for(net, torch.rand(2, 3, 8, 8)).folded == ["1"]
+
+
+# ---- what a trace would lose or freeze ---------------------------------------------------------------------------
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad * 3
+
+
+def straight_through(x: Tensor) -> Tensor:
+    return StraightThrough.apply(x) + x
+
+
+def partly_without_gradient(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        gate = x.sigmoid()
+    return x * gate
+
+
+def under_autocast(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        product = x.float() @ torch.ones(6, 6)
+    return x + product
+
+
+class Applied(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("function", [straight_through, partly_without_gradient, under_autocast])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.filterwarnings("ignore:.*left unfolded")
+def test_what_a_graph_cannot_hold(function: Callable[[Tensor], Tensor], whole: bool) -> None:
+    """The logits would be right without any of these, and the gradients wrong."""
+    if whole:
+        net: nn.Module = Net(lambda net, x: function(net.a(x)[..., :6, :6]))
+    else:
+        net = block(Applied(function), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    model, x = settle(net.double()), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    prepared = prepare_for_attack(model)
+    assert prepared.traced != whole
+    for ours, want in zip(out_and_gradient(prepared, x), out_and_gradient(model, x), strict=True):
+        assert_near(ours, want, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: torch.rand(1), random.random, np.random.rand], ids=["torch", "python", "numpy"]
+)
+def test_a_network_that_draws_random_numbers_goes_on_drawing(draw: Callable[[], float]) -> None:
+    net = block(Applied(lambda x: x * draw()), nn.ReLU())
+    torch.manual_seed(SEED)
+    state = torch.get_rng_state()
+    with pytest.warns(UserWarning, match=r"2, which torch.fx cannot trace \(it draws random numbers\)"):
+        prepared = prepare_for_attack(net.eval())
+    assert torch.equal(torch.get_rng_state(), state)
+    x = torch.rand(2, 3, 8, 8)
+    assert not torch.equal(prepared(x), prepared(x))
+
+
+def test_what_is_computed_from_buffers_follows_them() -> None:
+    net = Net(lambda net, x: net.a((x - net.mean.view(1, 3, 1, 1)) / (2 * net.scale)))
+    net.register_buffer("scale", torch.tensor(0.7))
+    prepared = prepare_for_attack(settle(net.double()))
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    net.mean.mul_(3)
+    net.scale.mul_(3)
+    assert_near(prepared.refresh_()(x), net(x), 1e-10)
+    assert prepared.traced
+
+
+def test_a_weight_shared_with_a_part_that_cannot_be_traced() -> None:
+    class Shared(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.conv2d(x, self.weight)
+            return x if x.sum() > 0 else -x
+
+    net = Net(lambda net, x: F.conv2d(net.part(net.a(x)), net.b.weight))
+    net.part = Shared(net.b.weight)
+    with pytest.warns(UserWarning, match="part, which torch.fx cannot trace"):
+        assert_stands_for(net, torch.rand(2, 3, 8, 8))
+
+
+# ---- the memory format of activations ----------------------------------------------------------------------------
+
+
+class LeNet(nn.Module):
+    """As the networks of TRADES and of most tutorials on MNIST end."""
+
+    def __init__(self, flat: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.features = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3))
+        self.fc = nn.Linear(32, 3)
+        self.flat = flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.flat(self.features(x)))
+
+
+FLAT: dict[str, Callable[[Tensor], Tensor]] = {
+    "sizes": lambda x: x.view(-1, 32),
+    "size-of-x": lambda x: x.view(x.size(0), -1),
+    "tuple": lambda x: x.view((x.shape[0], 32)),
+    "keyword": lambda x: x.view(size=(-1, 32)),
+    "view-as": lambda x: x.view_as(torch.empty(2, 32)),
+    "permuted": lambda x: x.permute(0, 2, 3, 1).contiguous().view(-1, 32),
+    "dtype": lambda x: (x + x.detach().view(x.dtype)).flatten(1),
+    "halves": lambda x: torch.cat([h.view(x.size(0), -1) for h in x.chunk(2, 1)], 1),
+    "strides": lambda x: x.as_strided((2, 32), (32, 1)),
+    "untraceable": lambda x: x.view(-1, 32) if x.sum() > 0 else -x.view(-1, 32),
+    "changed-in-place": lambda x: (x.view(-1, 32).mul_(2), x.flatten(1))[1],
+    "reshape-changed-in-place": lambda x: (x.reshape(-1, 32).mul_(2), x.flatten(1))[1],
+    "contiguous-changed-in-place": lambda x: (x.contiguous().mul_(2), x.flatten(1))[1],
+}
+
+
+@pytest.mark.parametrize("flat", FLAT)
+@pytest.mark.filterwarnings("ignore:.*torch.fx cannot trace")
+def test_views_of_activations(flat: str) -> None:
+    assert_stands_for(LeNet(FLAT[flat]), torch.rand(2, 1, 10, 10))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.fx cannot trace")
+def test_views_in_a_part_or_hook_that_is_kept_whole() -> None:
+    net = LeNet(torch.flatten)
+    net.flat = Applied(FLAT["untraceable"])
+    prepared = assert_stands_for(net, torch.rand(2, 1, 10, 10))
+    assert prepared.memory_format == torch.contiguous_format
+    net = LeNet(lambda x: x.flatten(1))
+    net.features[3].register_forward_hook(lambda module, args, out: out.view(-1, 32).view_as(out) * 2)
+    assert_stands_for(net, torch.rand(2, 1, 10, 10))
+
+
+def test_the_usual_in_place_activations_keep_channels_last() -> None:
+    for name in ("mobilenet_v2", "efficientnet_b0", "resnet18", "densenet121"):
+        assert prepare_for_attack(torchvision_model(name)).memory_format == torch.channels_last
+
+
+def test_an_error_in_a_prepared_network_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError):
+        prepare_for_attack(LeNet(lambda x: x.view(-1, 31)))(torch.rand(2, 1, 10, 10))
+    assert capfd.readouterr() == ("", "")
+
+
 # ---- what it must not touch, and what it accepts -----------------------------------------------------------------
 
 
@@ -595,6 +1089,7 @@ def test_memory_formats(memory_format: torch.memory_format) -> None:
     [
         ({"model": "resnet18"}, TypeError, "model must be a torch.nn.Module, got str"),
         ({"dtype": torch.int8}, TypeError, "dtype must be a floating-point dtype"),
+        ({"dtype": "bf16"}, TypeError, "dtype must be a floating-point dtype such as .*; got 'bf16'"),
         (
             {"memory_format": torch.preserve_format},
             ValueError,
