@@ -4,13 +4,15 @@
 // The GPU kernels call it lane by lane; the tests run the same kernels on the CPU. With s, t the
 // logits, s' = s/T, t' = t/T, q = softmax(s'), p = softmax(t'), each class has
 //
-//     y = log q - log p = ((s - a) - (t - b)) / T - center
+//     y = log q - log p = ((s - a) - (t - b) - d) / T - center
 //
 // Note [Base of the differences]
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 // Near a fixed point s and t agree in most bits and s - t is exact, so (a, b) = (0, 0). When one
 // side is offset by a constant, s - t is rounded to the coarser grid; (a, b) = (max s, max t) then
-// takes the offset off first. `center` is of the size of the differences, never of the logits.
+// takes the offset off first. d is what is left at the maxima, or at a class like it: where that
+// class has nearly all of p and q, y is next to nothing, and `center` has to be as small to keep
+// its digits, as has the teacher's mean of the differences.
 //
 // Note [Rows near their minimum]
 // ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
@@ -113,12 +115,12 @@ AFM_HD A centred_below() {
   return A(0.25);
 }
 
-// What the classes share: the temperature and the two subtrahends of the differences.
+// What the classes share: the temperature and the subtrahends of the differences.
 template <typename A>
 struct Base {
   A inv_temperature;
-  A exponent_scale;  // log2(e) / T
-  A shift_s, shift_t;
+  A exponent_scale;           // log2(e) / T
+  A shift_s, shift_t, shift;  // a, b, d
 
   // See Note [Base of the differences].
   static AFM_HD Base of(A inv_temperature, A top_s, A top_t) {
@@ -128,10 +130,14 @@ struct Base {
     const bool apart = abs_of(top_s - top_t) > A(8);
     base.shift_s = apart ? top_s : A(0);
     base.shift_t = apart ? top_t : A(0);
+    base.shift = apart ? A(0) : top_s - top_t;
     return base;
   }
 
-  AFM_HD A difference(A s, A t) const { return ((s - shift_s) - (t - shift_t)) * inv_temperature; }
+  // 0 at what the base is of.
+  AFM_HD A difference(A s, A t) const {
+    return (((s - shift_s) - (t - shift_t)) - shift) * inv_temperature;
+  }
 };
 
 // A maximum that can be subtracted: an empty set has none.
@@ -378,7 +384,7 @@ template <typename A>
 struct StreamState {
   A max_s, max_t;
   A zs, zt;
-  A difference;  // sum exp(t' - max) x, x = the difference less the reference
+  A difference;  // sum exp(t' - max) x, x = the difference
   A near;        // sum exp(t' - max) f(x) where x is small, else of exp(t' - max) (-1 - x)
   A far;
 
@@ -399,11 +405,11 @@ struct StreamState {
     max_t = new_t;
   }
 
-  AFM_HD void add(const Base<A>& base, A reference, A s, A t) {
+  AFM_HD void add(const Base<A>& base, A s, A t) {
     const A es = exp2_of((s - safe_max(max_s)) * base.exponent_scale);
     const A et = exp2_of((t - safe_max(max_t)) * base.exponent_scale);
     const bool live = et > A(0) && s > -infinity<A>();
-    const A x = live ? base.difference(s, t) - reference : A(0);
+    const A x = live ? base.difference(s, t) : A(0);
     const bool small = live && abs_of(x) < series_limit<A>();
     zs += es;
     zt += et;
@@ -419,17 +425,16 @@ struct StreamState {
   }
 };
 
-// The stats of a complete row. `base` and `reference` are those that every add() was given.
+// The stats of a complete row. `base` is what every add() was given.
 template <typename A>
-AFM_HD RowStats<A> finish_stream(const StreamState<A>& state, const Base<A>& base, A reference,
-                                 bool excluded) {
+AFM_HD RowStats<A> finish_stream(const StreamState<A>& state, const Base<A>& base, bool excluded) {
   RowStats<A> stats;
   stats.max_s = state.max_s;
   stats.max_t = state.max_t;
   // A row of -inf alone: its sums are 0, its reciprocals would be infinite, its value is NaN.
   stats.inv_zs = A(1) / state.zs;
   stats.inv_zt = A(1) / state.zt;
-  const A gap = base.difference(state.max_s, state.max_t) - reference;
+  const A gap = base.difference(state.max_s, state.max_t);
   A log_mean = gap + log_of(state.zs / state.zt);  // log E_p[exp x]
   const A mean = state.difference / state.zt;
   A value = log_mean - mean;
@@ -440,12 +445,13 @@ AFM_HD RowStats<A> finish_stream(const StreamState<A>& state, const Base<A>& bas
     log_mean = log1p_of(u);
   }
   stats.value = excluded ? value + infinity<A>() : (value < A(0) ? A(0) : value);
-  // From this base and reference to the base that a backward derives from the maxima.
+  // From this base to the one that a backward derives from the maxima.
   const Base<A> own = Base<A>::of(base.inv_temperature, state.max_s, state.max_t);
   const A moved =
-      ((base.shift_s - own.shift_s) - (base.shift_t - own.shift_t)) * base.inv_temperature;
-  stats.center = (reference + log_mean) + moved;
-  stats.other = (reference + mean) + moved;
+      (((base.shift_s - own.shift_s) - (base.shift_t - own.shift_t)) + (base.shift - own.shift)) *
+      base.inv_temperature;
+  stats.center = log_mean + moved;
+  stats.other = mean + moved;
   stats.inv_label = A(0);
   return stats;
 }

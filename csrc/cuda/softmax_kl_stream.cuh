@@ -24,7 +24,6 @@ namespace afm::cuda {
 template <typename A>
 struct Reference {
   Base<A> base;
-  A difference;
   A anchor;  // the student's logit
 };
 
@@ -50,7 +49,6 @@ __device__ __forceinline__ Reference<typename Pair::A> reference_of(const RowsPr
   if (t == -infinity<A>()) s = t = A(0);
   Reference<A> reference;
   reference.base = Base<A>::of(A(1) / static_cast<A>(problem.temperature), s, t);
-  reference.difference = reference.base.difference(s, t);
   reference.anchor = s;
   return reference;
 }
@@ -108,7 +106,7 @@ __device__ __forceinline__ void add_vector(const RowsProblem& problem,
       excluded = excluded || excludes(t_i, s_i);
       state.add_normalisers(reference.base, s_i, t_i);
     } else {
-      state.add(reference.base, reference.difference, s_i, t_i);
+      state.add(reference.base, s_i, t_i);
     }
     if (excluded) partial.excluded = A(1);
     if constexpr (kVariant == Variant::kDistillation) {
@@ -228,8 +226,7 @@ __device__ __forceinline__ RowStats<A> stats_of(const RowsProblem& problem,
   if constexpr (kVariant == Variant::kSymmetric) {
     return normaliser_stats(partial.state, A(1) / static_cast<A>(problem.temperature));
   } else {
-    return finish_stream(partial.state, reference.base, reference.difference,
-                         partial.excluded > A(0));
+    return finish_stream(partial.state, reference.base, partial.excluded > A(0));
   }
 }
 
