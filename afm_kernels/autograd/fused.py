@@ -146,7 +146,8 @@ def fused_forward(ctx: Any, student: Tensor, teacher: Tensor, call: Call, *tenso
         )
     ctx.save_for_backward(*kept, *made)
     ctx.call, ctx.made_for = call, made_for
-    ctx.is_ours = torch.compiler.is_compiling() or _saved_tensors_hooks(False) is None
+    if made_for is not None:
+        ctx.is_ours = torch.compiler.is_compiling() or _saved_tensors_hooks(False) is None
     return loss
 
 
@@ -243,6 +244,30 @@ class QuickLoss(torch.autograd.Function):
             return fused_backward(ctx, grad_loss)
         *_, to_student, to_teacher = ctx.saved_tensors
         wrt_student, wrt_teacher, *_ = ctx.needs_input_grad
+        return to_student if wrt_student else None, to_teacher if wrt_teacher else None, None, None
+
+
+class QuickRecompute(torch.autograd.Function):
+    """As QuickLoss, with gradients made in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, call: Call, row_weight: Tensor | None) -> Tensor:
+        loss, row_stats = torch.ops.afm_kernels.softmax_kl_forward.default(
+            student, teacher, row_weight, *call.params, 1, call.scale
+        )
+        ctx.save_for_backward(student, teacher, row_weight, row_stats)
+        ctx.call, ctx.made_for = call, None
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return fused_backward(ctx, grad_loss)
+        call = ctx.call
+        wrt_student, wrt_teacher, *_ = ctx.needs_input_grad
+        to_student, to_teacher = torch.ops.afm_kernels.softmax_kl_backward.default(
+            grad_loss, *ctx.saved_tensors, *call.params, call.scale, wrt_student, wrt_teacher
+        )
         return to_student if wrt_student else None, to_teacher if wrt_teacher else None, None, None
 
 

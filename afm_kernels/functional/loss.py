@@ -33,6 +33,7 @@ from afm_kernels.autograd.fused import (
     Call,
     FusedLoss,
     QuickLoss,
+    QuickRecompute,
     is_watched,
     prefers_recompute,
     transformed_loss,
@@ -100,7 +101,8 @@ def quick_loss(
                 watched = is_watched("softmax_kl", student, teacher, 1, "cpp")
                 recompute = watched or prefers_recompute("softmax_kl", student, teacher, "cpp")
         call = Call("softmax_kl", "cpu", "cpp", params, (), 1, factor, recompute, watched)
-        return (FusedLoss if recompute else QuickLoss).apply(student, teacher, call, None)
+        function = FusedLoss if watched else QuickRecompute if recompute else QuickLoss
+        return function.apply(student, teacher, call, None)
     except (KeyError, *REFUSALS):
         return None
 

@@ -86,17 +86,25 @@ def test_gradients_alone(divergence: str, long_ways: list[str]) -> None:
         assert not b.requires_grad
 
 
-def test_second_derivatives_and_kept_graphs(long_ways: list[str]) -> None:
+@pytest.mark.parametrize("recompute", [None, True])
+def test_second_derivatives_and_kept_graphs(recompute: bool | None, long_ways: list[str]) -> None:
+    def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+        return softmax_kl_div(student, teacher, recompute=recompute)
+
     logits = pair(3, 7, dtype=torch.float64)
-    softmax_kl_div(*logits)
-    torch.autograd.gradgradcheck(softmax_kl_div, logits)
-    loss = softmax_kl_div(*logits)
+    divergence(*logits)
+    torch.autograd.gradgradcheck(divergence, logits)
+    loss = divergence(*logits)
     first = torch.autograd.grad(loss, logits, retain_graph=True)
     kept = [t.clone() for t in first]
     for t in first:
         t.zero_()  # a gradient belongs to whoever got it
-    for a, b in zip(torch.autograd.grad(loss, logits), kept, strict=True):
-        assert torch.equal(a, b)
+    many = torch.autograd.grad(
+        loss, logits, torch.ones(2, dtype=torch.float64), retain_graph=True, is_grads_batched=True
+    )
+    for a, b, c in zip(torch.autograd.grad(loss, logits), many, kept, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, c.expand_as(b))
     assert long_ways == ["long"]
 
 
