@@ -89,7 +89,8 @@ def scale_shift_relu(sizes: tuple[int, ...], dtype: str, residual: bool, mode: s
     x, skip, upstream = (
         t.to(device, DTYPES[dtype], memory_format=torch.channels_last) for t in (x, skip, upstream)
     )
-    mean, var, weight, bias = (t.to(device) for t in (mean, var, weight, bias))
+    wide = torch.float64 if dtype == "float64" else torch.float32  # what F.batch_norm takes beside x
+    mean, var, weight, bias = (t.to(device, wide) for t in (mean, var, weight, bias))
     scale = weight / (var + 1e-5).sqrt()
     shift = bias - mean * scale
 
