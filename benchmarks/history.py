@@ -96,7 +96,8 @@ def draw(found: Versions, path: Path) -> Path:
                 axis.plot(x, [s["median"] for _, s in points], style, color=colour, markersize=4)
                 marked = [(i, s["median"]) for i, s in points if (i, name) in worse]
                 axis.plot(*zip(*marked, strict=True) if marked else ([], []), "o", **_RING)
-            axis.set_title(shape_label(latest[rest], " "), fontsize=8.5)
+            title = shape_label(latest[rest], " ")
+            axis.set_title(title, fontsize=8.5 if len(title) < 34 else 6.5)
             axis.set_ylim(bottom=0)
             axis.axhline(1, color=COLOURS["limit"], linewidth=0.8)
             axis.set_xticks(
