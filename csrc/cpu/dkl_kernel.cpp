@@ -25,10 +25,6 @@ enum Stat : int {
   kGap
 };
 
-// A mean of d as large as this, less the gap, shows that the gap is not that of the classes that
-// have weight: next to it their digits would be lost.
-constexpr double kGapLimit = 16;
-
 struct RowSummary {
   RowKind kind = RowKind::kNan;
   double student_shift = 0, teacher_shift = 0;

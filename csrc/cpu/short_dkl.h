@@ -8,6 +8,10 @@
 namespace afm::cpu::AFM_CAPABILITY {
 namespace {
 
+// A mean of d as large as this, less the gap, shows that the gap is not that of the classes that
+// have weight: next to it their digits would be lost.
+constexpr double kGapLimit = 16;
+
 // Where the weights of the second term come from: the call; the exponentials of the first term; or
 // exponentials of their own, at another temperature.
 enum class DklWeights { kGiven, kOfTeacher, kOwn };
@@ -82,8 +86,8 @@ AFM_LOOP DklSums<T> sum_dkl_lanes(const DklTiles<T>& tiles, int64_t classes,
   sums.weight_sum = weights.total, sums.mean = guess + left;
   sums.soft_cross_entropy = log(students.total) - logits.total / teachers.total * V(inv_t);
   sums.variance = select(variance < V(T(0)), V(T(0)), variance);
-  // As kGapLimit of dkl_kernel.cpp: the gap is that of the maxima.
-  const auto is_off = both(V(T(16)) < abs(guess), V(T(0)) < abs(gaps.student) + abs(gaps.teacher));
+  const auto has_gap = V(T(0)) < abs(gaps.student) + abs(gaps.teacher);
+  const auto is_off = both(V(T(kGapLimit)) < abs(guess), has_gap);
   sums.variance = select(is_off, V(T(__builtin_nan(""))), sums.variance);
   return sums;
 }
