@@ -1,11 +1,11 @@
 """Builds the two compiled modules; everything else about the distribution is in pyproject.toml.
 
-``afm_kernels/_cpu.abi3.so``   from csrc/cpu/*.cpp: one file for every Python >= 3.10 and torch >= 2.10.
+``afm_kernels/_cpu.abi3.so``   from csrc/cpu: one file for every Python >= 3.10 and torch >= 2.10.
 ``afm_kernels/_cuda.abi3.so``  from csrc/cuda: where nvcc and a CUDA build of torch are found.
 
 Note [Kernel units]
 ~~~~~~~~~~~~~~~~~~~
-A source named ``csrc/cpu/*_kernel.cpp`` is compiled once for each instruction set of ``CAPABILITIES``, with
+A source of csrc/cpu named ``*_kernel.cpp`` is compiled once for each instruction set of ``CAPABILITIES``, with
 that set's flags and ``-DAFM_CAPABILITY=<name>``, and defines its functions in ``namespace
 afm::cpu::AFM_CAPABILITY``. ``dispatch.h`` picks one of the copies at run time. Every other source is compiled
 once, for the baseline of the architecture. No unit ever gets -march=native: a wheel built on one machine runs
@@ -41,7 +41,7 @@ TORCH_TARGET = "0x020a000000000000"  # the oldest LibTorch the modules run on: 2
 PYTHON_TARGET = "cp310"
 CUDA_ARCHS = "80;90;100+PTX"
 
-# See Note [Kernel units]. Order and names as in csrc/cpu/dispatch.h.
+# See Note [Kernel units]. Order and names as in csrc/cpu/dispatch/dispatch.h.
 CAPABILITIES = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mprfchw"]
@@ -90,7 +90,7 @@ def cpu_extension() -> Extension | None:
         return leave_out("CPU", f"there is no C++ compiler ({get_cxx_compiler()!r} was not found)")
     return Extension(
         "afm_kernels._cpu",
-        sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
+        sorted(str(path) for path in Path("csrc/cpu").rglob("*.cpp")),
         include_dirs=[str(ROOT / "csrc")],
         library_dirs=library_paths(),
         libraries=["torch_cpu"],

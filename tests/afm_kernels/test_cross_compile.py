@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
-UNITS = sorted(path.name for path in (ROOT / "csrc" / "cpu").glob("*_kernel.cpp"))
+UNITS = sorted((ROOT / "csrc" / "cpu").rglob("*_kernel.cpp"))
 # capability -> flags, and an instruction that its vector loops cannot do without
 TARGETS = {
     "portable": (["-target", "aarch64-linux-gnu"], r"\bfml[as]\s+v\d+\.(4s|2d)"),
@@ -28,9 +28,9 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 @pytest.mark.parametrize("capability", TARGETS)
-def test_kernels_compile(capability: str, unit: str, tmp_path: Path) -> None:
+def test_kernels_compile(capability: str, unit: Path, tmp_path: Path) -> None:
     flags, instruction = TARGETS[capability]
     assembly = tmp_path / "unit.s"
     defines = [f"-DAFM_CAPABILITY={capability}", f"-DAFM_CAPABILITY_{capability.upper()}=1"]
@@ -45,7 +45,7 @@ def test_kernels_compile(capability: str, unit: str, tmp_path: Path) -> None:
         "-Wextra",
     ]
     options += ["-Werror", "-Wno-unused-command-line-argument"]  # zig adds -c beside -S
-    files = [f"-I{ROOT / 'csrc'}", "-S", str(ROOT / "csrc" / "cpu" / unit), "-o", str(assembly)]
+    files = [f"-I{ROOT / 'csrc'}", "-S", str(unit), "-o", str(assembly)]
     command = [sys.executable, "-m", "ziglang", "c++", *options, *files]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

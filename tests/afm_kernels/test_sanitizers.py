@@ -16,7 +16,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-PROGRAMS = {"losses": ("softmax_kl", "dkl"), "images": ("pgd_step", "scale_shift_relu", "conv3x3")}
+PROGRAMS = {
+    "losses": ("softmax_kl/softmax_kl", "dkl/dkl"),
+    "images": ("images/pgd_step", "images/scale_shift_relu", "images/conv3x3"),
+}
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl"]
 CAPABILITIES = {"portable": [], "avx2": AVX2, "avx512": AVX512}  # as in setup.py
@@ -48,7 +51,8 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
                 continue
             defines = [f"-DAFM_CAPABILITY={name}", f"-DAFM_CAPABILITY_{name.upper()}=1"]
             for kernel in PROGRAMS[request.param]:
-                source, unit = CSRC / "cpu" / f"{kernel}_kernel.cpp", folder / f"{name}_{kernel}.o"
+                source = CSRC / "cpu" / f"{kernel}_kernel.cpp"
+                unit = folder / f"{name}_{source.stem}.o"
                 compiled.append(compilers.submit(compile_object, source, unit, *flags, *defines))
         main = compile_object(ROOT / f"tests/cpp/{request.param}_test.cpp", folder / "main.o")
     objects = [main, *(future.result() for future in compiled)]

@@ -10,7 +10,7 @@
 #include <cstring>
 #include <string>
 
-#include "cpu/dtype.h"
+#include "cpu/layout/dtype.h"
 
 namespace afm::cpu {
 

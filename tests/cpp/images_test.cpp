@@ -11,9 +11,9 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/conv3x3_kernel.h"
-#include "cpu/pgd_step_kernel.h"
-#include "cpu/scale_shift_relu_kernel.h"
+#include "cpu/images/conv3x3_kernel.h"
+#include "cpu/images/pgd_step_kernel.h"
+#include "cpu/images/scale_shift_relu_kernel.h"
 
 using namespace afm;
 using namespace afm::cpu;

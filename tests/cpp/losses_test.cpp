@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/dkl.h"
-#include "cpu/softmax_kl.h"
+#include "cpu/dkl/dkl.h"
+#include "cpu/softmax_kl/softmax_kl.h"
 
 using namespace afm;
 using namespace afm::cpu;

@@ -1,0 +1,1023 @@
+// Rows of KL, Jeffreys and JS, alone or with a cross-entropy (the distillation loss).
+//
+// One after another: a row is looked at (probe), summed by the loop that fits it, and turned into
+// gradients by a second loop that finds the row and its exponentials still in the cache. JS takes
+// the sums of KL, and then loops of its own (js_terms.h). Short rows run side by side, in lanes
+// (LaneWorker).
+
+#include "cpu/softmax_kl/softmax_kl.h"
+
+#include "cpu/softmax_kl/js_terms.h"
+#include "cpu/losses/kl_sweeps.h"
+#include "cpu/layout/lane_tiles.h"
+#include "cpu/layout/row_tiles.h"
+#include "cpu/softmax_kl/short_js.h"
+#include "cpu/losses/short_rows.h"
+
+namespace afm::cpu::AFM_CAPABILITY {
+namespace {
+
+constexpr double kInfinity = __builtin_inf(), kNotANumber = __builtin_nan("");
+
+// How much of a row decides its shifts. The maximum of this many logits is nearly always within
+// exp's range of the row's; where it is not, or where a near row turns out not to be one, the row
+// is summed again.
+constexpr int64_t kProbe = 128;
+
+// Shifted logits may exceed the shift by 100 doublings before sums would lose their range.
+constexpr double kMaxDoublings = 100, kLargestSum = 0x1p100;
+
+// General rows are taken twice anyway rarely enough to be summed around a mean that is far smaller
+// than kFarMeanLimit.
+constexpr double kGeneralMeanLimit = 4;
+
+// Teachers whose exponentials sum to less, the largest being 1, have 98 % in one class.
+constexpr double kPeakedSum = 1.02;
+
+// What a row comes to; what a backward needs of it is saved as RowStat.
+struct RowSummary {
+  RowKind kind = RowKind::kNan;
+  double student_shift = 0, teacher_shift = 0, gap = 0, centre = 0, base = 0;
+  double student_sum = 1, teacher_sum = 1;
+  double a = 0;             // E_p[exp(x)] - 1, in near rows and in general ones of a small KL
+  double bridge = 0;        // in those general ones, as RowConstants::bridge
+  double log_ratio = 0;     // log(1 + E_p[exp(x) - 1]), in general rows
+  double mean = 0;          // r = E_p[x]; for JS E_p[log(p / m)]
+  double student_mean = 0;  // E_q[x], for Jeffreys; for JS E_q[log(q / m)]
+  double student_rest = 0;  // in general rows, what rounding takes from student_mean
+  double divergence = 0;
+  double student_lse = 0;  // log of the sum of exp((s - student_shift) / T)
+};
+
+// The cross-entropy's part in a row.
+struct HardLabel {
+  bool is_present = false;
+  int64_t label = 0;
+  double scale = 0;        // of its gradient
+  double shift = 0;        // the student's
+  double log_sum_exp = 0;  // of the student's logits less the shift, at temperature 1
+  bool is_kept = false;    // whether the worker kept exp(logit - shift), at temperature 1
+  double inv_sum = 1;      // of those
+};
+
+template <class T>
+struct Worker {
+  const SoftmaxKlParams& params;
+  const bool jeffreys;
+  const double inv_t, to_log2;
+  const ScaledExp<T> exp, plain_exp;
+  T *student_cache, *teacher_cache;  // a row of exponentials each
+  T* extra_cache[2];  // a row each: for JS, logarithms; with labels, exponentials at T = 1
+  T *student_tile, *teacher_tile, *grad_student_tile, *grad_teacher_tile;  // kTile each
+  RowPointer student, teacher, grad_student, grad_teacher;                 // the present row
+  RowPointer next_student{}, next_teacher{};  // the row after it; null where there is none
+  int64_t present = 0, probed = -1;           // rows: the present one, and the one that was probed
+  Probe<T> probe;
+
+  Worker(const SoftmaxKlParams& p, void* scratch)
+      : params(p),
+        jeffreys(p.divergence == Divergence::kJeffreys),
+        inv_t(1 / p.temperature),
+        to_log2(1.44269504088896340736 / p.temperature),
+        exp(p.temperature),
+        plain_exp(1) {
+    T* at = static_cast<T*>(scratch);
+    student_tile = at, teacher_tile = at + kTile;
+    grad_student_tile = at + 2 * kTile, grad_teacher_tile = at + 3 * kTile;
+    student_cache = at + 4 * kTile;
+    const int64_t row = (p.classes + 15) / 16 * 16;
+    teacher_cache = student_cache + row;
+    extra_cache[0] = teacher_cache + row, extra_cache[1] = extra_cache[0] + row;
+  }
+
+  // The gap is taken off the side that has the offset.
+  static bool gap_is_students(const RowSummary& row) {
+    return __builtin_fabs(row.student_shift) >= __builtin_fabs(row.teacher_shift);
+  }
+
+  // JS has its own means, and wants x to be small where both sides have mass: around the maxima.
+  bool is_js() const { return params.divergence == Divergence::kJs; }
+
+  // student - teacher - gap, in the order in which RowConstants::x takes it.
+  static double apart(const RowSummary& row, double student, double teacher) {
+    return gap_is_students(row) ? (student - row.gap) - teacher : student - (teacher + row.gap);
+  }
+
+  RowConstants<T> constants(const RowSummary& row) const {
+    const bool of_student = gap_is_students(row);
+    return {exp,
+            static_cast<T>(inv_t),
+            static_cast<T>(row.student_shift),
+            static_cast<T>(row.teacher_shift),
+            static_cast<T>(of_student ? row.gap : 0),
+            static_cast<T>(of_student ? 0 : -row.gap),
+            static_cast<T>(row.centre),
+            static_cast<T>(row.base),
+            excluded_below(row.student_shift),
+            excluded_below(row.teacher_shift),
+            static_cast<T>(row.bridge)};
+  }
+
+  // Divided by the temperature, the distance to a maximum may leave the range: logits as low as
+  // that, which are put there to mask a class, exclude it like -inf.
+  T excluded_below(double maximum) const {
+    constexpr double kLowest = Float<T>::lowest;
+    const double bound = maximum + params.temperature * kLowest;
+    return bound > kLowest ? static_cast<T>(bound) : -Float<T>::infinity;
+  }
+
+  // Whether the loops read and write bfloat16 themselves, instead of through tiles.
+  bool is_bfloat16() const {
+    if constexpr (sizeof(T) == 8) return false;
+    const auto direct = [](const RowPointer& row) {
+      return row.data == nullptr || (row.dtype == DType::kBFloat16 && row.stride == 1);
+    };
+    return direct(student) && direct(teacher) && direct(grad_student) && direct(grad_teacher);
+  }
+
+  // As for_tiles, for loops that read bfloat16 themselves.
+  template <class F>
+  void for_direct_tiles(const F& f) const {
+    if constexpr (sizeof(T) == 4) {
+      if (is_bfloat16()) {
+        for (int64_t j = 0; j < params.classes; j += kTile)
+          f(reinterpret_cast<const BFloat16*>(student.at(j)),
+            reinterpret_cast<const BFloat16*>(teacher.at(j)), j,
+            params.classes - j < kTile ? params.classes - j : kTile);
+        return;
+      }
+    }
+    for_tiles(f);
+  }
+
+  // Calls f(s, t, first class, count) tile by tile.
+  template <class F>
+  void for_tiles(const F& f) const {
+    for (int64_t j = 0; j < params.classes; j += kTile) {
+      const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+      f(student.read(j, n, student_tile), teacher.read(j, n, teacher_tile), j, n);
+    }
+  }
+
+  // Sums.
+
+  // See Note [Lines ahead].
+  Lines no_lines() const {
+    const char* at_hand = reinterpret_cast<const char*>(student_cache);
+    return {at_hand, at_hand, 0};
+  }
+
+  // Of two rows from class j on, for loops that run over both.
+  Lines lines_of(const RowPointer& student_row, const RowPointer& teacher_row, int64_t j) const {
+    const RowPointer& first = student_row.data != nullptr ? student_row : teacher_row;
+    const RowPointer& second = teacher_row.data != nullptr ? teacher_row : student_row;
+    if (first.data == nullptr || first.stride != 1 || second.stride != 1 ||
+        first.dtype != second.dtype)
+      return no_lines();
+    return {first.at(j), second.at(j), element_size(first.dtype)};
+  }
+
+  bool is_long() const { return params.classes > kTile; }
+
+  template <bool kCache>
+  Lines lines_of_sums(int64_t j) const {
+    if (!is_long()) return params.stream ? no_lines() : lines_of(grad_student, grad_teacher, j);
+    const int64_t bytes = kCache ? kAheadOfStores : kAheadOfLoads;
+    return lines_of(student, teacher, j + bytes / element_size(student.dtype));
+  }
+
+  void look_at(int64_t i, const RowPointer& s, const RowPointer& t) {
+    const int64_t head = params.classes < kProbe ? params.classes : kProbe;
+    probe_row(s.read(0, head, student_tile), t.read(0, head, teacher_tile), head, probe);
+    probed = i;
+  }
+
+  // At the next row while the sums of the present one are on their way: one after the other, each
+  // would wait for a chain of a few dozen instructions that leaves the processor idle.
+  void look_ahead() {
+    if (next_student.data == nullptr || probed != present) return;
+    look_at(present + 1, next_student, next_teacher);
+  }
+
+  // A row's summary is made in its place: see what kl_sweeps.h says about copies.
+  template <bool kCache>
+  void summarise(RowSummary& row) {
+    if (probed != present) look_at(present, student, teacher);
+    row.student_shift = probe.student_max, row.teacher_shift = probe.teacher_max;
+    row.gap = coarse_gap(static_cast<T>(probe.student_max - probe.teacher_max));
+    const double width = (static_cast<double>(probe.gap_max) - probe.gap_min) * inv_t;
+    if (width <= kNearLimit) {
+      // At the maxima the two sides mostly agree on the class, and where p is concentrated this is
+      // the mean.
+      const double guess = apart(row, row.student_shift, row.teacher_shift) * inv_t;
+      bool is_near = summarise_near<kCache>(row, guess);
+      if (is_near && near_centre_is_off(row.divergence, row.mean))
+        is_near = summarise_near<kCache>(row, row.centre + row.mean);
+      if (is_near) return;
+    }
+    if (!summarise_far<kCache>(row)) summarise_general(row);
+  }
+
+  template <RowKind kKind, bool kCache, bool kBounded>
+  RowSums sum_tiles(const RowConstants<T>& c) const {
+    RowSums sums;
+    for_direct_tiles([&](const auto* s, const auto* t, int64_t j, int64_t n) {
+      const Lines lines = lines_of_sums<kCache>(j);
+      const bool ahead = is_long();
+      T *f = student_cache + j, *e = teacher_cache + j;
+      if constexpr (kKind == RowKind::kNear)
+        jeffreys ? sum_near<kCache, true, kBounded>(s, t, n, c, lines, ahead, f, e, sums)
+                 : sum_near<kCache, false, kBounded>(s, t, n, c, lines, ahead, f, e, sums);
+      else
+        jeffreys ? sum_far<kCache, true, kBounded>(s, t, n, c, lines, ahead, f, e, sums)
+                 : sum_far<kCache, false, kBounded>(s, t, n, c, lines, ahead, f, e, sums);
+    });
+    return sums;
+  }
+
+  // The sums of a near or far row; with bounds around its exponentials only where they need them.
+  template <RowKind kKind, bool kCache>
+  RowSums sum_row(const RowConstants<T>& c) const {
+    const RowSums sums = sum_tiles<kKind, kCache, false>(c);
+    if constexpr (!ScaledExp<T>::kOverflowShows)
+      if (!sums.in_range) return sum_tiles<kKind, kCache, true>(c);
+    return sums;
+  }
+
+  template <bool kCache>
+  bool summarise_near(RowSummary& row, double centre) {
+    row.centre = static_cast<T>(centre);
+    const RowSums sums = sum_row<RowKind::kNear, kCache>(constants(row));
+    look_ahead();
+    if (!(sums.largest_square <= kLargestNearSquare && __builtin_isfinite(sums.linear) &&
+          sums.teacher <= kLargestSum))
+      return false;
+    row.kind = RowKind::kNear;
+    row.teacher_sum = sums.teacher;
+    row.mean = sums.linear / sums.teacher;
+    const double excess = sums.excess / sums.teacher;
+    row.a = row.mean + excess;
+    row.divergence = near_kl(row.mean, excess);
+    if (jeffreys) {
+      row.divergence = near_jeffreys(row.a, row.mean, sums.curvature / sums.teacher);
+      row.student_mean = row.mean + row.divergence;
+    }
+    return true;
+  }
+
+  template <bool kCache>
+  bool summarise_far(RowSummary& row) {
+    const RowSums sums = sum_row<RowKind::kFar, kCache>(constants(row));
+    look_ahead();
+    if (!(__builtin_isfinite(sums.linear) && sums.student <= kLargestSum &&
+          sums.teacher <= kLargestSum)) {
+      row.centre = kNotANumber;  // no better guess for the general loop
+      return false;
+    }
+    row.kind = RowKind::kFar;
+    row.student_sum = sums.student, row.teacher_sum = sums.teacher;
+    row.mean = sums.linear / sums.teacher * inv_t;
+    const double log_ratio = __builtin_log(sums.student / sums.teacher);
+    row.divergence = log_ratio - row.mean;
+    if (far_sums_are_off(row.divergence, row.mean)) {
+      row.centre = is_js() ? kNotANumber : row.mean;
+      return false;
+    }
+    if (jeffreys) {
+      row.student_mean = sums.student_linear / sums.student * inv_t;
+      if (!(__builtin_fabs(row.student_mean) <= kFarMeanLimit)) {
+        row.centre = row.mean;
+        return false;
+      }
+      row.divergence = row.student_mean - row.mean;
+    }
+    if (params.cross_entropy.labels != nullptr) row.student_lse = __builtin_log(sums.student);
+    return true;
+  }
+
+  // row.centre: E_p[(s - m_s - (t - m_t)) / T] with the shifts of `row`, or NaN. Afterwards around
+  // the exact maxima: see RowConstants::base.
+  void summarise_general(RowSummary& row) {
+    double student_max = -kInfinity, teacher_max = -kInfinity;
+    bool broken = false;
+    for_tiles([&](const T* s, const T* t, int64_t, int64_t n) {
+      classify(s, n, student_max, broken);
+      classify(t, n, teacher_max, broken);
+    });
+    row.kind = RowKind::kNan, row.divergence = kNotANumber;
+    if (broken || student_max == -kInfinity || teacher_max == -kInfinity) return;
+    // Where one class has nearly all of p, its x is nearly the mean, and has to be exact.
+    const bool is_peaked = row.teacher_sum < kPeakedSum;
+    const double probe_apart = row.student_shift - row.teacher_shift;
+    row.student_shift = student_max, row.teacher_shift = teacher_max;
+    row.gap = coarse_gap(static_cast<T>(student_max - teacher_max));
+    row.base = base(row);
+    row.centre =
+        static_cast<T>(__builtin_isnan(row.centre) || is_peaked
+                           ? 0
+                           : row.centre + (probe_apart - (student_max - teacher_max)) * inv_t);
+    const double difference = (apart(row, student_max, teacher_max) - row.base) * inv_t;
+    RowSums sums = general_sums(row, difference);
+    if (__builtin_fabs(row.mean) > kGeneralMeanLimit && __builtin_isfinite(row.mean) && !is_js()) {
+      row.centre = static_cast<T>(row.centre + row.mean);
+      sums = general_sums(row, difference);
+    }
+    row.kind = RowKind::kGeneral;
+    row.student_sum = sums.student, row.teacher_sum = sums.teacher;
+    row.student_mean = sums.student_linear / sums.student;
+    if (jeffreys) row.student_rest = student_rest(row);
+    row.student_lse = __builtin_log(sums.student);
+    const double log_ratio = __builtin_log(sums.student / sums.teacher) + difference - row.centre;
+    const double plain = log_ratio - row.mean, excess = sums.excess / sums.teacher;
+    const bool is_small = plain < 1 && __builtin_fabs(log_ratio) < 1;
+    row.a = row.mean + excess;
+    if (is_small) row.bridge = __builtin_exp(difference - row.centre);
+    row.divergence = is_small ? near_kl(row.mean, excess) : plain;
+    if (jeffreys)
+      row.divergence = is_small ? near_jeffreys(row.a, row.mean, sums.curvature / sums.teacher)
+                                : row.student_mean - row.mean;
+    row.log_ratio = is_small ? __builtin_log1p(row.a) : log_ratio;
+    if (jeffreys ? sums.one_sided : sums.student_missing) {
+      row.kind = RowKind::kInfinite;
+      row.divergence = kInfinity;
+    }
+  }
+
+  // What the loops have of s - t - k at the maxima.
+  double base(const RowSummary& row) const {
+    const RowConstants<T> c = constants(row);
+    return (c.student_shift - c.student_gap) - (c.teacher_shift - c.teacher_gap);
+  }
+
+  // Around row.centre; also sets row.mean. `difference`: what rounding took from row.base, over T.
+  RowSums general_sums(RowSummary& row, double difference) const {
+    RowConstants<T> c = constants(row);
+    c.bridge = static_cast<T>(__builtin_exp(difference - row.centre));
+    RowSums sums;
+    for_tiles([&](const T* s, const T* t, int64_t, int64_t n) { sum_general(s, t, n, c, sums); });
+    row.mean = sums.linear / sums.teacher;
+    return sums;
+  }
+
+  double student_rest(const RowSummary& row) const {
+    const RowConstants<T> c = constants(row);
+    double sum = 0;
+    for_tiles([&](const T* s, const T* t, int64_t, int64_t n) {
+      sum += sum_student_rest(s, t, n, c, static_cast<T>(row.student_mean));
+    });
+    return sum / row.student_sum;
+  }
+
+  // JS: the sums of KL, by whichever loop fits, then a loop of its own.
+
+  JsCache<T> js_cache() const {
+    return {teacher_cache, student_cache, extra_cache[0], extra_cache[1]};
+  }
+
+  // Also completes what `row` holds: the constant that the terms' x is off by.
+  JsRow<T> js_row(RowSummary& row) const {
+    const double gamma = 1 - params.beta;
+    double per_student = 1 / row.student_sum;
+    if (row.kind == RowKind::kNear) {
+      per_student = 1 / (1 + row.a);
+      row.log_ratio = __builtin_log1p(row.a);
+    } else {
+      // In general rows around the maxima already.
+      if (row.kind == RowKind::kFar) {
+        const double centre = apart(row, row.student_shift, row.teacher_shift) * inv_t;
+        row.centre = static_cast<T>(centre);
+        row.log_ratio = __builtin_log(row.student_sum / row.teacher_sum) + (centre - row.centre);
+      }
+    }
+    return {constants(row),
+            plain_exp,
+            static_cast<T>(params.beta),
+            static_cast<T>(gamma),
+            static_cast<T>(__builtin_log(params.beta)),
+            static_cast<T>(__builtin_log(gamma)),
+            static_cast<T>(per_student),
+            static_cast<T>(1 / row.teacher_sum),
+            static_cast<T>(row.log_ratio)};
+  }
+
+  template <RowKind kKind>
+  JsSums sum_js_row(const JsRow<T>& js, bool keep) const {
+    JsSums sums;
+    for_tiles([&](const T* s, const T* t, int64_t j, int64_t n) {
+      if (keep)
+        sum_js<kKind, true>(s, t, j, n, js, js_cache(), sums);
+      else
+        sum_js<kKind, false>(s, t, j, n, js, js_cache(), sums);
+    });
+    return sums;
+  }
+
+  void summarise_js(RowSummary& row, bool keep) {
+    summarise<true>(row);
+    if (row.kind == RowKind::kNan) return;
+    const JsRow<T> js = js_row(row);
+    const JsSums sums = row.kind == RowKind::kNear  ? sum_js_row<RowKind::kNear>(js, keep)
+                        : row.kind == RowKind::kFar ? sum_js_row<RowKind::kFar>(js, keep)
+                                                    : sum_js_row<RowKind::kGeneral>(js, keep);
+    // A class that one side excludes costs no more than a finite amount. A backward needs the terms
+    // of every class, and takes them again.
+    row.kind = RowKind::kGeneral;
+    row.divergence = sums.value, row.mean = sums.teacher, row.student_mean = sums.student;
+  }
+
+  void write_js_gradients(const RowSummary& row, double scale) const {
+    const JsCache<T> cache = js_cache();
+    const auto write = [&](const RowPointer& grad, T* tile, const T* probability, const T* logs,
+                           double weight, double mean) {
+      for (int64_t j = 0; j < params.classes && grad.data != nullptr; j += kTile) {
+        const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+        T* to = grad.writable(j, tile);
+        gradient_js(probability + j, logs + j, n, static_cast<T>(scale * inv_t * weight),
+                    static_cast<T>(mean), to);
+        grad.write(j, n, to);
+      }
+    };
+    write(grad_student, grad_student_tile, cache.q, cache.log_q_over_m, 1 - params.beta,
+          row.student_mean);
+    write(grad_teacher, grad_teacher_tile, cache.p, cache.log_p_over_m, params.beta, row.mean);
+  }
+
+  // The cross-entropy.
+
+  // -log q of the label, smoothed, at temperature 1; also sets what the gradient takes from `hard`.
+  double cross_entropy(const RowSummary& row, HardLabel& hard, bool keep) {
+    const double smoothing = params.cross_entropy.label_smoothing;
+    const bool known = params.temperature == 1 && row.kind < RowKind::kUnlooked;
+    PlainSums plain;
+    plain.shift = row.student_shift;
+    if (!known && !sum_plain(row, keep, plain)) return kNotANumber;
+    T buffer;
+    const double label_logit = *student.at_class(hard.label).read(0, 1, &buffer);
+    const double above = label_logit - plain.shift;
+    const double log_sum = !known                       ? __builtin_log(plain.sum)
+                           : row.kind == RowKind::kNear ? near_log_sum(row, hard.label)
+                                                        : row.student_lse;
+    hard.shift = row.kind == RowKind::kUnlooked ? plain.shift : row.student_shift;
+    hard.log_sum_exp = log_sum + (plain.shift - hard.shift);
+    hard.is_kept = !known && keep, hard.inv_sum = 1 / plain.sum;
+    double value = smoothing == 1 ? 0 : (1 - smoothing) * (log_sum - above);
+    if (smoothing == 0) return value;
+    if (known) add_logits(plain);
+    return value + smoothing * (log_sum - plain.logits / static_cast<double>(params.classes));
+  }
+
+  // Near rows took no exponential of the student: its log-sum-exp, less the shift, follows from the
+  // teacher's and the label's own x, whose rounding then drops out of the label's -log q.
+  double near_log_sum(const RowSummary& row, int64_t label) const {
+    T s, t;
+    s = *student.at_class(label).read(0, 1, &s), t = *teacher.at_class(label).read(0, 1, &t);
+    const double x = constants(row).x(Vec<T>(s), Vec<T>(t)).max();
+    return __builtin_log(row.teacher_sum) - (t - row.teacher_shift) + __builtin_log1p(row.a) - x +
+           (s - row.student_shift);
+  }
+
+  // Sums over the student's logits at temperature 1.
+  struct PlainSums {
+    double shift = 0, sum = 0;
+    double logits = 0;  // of the logits less the shift
+  };
+
+  // False for a row that is no distribution.
+  bool sum_plain(const RowSummary& row, bool keep, PlainSums& sums) const {
+    if (row.kind == RowKind::kNan) return false;
+    if (row.kind == RowKind::kUnlooked) {
+      bool broken = false;
+      sums.shift = -kInfinity;
+      for_student_tiles(
+          [&](const T* s, int64_t, int64_t n) { classify(s, n, sums.shift, broken); });
+      if (broken || sums.shift == -kInfinity) return false;
+    }
+    // The shift of a row that was looked at is nearly always close to its maximum.
+    const double largest = keep ? sum_plain_once<true>(sums) : sum_plain_once<false>(sums);
+    if (largest - sums.shift <= kMaxDoublings / to_log2 * inv_t) return true;
+    sums.shift = largest;
+    keep ? sum_plain_once<true>(sums) : sum_plain_once<false>(sums);
+    return true;
+  }
+
+  // Returns the largest logit.
+  template <bool kKeep>
+  double sum_plain_once(PlainSums& sums) const {
+    sums.sum = sums.logits = 0;
+    double largest = -kInfinity;
+    const Vec<T> shift(static_cast<T>(sums.shift));
+    for_student_tiles([&](const T* s, int64_t j0, int64_t n) {
+      Accumulator<T> exponentials, logits, top(-Float<T>::infinity);
+      sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
+        const Vec<T> a = access.load(s + j, Vec<T>(-Float<T>::infinity)), above = a - shift,
+                     e = plain_exp(above);
+        exponentials.add(u, e), logits.add(u, access.or_zero(above)), top.take_max(u, a);
+        if constexpr (kKeep) access.store(extra_cache[0] + j0 + j, e);
+      });
+      sums.sum += exponentials.sum(), sums.logits += logits.sum();
+      largest = larger(largest, top.largest());
+    });
+    return largest;
+  }
+
+  void add_logits(PlainSums& sums) const {
+    const Vec<T> shift(static_cast<T>(sums.shift));
+    for_student_tiles([&](const T* s, int64_t, int64_t n) {
+      Accumulator<T> logits;
+      sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
+        logits.add(u, access.or_zero(access.load(s + j, shift) - shift));
+      });
+      sums.logits += logits.sum();
+    });
+  }
+
+  template <class F>
+  void for_student_tiles(const F& f) const {
+    for (int64_t j = 0; j < params.classes; j += kTile) {
+      const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+      f(student.read(j, n, student_tile), j, n);
+    }
+  }
+
+  // Gradients.
+
+  GradientFactors<T> factors(const RowSummary& row, double scale, double ce_scale) const {
+    const double by_t = scale * inv_t, p = by_t / row.teacher_sum, unit = x_unit(row);
+    double student_f, student_e, student_fx = 0, teacher_e = 0, teacher_f = 0;
+    if (row.kind == RowKind::kNear || row.bridge != 0) {
+      const double q = p / (1 + row.a), ce = ce_scale / row.teacher_sum / (1 + row.a);
+      student_f = q + ce, student_e = ce - q * row.a;
+      if (jeffreys) student_fx = q, teacher_e = q * row.a, teacher_f = -q;
+    } else {
+      const double q = by_t / row.student_sum;
+      student_f = q + ce_scale / row.student_sum, student_e = -p;
+      if (jeffreys) student_fx = q * unit, teacher_e = p, teacher_f = -q;
+    }
+    const auto in_t = [](double value) { return static_cast<T>(value); };
+    return {in_t(student_f),       in_t(student_e),       smoothing_constant(ce_scale),
+            in_t(student_fx),      in_t(-p * unit),       in_t(teacher_e),
+            in_t(teacher_f),       in_t(row.mean / unit), in_t(row.student_mean / unit),
+            in_t(row.student_rest)};
+  }
+
+  // What the x that the loops take is worth: far rows leave the temperature out.
+  double x_unit(const RowSummary& row) const { return row.kind == RowKind::kFar ? inv_t : 1; }
+
+  // kHard: with the cross-entropy's softmax, which is the student's.
+  template <RowKind kKind, bool kCached, bool kJeffreys, bool kHard, class In>
+  AFM_MEMBER void gradient_tile(const In* s, const In* t, int64_t j, int64_t n,
+                                const RowConstants<T>& c, const GradientFactors<T>& by,
+                                In* to_student, In* to_teacher, bool stream,
+                                HardTerm<T>* hard = nullptr) const {
+    const T *f = student_cache + j, *e = teacher_cache + j;
+    Lines lines, *next = nullptr;
+    if (stream) {
+      // What fetches by itself keeps up with short rows.
+      lines = params.classes > kTile / 2 ? lines_of(next_student, next_teacher, j) : no_lines();
+      next = &lines;
+    }
+    if constexpr (kHard) hard->kept = extra_cache[0] + j;
+    if (to_student != nullptr && to_teacher != nullptr)
+      gradient<kKind, kCached, true, true, kJeffreys, kHard>(s, t, n, c, by, f, e, to_student,
+                                                             to_teacher, next, hard);
+    else if (to_student != nullptr)
+      gradient<kKind, kCached, true, false, kJeffreys, kHard>(s, t, n, c, by, f, e, to_student,
+                                                              to_teacher, next, hard);
+    else
+      gradient<kKind, kCached, false, true, kJeffreys, false>(s, t, n, c, by, f, e, to_student,
+                                                              to_teacher, next, hard);
+  }
+
+  template <RowKind kKind, bool kCached>
+  void write_gradients(const RowSummary& row, double scale, const HardLabel& hard) const {
+    // At temperature 1 the cross-entropy's softmax is the divergence's, and only changes its
+    // factors. General rows are too rare for a loop that takes both.
+    const bool separate = hard.scale != 0 && params.temperature != 1;
+    const bool together = separate && kKind != RowKind::kGeneral && hard.is_kept == kCached;
+    const RowConstants<T> c = constants(row);
+    const GradientFactors<T> by = factors(row, scale, separate ? 0 : hard.scale);
+    const bool stream = params.stream && can_stream() && (together || !separate);
+    if constexpr (sizeof(T) == 4) {
+      if (hard.scale == 0 && is_bfloat16()) return write_bfloat16<kKind, kCached>(c, by, stream);
+    }
+    HardTerm<T> softmax;
+    if (together) softmax = hard_term(hard);
+    // Backwards: the end of a long row is what the caches still hold.
+    for (int64_t j = (params.classes - 1) / kTile * kTile; j >= 0; j -= kTile) {
+      const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+      const T* s = student.read(j, n, student_tile);
+      const T* t = teacher.read(j, n, teacher_tile);
+      T* to_student = grad_student.data ? grad_student.writable(j, grad_student_tile) : nullptr;
+      T* to_teacher = grad_teacher.data ? grad_teacher.writable(j, grad_teacher_tile) : nullptr;
+      if (jeffreys)
+        gradient_tile<kKind, kCached, true, false>(s, t, j, n, c, by, to_student, to_teacher,
+                                                   stream);
+      else if (together)
+        gradient_tile<kKind, kCached, false, kKind != RowKind::kGeneral>(
+            s, t, j, n, c, by, to_student, to_teacher, stream, &softmax);
+      else
+        gradient_tile<kKind, kCached, false, false>(s, t, j, n, c, by, to_student, to_teacher,
+                                                    stream);
+      if (to_student) {
+        if (separate && !together) add_softmax(s, j, n, hard, to_student);
+        subtract_label(hard, j, n, to_student);
+        grad_student.write(j, n, to_student);
+      }
+      if (to_teacher) grad_teacher.write(j, n, to_teacher);
+    }
+  }
+
+  template <RowKind kKind, bool kCached>
+  void write_bfloat16(const RowConstants<T>& c, const GradientFactors<T>& by, bool stream) const {
+    const auto at = [](const RowPointer& row, int64_t j) {
+      return row.data == nullptr ? nullptr : reinterpret_cast<BFloat16*>(row.at(j));
+    };
+    for (int64_t j = (params.classes - 1) / kTile * kTile; j >= 0; j -= kTile) {
+      const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+      const BFloat16 *s = at(student, j), *t = at(teacher, j);
+      BFloat16 *to_student = at(grad_student, j), *to_teacher = at(grad_teacher, j);
+      if (jeffreys)
+        gradient_tile<kKind, kCached, true, false>(s, t, j, n, c, by, to_student, to_teacher,
+                                                   stream);
+      else
+        gradient_tile<kKind, kCached, false, false>(s, t, j, n, c, by, to_student, to_teacher,
+                                                    stream);
+    }
+  }
+
+  // Both gradients in place, and on the same phase of a cache line: one loop aligns both.
+  bool can_stream() const {
+    const bool has_s = grad_student.data != nullptr, has_t = grad_teacher.data != nullptr;
+    const bool native =
+        (!has_s || grad_student.is_native<T>()) && (!has_t || grad_teacher.is_native<T>());
+    if (!native && !is_bfloat16()) return false;
+    return !has_s || !has_t || (grad_student.data - grad_teacher.data) % 64 == 0;
+  }
+
+  // The cross-entropy's gradient is scale * (softmax(s) - smoothing / C - (1 - smoothing) * [the
+  // label's class]): all but the last.
+  HardTerm<T> hard_term(const HardLabel& hard) const {
+    HardTerm<T> term;
+    term.exp = &plain_exp;
+    // Exponentials that were not kept are probabilities, up to a factor near 1.
+    term.log_sum = static_cast<T>(hard.is_kept ? 0 : hard.log_sum_exp);
+    term.factor = static_cast<T>(
+        hard.scale * (hard.is_kept
+                          ? hard.inv_sum
+                          : __builtin_exp(static_cast<double>(term.log_sum) - hard.log_sum_exp)));
+    term.constant = smoothing_constant(hard.scale), term.shift = static_cast<T>(hard.shift);
+    term.kept = extra_cache[0];
+    return term;
+  }
+
+  void add_softmax(const T* s, int64_t j0, int64_t n, const HardLabel& hard, T* to_student) const {
+    const HardTerm<T> term = hard_term(hard);
+    const Vec<T> factor(term.factor), constant(term.constant);
+    const auto add = [&](auto access, int64_t j, Vec<T> e) AFM_STEP {
+      const Vec<T> grad = access.load(static_cast<const T*>(to_student) + j, constant);
+      access.store(to_student + j, fma(e, factor, grad + constant));
+    };
+    if (hard.is_kept) {
+      sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
+        add(access, j, access.load(term.kept + j0 + j, constant));
+      });
+    } else {
+      sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
+        const Vec<T> above = access.load(s + j, no_class<T>()) - Vec<T>(term.shift);
+        add(access, j, plain_exp(above - Vec<T>(term.log_sum)));
+      });
+    }
+  }
+
+  void subtract_label(const HardLabel& hard, int64_t j, int64_t n, T* to_student) const {
+    if (hard.scale == 0 || hard.label < j || hard.label >= j + n) return;
+    to_student[hard.label - j] -=
+        static_cast<T>(hard.scale * (1 - params.cross_entropy.label_smoothing));
+  }
+
+  T smoothing_constant(double ce_scale) const {
+    return static_cast<T>(-ce_scale * params.cross_entropy.label_smoothing /
+                          static_cast<double>(params.classes));
+  }
+
+  // Where the divergence has no part in the loss.
+  void write_cross_entropy_gradient(const HardLabel& hard) const {
+    fill(grad_teacher, grad_teacher_tile, T(0));
+    if (hard.scale == 0 || grad_student.data == nullptr)
+      return fill(grad_student, grad_student_tile, T(0));
+    for (int64_t j = 0; j < params.classes; j += kTile) {
+      const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+      T* to_student = grad_student.writable(j, grad_student_tile);
+      for (int64_t i = 0; i < n; ++i) to_student[i] = 0;
+      add_softmax(student.read(j, n, student_tile), j, n, hard, to_student);
+      subtract_label(hard, j, n, to_student);
+      grad_student.write(j, n, to_student);
+    }
+  }
+
+  void fill(const RowPointer& grad, T* tile, T value) const {
+    if (grad.data == nullptr) return;
+    for (int64_t j = 0; j < params.classes; j += kTile) {
+      const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+      T* out = grad.writable(j, tile);
+      for (int64_t i = 0; i < n; ++i) out[i] = value;
+      grad.write(j, n, out);
+    }
+  }
+
+  // A row.
+
+  T* stats_of(int64_t i) const { return static_cast<T*>(params.row_stats) + i * kRowStats; }
+  bool wants_stats() const { return params.row_stats != nullptr && !params.stats_are_given; }
+
+  void save(const RowSummary& row, const HardLabel& hard, T* stats) const {
+    stats[kStatKind] = static_cast<T>(static_cast<int>(row.kind));
+    stats[kStatStudentShift] = static_cast<T>(row.student_shift);
+    stats[kStatTeacherShift] = static_cast<T>(row.teacher_shift);
+    stats[kStatStudent] = static_cast<T>(row.kind == RowKind::kNear ? row.a : row.student_sum);
+    stats[kStatTeacherSum] = static_cast<T>(row.teacher_sum);
+    stats[kStatCentre] = static_cast<T>(row.centre);
+    stats[kStatMean] = static_cast<T>(row.mean / x_unit(row));
+    stats[kStatLast] = static_cast<T>(jeffreys ? row.student_mean / x_unit(row) : hard.log_sum_exp);
+  }
+
+  void restore(const T* stats, RowSummary& row, HardLabel& hard) const {
+    row.kind = static_cast<RowKind>(static_cast<int>(stats[kStatKind]));
+    row.student_shift = stats[kStatStudentShift], row.teacher_shift = stats[kStatTeacherShift];
+    row.gap = coarse_gap(static_cast<T>(row.student_shift - row.teacher_shift));
+    (row.kind == RowKind::kNear ? row.a : row.student_sum) = stats[kStatStudent];
+    row.teacher_sum = stats[kStatTeacherSum];
+    row.centre = stats[kStatCentre], row.mean = stats[kStatMean] * x_unit(row),
+    row.student_mean = stats[kStatLast] * x_unit(row);
+    hard.shift = row.student_shift, hard.log_sum_exp = stats[kStatLast];
+  }
+
+  // The row's summary and value, where a loss is wanted or a backward cannot do with what was
+  // saved.
+  void measure(int64_t i, RowSummary& row, HardLabel& hard, bool cache) {
+    double value = 0;
+    if (params.divergence_weight != 0) {
+      if (is_js())
+        summarise_js(row, cache);
+      else
+        cache ? summarise<true>(row) : summarise<false>(row);
+      row.divergence = row.divergence < 0 ? 0 : row.divergence;
+      value = params.divergence_weight * row.divergence;
+    } else {
+      row.kind = RowKind::kUnlooked;
+    }
+    if (hard.is_present) value += params.cross_entropy.weight * cross_entropy(row, hard, cache);
+    if (row.kind == RowKind::kUnlooked) row.student_shift = hard.shift;
+    if (!__builtin_isfinite(value))
+      row.kind = __builtin_isnan(value) ? RowKind::kNan : RowKind::kInfinite;
+    if (params.row_values != nullptr) params.row_values[i] = value * weight_of(i) * params.scale;
+    if (wants_stats()) save(row, hard, stats_of(i));
+    if (params.as_backward && row.kind != RowKind::kGeneral) {
+      T stats[kRowStats];
+      save(row, hard, stats), restore(stats, row, hard);
+    }
+  }
+
+  double weight_of(int64_t i) const {
+    return params.row_weight == nullptr ? 1 : static_cast<const T*>(params.row_weight)[i];
+  }
+
+  // Keeps what lanes made of row i, unless they did not serve it. `value`: unweighted.
+  bool take_short(int64_t i, double value) const {
+    const double weight = weight_of(i);
+    if (weight == 0 || __builtin_isnan(value)) return false;
+    if (params.row_values != nullptr) params.row_values[i] = value * weight * params.scale;
+    RowSummary again;  // a backward does as the forward did
+    again.kind = RowKind::kGeneral;
+    if (wants_stats()) save(again, HardLabel(), stats_of(i));
+    return true;
+  }
+
+  // A NaN comes out as the one whose bfloat16 is a NaN too, whatever the caller's was.
+  double gradient_scale(int64_t i) const {
+    const double scale = weight_of(i) * params.scale * given_gradient(i);
+    return __builtin_isnan(scale) ? kNotANumber : scale;
+  }
+
+  double given_gradient(int64_t i) const {
+    return params.grad_loss == nullptr
+               ? params.expected_grad_loss
+               : static_cast<const T*>(params.grad_loss)[params.grad_loss_stride * i];
+  }
+
+  void run(int64_t i) {
+    const bool wants_gradients = grad_student.data != nullptr || grad_teacher.data != nullptr;
+    const double weight = weight_of(i);
+    present = i;
+    HardLabel hard;
+    if (weight == 0) {
+      RowSummary masked;
+      masked.kind = RowKind::kMasked;
+      if (params.row_values != nullptr) params.row_values[i] = 0;
+      if (wants_stats()) save(masked, hard, stats_of(i));
+      fill(grad_student, grad_student_tile, T(0));
+      return fill(grad_teacher, grad_teacher_tile, T(0));
+    }
+    const CrossEntropyParams& ce = params.cross_entropy;
+    if (ce.labels != nullptr && ce.weight != 0 && ce.labels[i] != ce.ignore_index)
+      hard.is_present = true, hard.label = ce.labels[i];
+
+    RowSummary row;
+    bool cached = false;
+    bool is_measured = !params.stats_are_given;
+    if (!is_measured) restore(stats_of(i), row, hard);
+    if (!is_measured && row.kind == RowKind::kGeneral) row = RowSummary(), is_measured = true;
+    if (is_measured) {
+      cached = wants_gradients;
+      measure(i, row, hard, cached);
+    }
+    if (!wants_gradients) return;
+
+    const bool has_divergence = params.divergence_weight != 0;
+    if (row.kind == RowKind::kNan || row.kind == RowKind::kInfinite) {
+      const T nan = static_cast<T>(kNotANumber);
+      fill(grad_student, grad_student_tile, nan);
+      return fill(grad_teacher, grad_teacher_tile, has_divergence ? nan : T(0));
+    }
+    double scale = gradient_scale(i);
+    hard.scale = hard.is_present ? scale * ce.weight : 0;
+    scale *= params.divergence_weight;
+    if (!has_divergence)
+      write_cross_entropy_gradient(hard);
+    else if (is_js())
+      write_js_gradients(row, scale);
+    else if (row.kind == RowKind::kNear)
+      cached ? write_gradients<RowKind::kNear, true>(row, scale, hard)
+             : write_gradients<RowKind::kNear, false>(row, scale, hard);
+    else if (row.kind == RowKind::kFar)
+      cached ? write_gradients<RowKind::kFar, true>(row, scale, hard)
+             : write_gradients<RowKind::kFar, false>(row, scale, hard);
+    else
+      write_gradients<RowKind::kGeneral, false>(row, scale, hard);
+  }
+};
+
+// Short rows side by side. What lanes do not serve (hard values, masked rows, a badly centred one)
+// the worker takes from the tiles, and leaves its gradients there. Whether a row is run here
+// depends on its length alone: any layout, and any batch, gives the same bits.
+template <class T>
+struct LaneWorker {
+  using V = Vec<T>;
+  static constexpr int kLanes = V::width;
+  const SoftmaxKlParams& params;
+  Worker<T>& worker;
+  const int64_t classes = params.classes;
+  const bool wants_student = params.grad_student.data != nullptr,
+             wants_teacher = params.grad_teacher.data != nullptr;
+  const CrossEntropyParams& ce = params.cross_entropy;
+  const bool has_labels = ce.labels != nullptr && ce.weight != 0;
+  const bool is_separate = has_labels && params.temperature != 1;
+  const T inv_t = static_cast<T>(worker.inv_t);
+  // One factor for all rows, or each its own.
+  const bool is_uniform = params.row_weight == nullptr && params.grad_loss_stride == 0;
+  const T uniform_scale = is_uniform ? static_cast<T>(worker.gradient_scale(0)) : T(0);
+
+  static bool serves(const SoftmaxKlParams& params) {
+    return params.classes <= kLaneClasses && params.divergence_weight != 0;
+  }
+
+  V scale_of(int64_t i, int count) const {
+    if (is_uniform) return V(uniform_scale);
+    T each[kLanes];
+    for (int r = 0; r < kLanes; ++r)
+      each[r] = static_cast<T>(worker.gradient_scale(i + (r < count ? r : 0)));
+    return V::load(each);
+  }
+
+  LaneSums<T> sum(const LaneTiles<T>& tiles) const {
+    if (params.divergence == Divergence::kKl)
+      return sum_kl_lanes<false>(tiles, classes, worker.exp, inv_t);
+    if (params.divergence == Divergence::kJeffreys)
+      return sum_kl_lanes<true>(tiles, classes, worker.exp, inv_t);
+    LaneSums<T> sums = far_lanes<false>(tiles, classes, worker.exp, inv_t);
+    js_lanes(tiles, classes, worker.plain_exp, inv_t, static_cast<T>(params.beta),
+             static_cast<T>(1 - params.beta), sums);
+    return sums;
+  }
+
+  // Adds the cross-entropy to each row's value and scales. Returns what comes off the gradient of
+  // the label's class.
+  V add_cross_entropy(const LaneTiles<T>& tiles, int64_t i, int count, const LaneSums<T>& sums,
+                      V scale, LaneScales<T>& by, V& value) const {
+    const V sum = is_separate ? plain_lanes(tiles, classes, worker.plain_exp, sums.student_max)
+                              : sums.student_sum;
+    T label_logit[kLanes], is_present[kLanes];
+    for (int r = 0; r < kLanes; ++r) {
+      const int64_t label = ce.labels[i + (r < count ? r : 0)];
+      const bool present = label != ce.ignore_index;
+      is_present[r] = present ? T(1) : T(0);
+      label_logit[r] = tiles.student[(present ? label : 0) * kLanes + r];
+    }
+    const T smoothing = static_cast<T>(ce.label_smoothing);
+    V target = V(T(1) - smoothing) * (V::load(label_logit) - sums.student_max);
+    if (smoothing != 0)
+      target = fma(logit_lanes(tiles, classes, sums.student_max),
+                   V(smoothing / static_cast<T>(classes)), target);
+    const V weight = V(static_cast<T>(ce.weight)) * V::load(is_present), by_row = scale * weight;
+    value = fma(weight, log(sum) - target, value);
+    (is_separate ? by.plain : by.softmax) = is_separate ? by_row / sum : by_row;
+    by.constant = by_row * V(-smoothing / static_cast<T>(classes));
+    return by_row * V(T(1) - smoothing);
+  }
+
+  template <LaneGradient kGradient>
+  void write_gradients(const LaneTiles<T>& tiles, const LaneSums<T>& sums,
+                       const LaneScales<T>& by) const {
+    if (wants_student && wants_teacher)
+      gradient_lanes<kGradient, true, true>(tiles, classes, sums, by);
+    else if (wants_student)
+      gradient_lanes<kGradient, true, false>(tiles, classes, sums, by);
+    else if (wants_teacher)
+      gradient_lanes<kGradient, false, true>(tiles, classes, sums, by);
+  }
+
+  // Rows [i, i + count), in tiles.
+  void run_block(const LaneTiles<T>& tiles, int64_t i, int count) const {
+    const bool is_js = params.divergence == Divergence::kJs;
+    const LaneSums<T> sums = sum(tiles);
+    const V scale = scale_of(i, count), weight(static_cast<T>(params.divergence_weight));
+    const V by_side = scale * weight * V(inv_t), zero(T(0));
+    LaneScales<T> by = {by_side, by_side, zero, zero, zero};
+    if (is_js) {
+      by.student = by_side * V(static_cast<T>(1 - params.beta));
+      by.teacher = by_side * V(static_cast<T>(params.beta));
+    }
+    V value = weight * select(sums.divergence < zero, zero, sums.divergence), by_label = zero;
+    if (has_labels) by_label = add_cross_entropy(tiles, i, count, sums, scale, by, value);
+    if (is_js)
+      write_gradients<LaneGradient::kJs>(tiles, sums, by);
+    else if (params.divergence == Divergence::kJeffreys)
+      write_gradients<LaneGradient::kJeffreys>(tiles, sums, by);
+    else if (is_separate)
+      write_gradients<LaneGradient::kWithPlain>(tiles, sums, by);
+    else
+      write_gradients<LaneGradient::kKl>(tiles, sums, by);
+    T values[kLanes], off_label[kLanes];
+    value.store(values), by_label.store(off_label);
+    for (int r = 0; r < count; ++r) {
+      if (!worker.take_short(i + r, values[r])) {
+        run_alone(tiles, i + r, r);
+      } else if (has_labels && wants_student && off_label[r] != 0) {
+        tiles.student_part[ce.labels[i + r] * kLanes + r] -= off_label[r];
+      }
+    }
+  }
+
+  // Row i, lane r of the tiles.
+  void run_alone(const LaneTiles<T>& tiles, int64_t i, int r) const {
+    worker.student = lane_of(tiles.student, r), worker.teacher = lane_of(tiles.teacher, r);
+    worker.grad_student = lane_of<T>(tiles.student_part, r, wants_student);
+    worker.grad_teacher = lane_of<T>(tiles.gap, r, wants_teacher);
+    worker.run(i);
+  }
+
+  void run(int64_t begin, int64_t end, T* scratch) const {
+    const int64_t size = lane_blocks(classes) * kLanes * classes;
+    const auto tile = [&](int k) { return scratch + k * size; };
+    const LaneTiles<T> tiles = {tile(0), tile(1), tile(2), tile(3), tile(4), tile(5)};
+    LaneSlot<T> slots[] = {
+        {LaneRows<T>(params.student, classes), tile(0), false},
+        {LaneRows<T>(params.teacher, classes), tile(1), false},
+        {LaneRows<T>(params.grad_student, classes, params.stream), tile(2), true},
+        {LaneRows<T>(params.grad_teacher, classes, params.stream), tile(4), true}};
+    for_lane_blocks(params.shape, classes, slots, tile(6), begin, end,
+                    [&](int64_t i, int count, int64_t at) {
+                      run_block({tiles.student + at, tiles.teacher + at, tiles.student_part + at,
+                                 tiles.teacher_exp + at, tiles.gap + at, tiles.extra + at},
+                                i, count);
+                    });
+  }
+};
+
+template <class T>
+AFM_INLINE void run_rows(const SoftmaxKlParams& params, int64_t begin, int64_t end, void* scratch) {
+  Worker<T> worker(params, scratch);
+  T* extra = static_cast<T*>(scratch) + softmax_kl_row_scratch(params.classes);
+  if (LaneWorker<T>::serves(params)) return LaneWorker<T>{params, worker}.run(begin, end, extra);
+  const RowSlot slots[] = {{params.student, worker.student, &worker.next_student, false},
+                           {params.teacher, worker.teacher, &worker.next_teacher, false},
+                           {params.grad_student, worker.grad_student, nullptr, true},
+                           {params.grad_teacher, worker.grad_teacher, nullptr, true}};
+  for_rows(params.shape, params.classes, slots, extra, begin, end,
+           [&](int64_t i) { worker.run(i); });
+  end_of_streams();
+}
+
+}  // namespace
+
+void softmax_kl_rows_float(const SoftmaxKlParams& params, int64_t begin, int64_t end,
+                           void* scratch) {
+  run_rows<float>(params, begin, end, scratch);
+}
+
+void softmax_kl_rows_double(const SoftmaxKlParams& params, int64_t begin, int64_t end,
+                            void* scratch) {
+  run_rows<double>(params, begin, end, scratch);
+}
+
+}  // namespace afm::cpu::AFM_CAPABILITY
