@@ -4,7 +4,7 @@
 #   make test     the test suite
 #   make bench    the benchmarks, ten minutes on two cores, into runs/benchmarks; make bench PART=kernels (or
 #                 sweep, accuracy, attack, training); make figures draws docs/figures and fills the tables
-#   make lint     ruff, mypy, clang-format
+#   make lint     ruff, mypy, the contracts of imports (pyproject.toml), clang-format
 #   make wheel    source distribution and wheel in dist/, and a check of the wheel in an environment of its own
 #   make compat   the same wheel on other versions of torch: make compat TORCHES="2.10.0 2.13.0"
 #   make gpu      on a machine with a GPU: build, GPU tests and GPU benchmarks, in under nine minutes and without
@@ -85,6 +85,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	@echo "clang-format --dry-run --Werror csrc"
 	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 

@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kernels import floors as floors_of_softmax_kl
+from benchmarks.markdown import markdown
 from benchmarks.results import FOLDER, Json, MissingResults, Record, load, records
 
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
@@ -44,15 +46,6 @@ def fill(text: str, folder: Path = FOLDER) -> str:
 def names_in(text: str) -> list[str]:
     """The tables a document asks for."""
     return [match[2] for match in _MARKED.finditer(text)]
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is left-aligned, the others right-aligned."""
-    if not rows:
-        raise MissingResults(f"no results for the table with columns {', '.join(head)}")
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def by_name(folder: Path, part: str) -> dict[str, Record]:
@@ -449,10 +442,9 @@ def _mean_and_spread(runs: Sequence[Json], figure: str, decimals: int) -> str:
 
 def floors(folder: Path, capability: str) -> str:
     """The speeds that softmax_kl is held to, as one instruction set reached them (-fresh: with fresh pages)."""
-    from benchmarks.kernels.floors import HEAD, rows
-
     content = load(folder / f"floors-{capability}.json")
-    table = markdown(HEAD, list(rows({record.name: record for record in records(content)})))
+    rows = floors_of_softmax_kl.rows({record.name: record for record in records(content)})
+    table = markdown(floors_of_softmax_kl.HEAD, list(rows))
     return f"{table}\n\n<sub>{provenance(content)}</sub>"
 
 

@@ -40,7 +40,7 @@ if __name__ == "__main__" and "--default-allocator" not in sys.argv:
 
 import torch
 from advfunmatch import create_model
-from advfunmatch.attack import PGDAttack
+from advfunmatch.attacks.pgd import PGDAttack
 from advfunmatch.lean import prepare_for_attack
 from torch import Tensor, nn
 

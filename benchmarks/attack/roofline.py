@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from advfunmatch.attack import PGDAttack, Target
+from advfunmatch.attacks.pgd import PGDAttack, Target
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -38,6 +38,7 @@ from benchmarks.kernels import accuracy
 from benchmarks.kernels.case import DTYPES
 from benchmarks.kernels.losses import compiled, eager_divergence, logits
 from benchmarks.limits import copy_call
+from benchmarks.markdown import markdown
 from benchmarks.results import Record, records_of
 from benchmarks.timing import ALLOCATOR_SETTINGS, OtherLoad, Samples, interleave, ratio, settle_allocator
 
@@ -179,8 +180,6 @@ HEAD = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    from benchmarks.tables import markdown
-
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels.floors", description=__doc__.split("\n")[0]
     )

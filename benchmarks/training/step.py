@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from advfunmatch.config import TrainConfig
 from advfunmatch.data import ImageDataset
-from advfunmatch.distributed import join_world
-from advfunmatch.run import assemble, new_state
-from advfunmatch.trainer import derive_seed, train_step
+from advfunmatch.training.distributed import join_world
+from advfunmatch.training.run import assemble, new_state
+from advfunmatch.training.trainer import derive_seed, train_step
 from torch import Tensor, nn
 
 import afm_kernels

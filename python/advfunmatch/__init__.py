@@ -1,18 +1,30 @@
-"""Adversarial distillation, lean: attacks, training, evaluation and the command line, on top of `afm_kernels`."""
+"""Adversarial distillation, lean: attacks, training, evaluation and the command line, on top of `afm_kernels`.
+
+Public are the names in ``__all__`` here and in the packages below, and nothing else:
+
+* ``attacks``: `PGDAttack` and its objectives.
+* ``lean``: `prepare_for_attack`, eval-mode copies of networks for attacks.
+* ``models``, ``data``: networks, checkpoints and data sets by name.
+* ``methods``: the table of distillation methods and their settings.
+* ``training``, ``evaluation``, ``report``: `train`, `evaluate`, and what they found as tables and pages.
+
+Imports run one way, from the bottom of that list to the top.
+"""
 
 from __future__ import annotations
 
+import sys
+
 from afm_kernels.version import __version__
 
-from .attack import PGDAttack
-from .checkpoint import load_model
+from .attacks import PGDAttack
 from .config import TrainConfig
 from .data import ImageDataset, load_dataset
 from .errors import InputError, TrainingDiverged
-from .evaluate import evaluate
+from .evaluation import evaluate
 from .lean import prepare_for_attack
-from .models import create_model
-from .trainer import train
+from .models import create_model, load_model
+from .training import train
 
 __all__ = [
     "ImageDataset",
@@ -28,3 +40,14 @@ __all__ = [
     "prepare_for_attack",
     "train",
 ]
+
+# Modules that lay beside this file in 0.1, where programs may still import them.
+for _old, _new in {
+    "attack": "attacks.pgd",
+    "checkpoint": "models.checkpoint",
+    "evaluate": "evaluation.evaluate",
+    "objectives": "attacks.objectives",
+    "presets": "methods.presets",
+    "trainer": "training.trainer",
+}.items():
+    sys.modules[f"{__name__}.{_old}"] = sys.modules[f"{__name__}.{_new}"]

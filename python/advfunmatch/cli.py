@@ -25,22 +25,20 @@ import typer
 from rich.console import Console
 
 from . import demo as demo_module
-from .checkpoint import load_network
 from .config import FRACTIONS, TrainConfig, check_teacher_model, config_from, read_settings
 from .data import as_float, load_dataset
-from .distributed import leave_world
 from .environment import environment
 from .errors import InputError, ProcessLost, TrainingDiverged, one_of
-from .evaluate import ATTACKS, attack_images, attack_settings, check_attacks, mismatched_examples
-from .evaluate import evaluate as evaluate_model
+from .evaluation import ATTACKS, attack_images, attack_settings, check_attacks, mismatched_examples
+from .evaluation import evaluate as evaluate_model
 from .files import prepare_file, write_atomically, write_json
-from .methods import methods_text
-from .presets import PRESETS
-from .presets import preset as make_preset
-from .report import demo_table
-from .report_html import write_report
-from .run import choose_device
-from .trainer import train as train_model
+from .methods import PRESETS, methods_text
+from .methods import preset as make_preset
+from .models import load_network
+from .report import demo_table, write_report
+from .training import train as train_model
+from .training.distributed import leave_world
+from .training.run import choose_device
 
 INTERRUPTED = 130
 

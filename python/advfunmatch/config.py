@@ -1,29 +1,33 @@
-"""The one configuration of a training run: its fields, their help, and the checks on them."""
+"""The one configuration of a training run: its fields, their help, and the checks on each alone.
+
+Note [Settings know no method]
+~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+A method's defaults, and which settings go with which method, are the method table's business, which lies above this
+file. ``methods.settings`` registers both here by `complete_with`, so that ``TrainConfig.resolve`` gives a whole
+configuration while nothing here names a method.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any, get_args, get_type_hints
 
+from .attacks import BN_MODES, INITS, NORMS
 from .data.augment import MIXING, ON_STORED, parse_augmentation
 from .errors import InputError, one_of
-from .methods import METHODS, Method, get_method
-from .schedule import SCHEDULES, parse_milestones
 
 REDUCTIONS = ("batchmean", "mean", "sum")
 
 FRACTIONS = ("eps", "step_size")  # settings that are usually written as 8/255
 PRECISIONS = ("fp32", "bf16", "fp16")
-NORMS = ("linf", "l2")
-INITS = ("gaussian", "uniform", "zero")
-BN_MODES = ("eval", "batch", "train")
+SCHEDULES = ("cosine", "one_cycle", "piecewise", "constant")
 
 CHOICES = {
-    "schedule": tuple(SCHEDULES),
+    "schedule": SCHEDULES,
     "precision": PRECISIONS,
     "norm": NORMS,
     "attack_init": INITS,
@@ -44,21 +48,6 @@ LEAST = {
     **dict.fromkeys(("eval_every", "save_every", "warmup_epochs", "begin_epoch", "awp_warmup"), 0),
 }
 POSITIVE = ("lr", "step_size", "temperature", "awp_gamma", "clip_grad")  # and finite
-
-# What a setting is when neither the user nor the method says.
-FALLBACKS: dict[str, Any] = {
-    "alpha": 1.0,
-    "beta": 1.0,
-    "begin_epoch": 0,
-    "detach_target": False,
-    "temperature": 1.0,
-    "reduction": "batchmean",
-    "scale_by_t2": False,
-    "teacher_input": "adversarial",
-    "teacher_gradient": True,
-    "attack_init": "gaussian",
-    "attack_bn": "eval",
-}
 
 
 def _field(help: str, default: Any = None) -> Any:
@@ -149,18 +138,16 @@ class TrainConfig:
         """
         types = get_type_hints(TrainConfig)
         config = replace(self, **{name: _typed(name, getattr(self, name), types[name]) for name in types})
-        method = get_method(config.method)
-        filled: dict[str, Any] = {}
-        for name, fallback in FALLBACKS.items():
-            if getattr(config, name) is None:
-                filled[name] = method.defaults[name].value if name in method.defaults else fallback
+        for fill_in, _ in _completions:
+            config = fill_in(config)
         if config.step_size is None:
-            filled["step_size"] = config.eps / 4
-        config = replace(config, **filled)
+            config = replace(config, step_size=config.eps / 4)
         _check_numbers(config)
         _check_names(config)
         _check_schedule(config)
-        _check_combinations(config, method)
+        _check_combinations(config)
+        for _, check in _completions:
+            check(config)
         return config
 
     @property
@@ -173,12 +160,15 @@ class TrainConfig:
         return asdict(self)
 
 
-def unused_settings(config: TrainConfig) -> list[str]:
-    """Settings of a resolved configuration that were changed, and that its method never looks at."""
-    unused = get_method(config.method).unused
-    defaults: dict[str, Any] = {setting.name: setting.default for setting in fields(TrainConfig)}
-    usual = replace(config, **{name: defaults[name] for name in unused}).resolve()
-    return [name for name in unused if getattr(config, name) != getattr(usual, name)]
+FillIn = Callable[[TrainConfig], TrainConfig]
+Check = Callable[[TrainConfig], None]
+_completions: list[tuple[FillIn, Check]] = []
+_FIELDS = {setting.name: setting for setting in fields(TrainConfig)}
+
+
+def complete_with(fill_in: FillIn, check: Check) -> None:
+    """Have every configuration completed by `fill_in`, and checked by `check` at the end; for ``methods.settings``."""
+    _completions.append((fill_in, check))
 
 
 def config_from(settings: Mapping[str, Any]) -> TrainConfig:
@@ -203,7 +193,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         return ",".join(str(milestone) for milestone in value)
     if name == "augment" and isinstance(value, list):
         return ",".join(str(part) for part in value)
-    if value is None and (name in FALLBACKS or name == "step_size"):  # which `resolve` fills in
+    if value is None and _FIELDS[name].default is None:  # which `resolve` fills in
         return value
     if isinstance(value, allowed) and isinstance(value, bool) == (bool in allowed):  # True is no number
         return value
@@ -243,6 +233,15 @@ def parse_number(text: str | float, name: str) -> float:
         return float(numerator) / float(denominator) if slash else float(text)
     except (TypeError, ValueError, OverflowError, ZeroDivisionError):
         raise InputError(f"{name} is {text!r}, but must be a number or a fraction such as 8/255") from None
+
+
+def parse_milestones(text: str) -> list[float]:
+    """Epochs from text such as "100,150"; ValueError for anything else.
+
+    >>> parse_milestones("100,150")
+    [100.0, 150.0]
+    """
+    return [float(part) for part in text.split(",") if part.strip()]
 
 
 def parse_integer(value: int, name: str) -> int:
@@ -327,8 +326,8 @@ def _check_schedule(config: TrainConfig) -> None:
         raise InputError("milestones is empty, but the piecewise schedule needs epochs such as 100,150")
 
 
-def _check_combinations(config: TrainConfig, method: Method) -> None:
-    """Settings that do not go together, or not with the method."""
+def _check_combinations(config: TrainConfig) -> None:
+    """Settings that do not go together, whatever the method."""
     if config.swa_start is not None and config.ema:
         raise InputError("ema and swa_start are both given, but only one average of the weights can be kept")
     if config.awp and config.accumulate > 1:
@@ -344,15 +343,5 @@ def _check_combinations(config: TrainConfig, method: Method) -> None:
             f"extra_ratio is {config.extra_ratio:g}, which is {config.extra_images} of batch_size = "
             f"{config.batch_size} images, but each batch needs images of data and of extra_data"
         )
-    for name in parse_augmentation(config.augment):
-        if name in MIXING and method.needs_labels:
-            raise InputError(
-                f"augment {name!r} mixes images, which leaves no label that method {config.method!r} could use; "
-                "it goes with "
-                + ", ".join(other.name for other in METHODS.values() if not other.needs_labels)
-            )
-    if method.name == "kd" and not config.scale_by_t2:
-        raise InputError("scale_by_t2 is False, but kd always multiplies its KL term by temperature²")
+    parse_augmentation(config.augment)
     check_teacher_model(config.teacher_model, config.teacher)
-    if method.needs_teacher and config.teacher is None:
-        raise InputError(f"method {config.method!r} matches a teacher, so teacher must name a checkpoint")

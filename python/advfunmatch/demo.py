@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from .checkpoint import load_model
 from .config import TrainConfig
 from .data import load_dataset
-from .evaluate import evaluate
+from .evaluation import evaluate
 from .files import write_json
+from .models import load_model
 from .report import draw_demo
-from .trainer import train
+from .training import train
 
 DATA = "digits"
 EPS = 0.15  # on digits; strokes are still legible to a person at this radius

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from advfunmatch import capture
-from advfunmatch.attack import PGDAttack, Target, input_gradient
-from advfunmatch.capture import GraphCache
+from advfunmatch.attacks import capture
+from advfunmatch.attacks.capture import GraphCache
+from advfunmatch.attacks.pgd import PGDAttack, Target, input_gradient
 from advfunmatch.lean import prepare_for_attack
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from advfunmatch import InputError, TrainConfig, train
-from advfunmatch.distributed import World, synchronise_batch_norm
+from advfunmatch.training.distributed import World, synchronise_batch_norm
 from processes import start
 from saved import flags_of, same, state_of
 from torch import nn
@@ -114,7 +114,7 @@ def test_a_killed_process_ends_both_and_they_continue_bit_for_bit(
     finished: tuple[Path, str, str], teacher: str, tmp_path: Path
 ) -> None:
     flags = ["--teacher", teacher, "--out", str(tmp_path / "killed")]
-    codes, said = two_processes(tmp_path, *flags, second_dies=("advfunmatch.trainer.train_step", 6))
+    codes, said = two_processes(tmp_path, *flags, second_dies=("advfunmatch.training.trainer.train_step", 6))
     assert codes == [2, -signal.SIGKILL]
     assert "Traceback" not in said, "the other process ends quietly"
     assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"] == 5
@@ -135,7 +135,7 @@ def test_what_one_process_cannot_do_ends_all_with_one_sentence(tmp_path: Path, t
 
 LEAVES = """
 import pathlib, sys, torch
-from advfunmatch.distributed import join_world, leave_world
+from advfunmatch.training.distributed import join_world, leave_world
 
 def communicating():
     names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]

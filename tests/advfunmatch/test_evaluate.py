@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from advfunmatch import InputError, evaluate, load_dataset, load_model
-from advfunmatch.evaluate import ATTACKS, masking_warnings
+from advfunmatch.evaluation.evaluate import ATTACKS, masking_warnings
 from pyautoattack import AutoAttack
 
 EPS = 0.1

@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from advfunmatch import TrainConfig, create_model
-from advfunmatch.awp import perturbed_weights
-from advfunmatch.distributed import World
 from advfunmatch.methods import ATTACK_READS, METHODS, SETTINGS, Logits, make_attack
-from advfunmatch.trainer import run_attack
+from advfunmatch.training.awp import perturbed_weights
+from advfunmatch.training.distributed import World
+from advfunmatch.training.trainer import run_attack
 from torch import Tensor, nn
 
 CLASSES = 5

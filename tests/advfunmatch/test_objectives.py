@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from advfunmatch.objectives import OBJECTIVES, CrossEntropy, FixedTeacher, Margin, Mismatch, create_objective
+from advfunmatch.attacks.objectives import (
+    OBJECTIVES,
+    CrossEntropy,
+    FixedTeacher,
+    Margin,
+    Mismatch,
+    create_objective,
+)
 
 SEED = 0
 

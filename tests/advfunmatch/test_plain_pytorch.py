@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from advfunmatch import create_model
-from advfunmatch.checkpoint import save_checkpoint
+from advfunmatch.models.checkpoint import save_checkpoint
 
 QUICKSTART = Path(__file__).parents[2] / "docs" / "quickstart.md"
 BLOCKS = re.findall(r"^```py\n(.*?)^```", QUICKSTART.read_text(), re.DOTALL | re.MULTILINE)

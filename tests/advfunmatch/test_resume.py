@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import advfunmatch.run
+import advfunmatch.training.run
 import pytest
 import torch
 from advfunmatch import InputError, TrainConfig, train
@@ -32,10 +32,10 @@ STATEFUL = {
 # Eight steps that each save, killed at the third: in the midst of it, with half a file written, with a whole one that
 # has not replaced the old yet, and between metrics.jsonl and checkpoint.pt, which are two files.
 MOMENTS = {
-    "in a step": ("advfunmatch.run.augmented", 3),
+    "in a step": ("advfunmatch.training.run.augmented", 3),
     "while writing": ("os.fsync", 3 * 2 + 1),
     "before replacing": ("os.replace", 3 * 2 + 1),
-    "between two files": ("advfunmatch.trainer.save_checkpoint", 3),
+    "between two files": ("advfunmatch.training.trainer.save_checkpoint", 3),
 }
 
 
@@ -88,7 +88,7 @@ def test_stopped_in_the_middle_of_an_epoch(  # type: ignore[no-untyped-def]
         make_config(out=tmp_path / "stopped", **settings),
     )
     train(whole)
-    real, calls = advfunmatch.run.augmented, []
+    real, calls = advfunmatch.training.run.augmented, []
 
     def stops(*arguments):  # type: ignore[no-untyped-def]
         calls.append(1)
@@ -97,7 +97,7 @@ def test_stopped_in_the_middle_of_an_epoch(  # type: ignore[no-untyped-def]
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(advfunmatch.run, "augmented", stops)
+        patch.setattr(advfunmatch.training.run, "augmented", stops)
         with pytest.raises(KeyboardInterrupt):
             train(stopped)
     assert torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)["step"] == 6

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
-import advfunmatch.checkpoint
-import advfunmatch.run
-import advfunmatch.trainer
+import advfunmatch.models.checkpoint
+import advfunmatch.training.run
+import advfunmatch.training.trainer
 import pytest
 import torch
 from advfunmatch import InputError, TrainConfig, TrainingDiverged, load_dataset, load_model, train
@@ -68,7 +68,10 @@ def test_the_seed_decides_every_bit(make_config: MakeConfig, teacher: str, tmp_p
 
 
 def test_every_image_once_an_epoch_in_changing_order() -> None:
-    epochs = [torch.cat(list(advfunmatch.trainer.batches(50, 16, seed=0, epoch=epoch))) for epoch in range(2)]
+    epochs = [
+        torch.cat(list(advfunmatch.training.trainer.batches(50, 16, seed=0, epoch=epoch)))
+        for epoch in range(2)
+    ]
     assert all(order.sort().values.tolist() == list(range(50)) for order in epochs)
     assert epochs[0].tolist() != epochs[1].tolist()
 
@@ -99,7 +102,7 @@ def test_nan_loss_stops_and_keeps_the_last_checkpoint(
         return METHODS["ce"].loss(logits, config) * (float("nan") if len(calls) == 6 else 1)
 
     broken = replace(METHODS["ce"], loss=loss_that_breaks)
-    monkeypatch.setattr(advfunmatch.run, "get_method", lambda name: broken)
+    monkeypatch.setattr(advfunmatch.training.run, "get_method", lambda name: broken)
     config = make_config(epochs=4, batch_size=50)
     with pytest.raises(TrainingDiverged, match=r"nan at step 6 .*last good checkpoint is '.*checkpoint\.pt'"):
         train(config)
@@ -124,7 +127,7 @@ def test_weights_that_are_not_finite_are_not_saved(
         return (loss_without_a_gradient if len(calls) == 8 else METHODS["ce"].loss)(logits, config)
 
     broken = replace(METHODS["ce"], loss=loss)
-    monkeypatch.setattr(advfunmatch.run, "get_method", lambda name: broken)
+    monkeypatch.setattr(advfunmatch.training.run, "get_method", lambda name: broken)
     config = make_config(epochs=3, batch_size=50)  # step 8 is the last of epoch 2
     with pytest.raises(
         TrainingDiverged, match=r"features\.0\.weight is no longer finite after step 8, .*checkpoint\.pt'"
@@ -141,7 +144,7 @@ def test_fp16_steps_over_an_overflow_but_not_for_ever(
     broken = replace(METHODS["ce"], loss=loss_without_a_gradient)
     config = make_config(epochs=4, batch_size=20, precision="fp16")
     with monkeypatch.context() as patch:
-        patch.setattr(advfunmatch.run, "get_method", lambda name: broken)
+        patch.setattr(advfunmatch.training.run, "get_method", lambda name: broken)
         with pytest.raises(TrainingDiverged, match=r"fp16 gradients overflow .*; bf16 or fp32 usually helps"):
             train(config)
     kept = torch.load(Path(config.out) / "checkpoint.pt", weights_only=True)

@@ -8,19 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
 
-import advfunmatch.run
-import advfunmatch.trainer
+import advfunmatch.training.run
+import advfunmatch.training.trainer
 import numpy as np
 import pytest
 import torch
 from advfunmatch import InputError, TrainConfig, load_dataset, train
-from advfunmatch.averaging import WeightAverage, refresh_batch_norm
 from advfunmatch.cli import run
-from advfunmatch.config import config_from, read_settings, unused_settings
+from advfunmatch.config import config_from, read_settings
 from advfunmatch.data.augment import MIXING, ON_STORED, augmented, parse_augmentation
-from advfunmatch.presets import PRESETS
-from advfunmatch.progress import TrainingProgress
-from advfunmatch.schedule import learning_rate
+from advfunmatch.methods import unused_settings
+from advfunmatch.methods.presets import PRESETS
+from advfunmatch.training.averaging import WeightAverage, refresh_batch_norm
+from advfunmatch.training.progress import TrainingProgress
+from advfunmatch.training.schedule import learning_rate
 from saved import same
 from torch import nn
 
@@ -113,7 +114,7 @@ class WithoutBatchNorm(nn.Module):
 def test_accumulated_batches_equal_one_large_batch(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(advfunmatch.run, "create_model", lambda *_, **__: WithoutBatchNorm())
+    monkeypatch.setattr(advfunmatch.training.run, "create_model", lambda *_, **__: WithoutBatchNorm())
     settings = {"schedule": "constant", "epochs": 3, "clip_grad": 0.5}
     train(make_config(out=tmp_path / "large", batch_size=120, **settings))
     train(make_config(out=tmp_path / "small", batch_size=30, accumulate=4, **settings))  # 4·30, 2·30 + 20
@@ -200,13 +201,13 @@ def test_extra_images_are_mixed_in_at_the_ratio(
     white = np.full((40, 8, 8), 255, np.uint8)
     labels = np.arange(40) % 10
     np.savez(tmp_path / "white.npz", x_train=white, y_train=labels, x_test=white, y_test=labels)
-    shares, real = [], advfunmatch.run.augmented
+    shares, real = [], advfunmatch.training.run.augmented
 
     def counts(images, names):  # type: ignore[no-untyped-def]
         shares.append(float((images.flatten(1).float().mean(1) == 255).float().mean()))
         return real(images, names)
 
-    monkeypatch.setattr(advfunmatch.run, "augmented", counts)
+    monkeypatch.setattr(advfunmatch.training.run, "augmented", counts)
     extra = f"npz:{tmp_path / 'white.npz'}"
     config = make_config(
         method="funmatch", teacher=teacher, extra_data=extra, extra_ratio=0.25, batch_size=40, epochs=1
@@ -360,9 +361,9 @@ def test_tensorboard_has_every_epoch_once_after_a_stop(
         save(path, checkpoint)
 
     config = make_config(epochs=3, tensorboard=True)
-    save = advfunmatch.trainer.save_checkpoint
+    save = advfunmatch.training.trainer.save_checkpoint
     with monkeypatch.context() as patch:
-        patch.setattr(advfunmatch.trainer, "save_checkpoint", save_that_is_too_late)
+        patch.setattr(advfunmatch.training.trainer, "save_checkpoint", save_that_is_too_late)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     train(make_config(epochs=3, tensorboard=True, resume=True))

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("advfunmatch")
 
-from advfunmatch.evaluate import ATTACKS
+from advfunmatch.evaluation.evaluate import ATTACKS
 
 from benchmarks import study
 from benchmarks.results import Record, load, new_run, records, save

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from afm_kernels import pgd_start, pgd_step
 
+from ..lean import PreparedModel, unwrap
 from .capture import CapturedAttack, GraphCache, capture_key
-from .lean import PreparedModel, unwrap
 from .objectives import Objective, create_objective
 
 __all__ = ["PGDAttack", "input_gradient"]

@@ -1,4 +1,4 @@
-"""Pictures and tables of what was measured."""
+"""The demo's table and picture."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
-from .checkpoint import load_model
-from .data import ImageDataset, as_float, load_dataset
-from .evaluate import mismatched_examples
-from .files import write_atomically
+from ..data import ImageDataset, as_float, load_dataset
+from ..evaluation import mismatched_examples
+from ..files import write_atomically
+from ..models import load_model
+from .tables import COLOURS
 
-# One colour a run, readable in print and by the colour-blind (Okabe and Ito, but for
-# their yellow, which is lost on white).
-COLOURS = ("#444444", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#8C6D1F")
 EXAMPLES = 8  # test images shown, the first of as many classes
 
 

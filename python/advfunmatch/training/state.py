@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import TrainConfig
+from ..errors import InputError
+from ..models import read_checkpoint
 from .averaging import WeightAverage
-from .checkpoint import read_checkpoint
-from .config import TrainConfig
-from .errors import InputError
 
 # Settings that may differ between a run and its continuation: they do not decide what is computed.
 FREE_ON_RESUME = ("resume", "overwrite", "device", "save_every", "tensorboard", "out", "teacher")

@@ -3,76 +3,32 @@
 Note [Methods]
 ~~~~~~~~~~~~~~
 A method is one `Method` in `METHODS`. Its attack says which objective `PGDAttack` maximises; its loss is a function of
-the logits on clean and adversarial images (`Logits`) and of the settings. Nothing is computed that a loss does not ask
-for, so a term of weight zero costs nothing. Settings that papers disagree about are fields of `TrainConfig`
-(temperature, alpha, beta, reduction, ...) that are None until the method's default, with its source, fills them in.
-
-S is the student, T the teacher, x the images, x' the adversarial ones, and KL(a‖b) the divergence between softmaxes.
+the logits on clean and adversarial images (`Logits`) and of the settings. Settings that papers disagree about are
+fields of `TrainConfig` (temperature, alpha, beta, reduction, ...) that are None until the method's default, with its
+source, fills them in: see ``settings``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from afm_kernels import distillation_loss, softmax_kl_div
-
-from .attack import PGDAttack
-from .errors import one_of
-from .objectives import FixedTeacher, Mismatch
-
-if TYPE_CHECKING:
-    from .config import TrainConfig
-
-Network = Callable[[Tensor], Tensor]
-
-
-class Logits:
-    """What both networks say about one batch; each runs on each input once, when a loss first asks for it."""
-
-    def __init__(
-        self, student: Network, teacher: Network | None, x: Tensor, labels: Tensor, epoch: int
-    ) -> None:
-        self.student, self.teacher = student, teacher
-        self.x, self.x_adv, self.labels, self.epoch = x, x, labels, epoch
-
-    def for_student(self, student: Network) -> Logits:
-        """The same batch for another student; what the teacher said is kept."""
-        other = Logits(student, self.teacher, self.x, self.labels, self.epoch)
-        other.x_adv = self.x_adv
-        kept = ("teacher_clean", "teacher_adv")
-        other.__dict__.update({name: value for name, value in self.__dict__.items() if name in kept})
-        return other
-
-    @cached_property
-    def student_clean(self) -> Tensor:
-        return self.student(self.x)
-
-    @cached_property
-    def student_adv(self) -> Tensor:
-        return self.student(self.x_adv)
-
-    @cached_property
-    def teacher_clean(self) -> Tensor:
-        return self._teacher(self.x)
-
-    @cached_property
-    def teacher_adv(self) -> Tensor:
-        return self._teacher(self.x_adv)
-
-    @torch.no_grad()
-    def _teacher(self, x: Tensor) -> Tensor:
-        if self.teacher is None:
-            raise RuntimeError("a loss that matches a teacher was called without one")
-        return self.teacher(x)
-
-
-Loss = Callable[[Logits, "TrainConfig"], Tensor]
+from ..attacks import FixedTeacher, Mismatch, PGDAttack
+from ..config import TrainConfig
+from ..errors import one_of
+from .terms import (
+    Loss,
+    cross_entropy_adversarial,
+    cross_entropy_clean,
+    iad,
+    kd,
+    mart,
+    match_adversarial,
+    match_clean,
+    mixed,
+    trades,
+)
 
 # Settings that an attack on each objective looks at, besides eps and norm, with which every run is evaluated.
 ANY_ATTACK = ("steps", "early_steps", "step_size", "attack_init", "attack_bn", "lean")
@@ -127,100 +83,6 @@ class Method:
         if self.reads is None:
             return ()
         return tuple(name for name in SETTINGS if name not in (*self.reads, *ATTACK_READS[self.objective]))
-
-
-def _match(student: Tensor, target: Tensor, config: TrainConfig) -> Tensor:
-    """KL(target ‖ student) with the settings' temperature, T² and reduction."""
-    return softmax_kl_div(
-        student,
-        target,
-        temperature=config.temperature,
-        reduction=config.reduction,
-        scale_by_t2=config.scale_by_t2,
-    )
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
-    # With alpha = 0 the fused loss is the cross-entropy alone, and looks at no teacher.
-    return distillation_loss(
-        logits, logits.detach(), labels, alpha=0.0, temperature=1.0, label_smoothing=config.label_smoothing
-    )
-
-
-def cross_entropy_clean(logits: Logits, config: TrainConfig) -> Tensor:
-    """CE(S(x), y)."""
-    return _cross_entropy(logits.student_clean, logits.labels, config)
-
-
-def cross_entropy_adversarial(logits: Logits, config: TrainConfig) -> Tensor:
-    """CE(S(x'), y)."""
-    return _cross_entropy(logits.student_adv, logits.labels, config)
-
-
-def match_clean(logits: Logits, config: TrainConfig) -> Tensor:
-    """KL(T(x) ‖ S(x))."""
-    return _match(logits.student_clean, logits.teacher_clean, config)
-
-
-def match_adversarial(logits: Logits, config: TrainConfig) -> Tensor:
-    """KL(T(x') ‖ S(x')), or KL(T(x) ‖ S(x')) where `teacher_input` is clean."""
-    adversarial = config.teacher_input == "adversarial"
-    target = logits.teacher_adv if adversarial else logits.teacher_clean
-    return _match(logits.student_adv, target, config)
-
-
-def mixed(first: Loss, second: Loss) -> Loss:
-    """α of one loss and 1 − α of another; what has no weight is not computed."""
-
-    def loss(logits: Logits, config: TrainConfig) -> Tensor:
-        weights = ((config.alpha, first), (1 - config.alpha, second))
-        terms = [weight * term(logits, config) for weight, term in weights if weight]
-        return sum(terms[1:], terms[0])
-
-    return loss
-
-
-def kd(logits: Logits, config: TrainConfig) -> Tensor:
-    """(1-α)·CE(S(x), y) + α·T²·KL(T(x) ‖ S(x)), in one pass over the logits."""
-    return distillation_loss(
-        logits.student_clean,
-        logits.teacher_clean,
-        logits.labels,
-        alpha=config.alpha,
-        temperature=config.temperature,
-        label_smoothing=config.label_smoothing,
-        reduction=config.reduction,
-    )
-
-
-def trades(logits: Logits, config: TrainConfig) -> Tensor:
-    """CE(S(x), y) + β·KL(S(x) ‖ S(x')), with a gradient through both sides of the divergence."""
-    clean = logits.student_clean
-    robust = _match(logits.student_adv, clean.detach() if config.detach_target else clean, config)
-    return cross_entropy_clean(logits, config) + config.beta * robust
-
-
-def mart(logits: Logits, config: TrainConfig) -> Tensor:
-    """Cross-entropy and a margin on x', and the divergence from x where the student is unsure of the label there."""
-    labels = logits.labels[:, None]
-    adversarial = logits.student_adv.softmax(1)
-    # The largest probability of a wrong class; the constants inside the logarithms are the official code's.
-    wrong = adversarial.scatter(1, labels, -1.0).amax(1)
-    boosted = cross_entropy_adversarial(logits, config) - (1.0001 - wrong + 1e-12).log().mean()
-    unsure = 1.0000001 - logits.student_clean.softmax(1).gather(1, labels).squeeze(1)
-    rows = softmax_kl_div(logits.student_adv, logits.student_clean, reduction="none")
-    return boosted + config.beta * (rows * unsure).mean()
-
-
-def iad(logits: Logits, config: TrainConfig) -> Tensor:
-    """The match on x', and from `begin_epoch` on the student's own clean outputs where the teacher is not trusted."""
-    loss = match_adversarial(logits, config)
-    if logits.epoch < config.begin_epoch:
-        return loss
-    # How far the teacher is to be trusted on x': its probability of the label there, to the power β.
-    trust = logits.teacher_adv.softmax(1).gather(1, logits.labels[:, None]).squeeze(1) ** config.beta
-    own = softmax_kl_div(logits.student_adv, logits.student_clean, reduction="none")
-    return loss + (own * (1 - trust)).mean()
 
 
 ABSTRACT_ONLY = "arXiv 2305.14700; not in its abstract, so this project's choice"
@@ -451,39 +313,3 @@ def make_attack(config: TrainConfig) -> PGDAttack | None:
         bn=config.attack_bn,
         clip=(0.0, 1.0),
     )
-
-
-def methods_text() -> str:
-    """The table as text, for `advfunmatch methods`."""
-    attacks = {
-        None: "none: clean images",
-        "cross_entropy": "max CE(S(x'), y)",
-        "mismatch": "max KL(T(x')‖S(x')), through both networks",
-    }
-    lines = ["S student, T teacher, x images, x' adversarial images, y labels; every method takes --awp", ""]
-    for method in METHODS.values():
-        fixed = "T" if method.needs_teacher else "S"
-        attack = attacks.get(method.objective, f"max KL({fixed}(x)‖S(x')), {fixed}(x) fixed")
-        needs = [
-            name
-            for name, needed in (("teacher", method.needs_teacher), ("labels", method.needs_labels))
-            if needed
-        ]
-        lines += [
-            f"{method.name}  ({method.source})",
-            f"  loss    {method.formula}",
-            f"  attack  {attack}",
-            f"  needs   {' and '.join(needs)}",
-        ]
-        for name, default in method.defaults.items():
-            lines.append(f"  {_as_flag(name, default.value)}".ljust(34) + default.source)
-        lines.append("")
-    return "\n".join(lines).rstrip()
-
-
-def _as_flag(name: str, value: Any) -> str:
-    """A setting as it is typed on the command line."""
-    name = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {value:.4g}" if isinstance(value, float) else f"--{name} {value}"

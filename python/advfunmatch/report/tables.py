@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .evaluate import ATTACKS
+from ..evaluation import ATTACKS
 
+# One colour a run, readable in print and by the colour-blind (Okabe and Ito, but for
+# their yellow, which is lost on white).
+COLOURS = ("#444444", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#8C6D1F")
 # (key of result.json, title, format)
 COLUMNS = (
     ("method", "method", "{}"),

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import load_model
-from .data import as_float, load_dataset
-from .evaluate import attack_images
-from .report_tables import Run, Table, ball
+from ..data import as_float, load_dataset
+from ..evaluation import attack_images
+from ..models import load_model
+from .tables import Run, Table, ball
 
 EXAMPLES = 8  # images, the first of as many classes
 DPI = 110

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from afm_kernels import softmax_kl_div
 
-from .attack import PGDAttack
-from .checkpoint import require_forward
-from .config import NORMS, check_radius, check_seed, parse_integer, parse_number
-from .data import ImageDataset, as_float
-from .errors import InputError, one_of
-from .lean import prepare_for_attack
+from ..attacks import PGDAttack
+from ..config import NORMS, check_radius, check_seed, parse_integer, parse_number
+from ..data import ImageDataset, as_float
+from ..errors import InputError, one_of
+from ..lean import prepare_for_attack
+from ..models import require_forward
 
 BATCH_SIZE = 500
 MISMATCH_STEPS = 20

@@ -37,9 +37,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .lean_layers import FoldedConv, ScaleShiftReLU
-from .lean_rewrite import Rewriter
-from .lean_trace import first_line, has_own_call, hooks_of, trace
+from .layers import FoldedConv, ScaleShiftReLU
+from .rewrite import Rewriter
+from .trace import first_line, has_own_call, hooks_of, trace
 
 __all__ = ["PreparedModel", "prepare_for_attack", "unwrap"]
 

@@ -12,19 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attack import PGDAttack
+from ..attacks import PGDAttack
+from ..config import TrainConfig
+from ..data import ImageDataset, as_float, load_dataset
+from ..data.augment import augmented, parse_augmentation
+from ..environment import environment
+from ..errors import InputError, one_of
+from ..files import make_folder, remove_partial_files, write_json
+from ..lean import PreparedModel, prepare_for_attack
+from ..methods import Method, get_method, make_attack
+from ..models import create_model, load_network, require_forward
 from .averaging import WeightAverage
-from .checkpoint import load_network, require_forward
-from .config import TrainConfig
-from .data import ImageDataset, as_float, load_dataset
-from .data.augment import augmented, parse_augmentation
 from .distributed import World, join_world, synchronise_batch_norm
-from .environment import environment
-from .errors import InputError, one_of
-from .files import make_folder, remove_partial_files, write_json
-from .lean import PreparedModel, prepare_for_attack
-from .methods import Method, get_method, make_attack
-from .models import create_model
 from .state import TrainingState, checkpoint_to_resume
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .lean_layers import AdaptivePool, BatchNormSource, FoldedConv, ScaleShiftReLU, symmetric_padding
-from .lean_trace import IN_PLACE_OPERATORS, hooks_of, runs_only_its_forward
+from .layers import AdaptivePool, BatchNormSource, FoldedConv, ScaleShiftReLU, symmetric_padding
+from .trace import IN_PLACE_OPERATORS, hooks_of, runs_only_its_forward
 
 __all__ = ["Rewriter"]
 

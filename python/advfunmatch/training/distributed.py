@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import InputError, ProcessLost
+from ..errors import InputError, ProcessLost
 
 PATIENCE = timedelta(hours=2)  # the others wait that long while process 0 evaluates or writes
 

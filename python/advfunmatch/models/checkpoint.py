@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import ImageDataset, as_float
-from .errors import InputError
-from .files import write_atomically
-from .models import create_model, load_weights
+from ..data import ImageDataset, as_float
+from ..errors import InputError
+from ..files import write_atomically
+from .outside import load_weights
+from .zoo import create_model
 
 FORMAT = "advfunmatch"
 VERSION = 1

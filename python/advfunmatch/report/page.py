@@ -8,11 +8,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import InputError
-from .files import prepare_file, write_atomically
-from .report import COLOURS
-from .report_pictures import draw_curves, draw_examples, draw_table, stacked
-from .report_tables import COLUMNS, Run, Table, evaluations, figures, read_evaluations
+from ..errors import InputError
+from ..files import prepare_file, write_atomically
+from .pictures import draw_curves, draw_examples, draw_table, stacked
+from .tables import COLOURS, COLUMNS, Run, Table, evaluations, figures, read_evaluations
 
 REQUIRED = ("method", "model", "clean", "pgd20", "images_per_second")
 STYLE = """

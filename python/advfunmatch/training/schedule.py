@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .config import TrainConfig
+from ..config import SCHEDULES, TrainConfig, parse_milestones
 
 
 def cosine(epoch: float, config: TrainConfig) -> float:
@@ -31,25 +29,13 @@ def piecewise(epoch: float, config: TrainConfig) -> float:
     return 0.1 ** sum(epoch >= milestone for milestone in parse_milestones(config.milestones))
 
 
-SCHEDULES: dict[str, Callable[[float, TrainConfig], float]] = {
-    "cosine": cosine,
-    "one_cycle": one_cycle,
-    "piecewise": piecewise,
-    "constant": constant,
-}
-
-
-def parse_milestones(text: str) -> list[float]:
-    """Epochs from text such as "100,150"; ValueError for anything else.
-
-    >>> parse_milestones("100,150")
-    [100.0, 150.0]
-    """
-    return [float(part) for part in text.split(",") if part.strip()]
+FUNCTIONS: dict[str, Callable[[float, TrainConfig], float]] = dict(
+    zip(SCHEDULES, (cosine, one_cycle, piecewise, constant), strict=True)
+)
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
     """The learning rate of step `step`, counted from 0."""
     epoch = step / steps_per_epoch
     warm = min(1.0, (epoch + 1 / steps_per_epoch) / config.warmup_epochs) if config.warmup_epochs else 1.0
-    return config.lr * warm * SCHEDULES[config.schedule](epoch, config)
+    return config.lr * warm * FUNCTIONS[config.schedule](epoch, config)

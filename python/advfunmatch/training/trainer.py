@@ -26,18 +26,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .attack import PGDAttack
+from ..attacks import PGDAttack
+from ..config import TrainConfig
+from ..data import as_float, choose
+from ..errors import TrainingDiverged
+from ..evaluation import evaluate
+from ..files import write_json, write_json_lines
+from ..lean import PreparedModel
+from ..methods import Logits, Method, Network, unused_settings
+from ..models import save_checkpoint
 from .averaging import refresh_batch_norm
 from .awp import perturbed_weights
 from .board import Board
-from .checkpoint import save_checkpoint
-from .config import TrainConfig, unused_settings
-from .data import as_float, choose
-from .errors import TrainingDiverged
-from .evaluate import evaluate
-from .files import write_json, write_json_lines
-from .lean import PreparedModel
-from .methods import Logits, Method, Network
 from .run import Run, set_up
 from .schedule import learning_rate
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import one_of
+from ..errors import one_of
 
 _CIFAR = {"batch_size": 128, "momentum": 0.9, "nesterov": False, "augment": "crop,flip", "steps": 10}
 _EPS8 = {"eps": 8 / 255, "step_size": 2 / 255}

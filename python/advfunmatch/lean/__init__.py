@@ -1,0 +1,7 @@
+"""Networks prepared for attacks: eval-mode copies whose batch norms are folded away."""
+
+from __future__ import annotations
+
+from .prepared import PreparedModel, prepare_for_attack, unwrap
+
+__all__ = ["PreparedModel", "prepare_for_attack", "unwrap"]

@@ -1,0 +1,26 @@
+"""Distillation methods as data: what each trains on, what it minimises, and its defaults with their sources."""
+
+from __future__ import annotations
+
+from .listing import methods_text
+from .presets import PRESETS, preset
+from .settings import unused_settings
+from .table import ATTACK_READS, METHODS, SETTINGS, Default, Method, get_method, make_attack
+from .terms import Logits, Loss, Network
+
+__all__ = [
+    "ATTACK_READS",
+    "METHODS",
+    "PRESETS",
+    "SETTINGS",
+    "Default",
+    "Logits",
+    "Loss",
+    "Method",
+    "Network",
+    "get_method",
+    "make_attack",
+    "methods_text",
+    "preset",
+    "unused_settings",
+]

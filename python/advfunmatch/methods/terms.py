@@ -1,0 +1,156 @@
+"""What the methods' losses are made of: the logits of both networks on one batch, and the terms on them.
+
+S is the student, T the teacher, x the images, x' the adversarial ones, and KL(a‖b) the divergence between softmaxes.
+Nothing is computed that a loss does not ask for, so a term of weight zero costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from afm_kernels import distillation_loss, softmax_kl_div
+
+from ..config import TrainConfig
+
+Network = Callable[[Tensor], Tensor]
+
+
+class Logits:
+    """What both networks say about one batch; each runs on each input once, when a loss first asks for it."""
+
+    def __init__(
+        self, student: Network, teacher: Network | None, x: Tensor, labels: Tensor, epoch: int
+    ) -> None:
+        self.student, self.teacher = student, teacher
+        self.x, self.x_adv, self.labels, self.epoch = x, x, labels, epoch
+
+    def for_student(self, student: Network) -> Logits:
+        """The same batch for another student; what the teacher said is kept."""
+        other = Logits(student, self.teacher, self.x, self.labels, self.epoch)
+        other.x_adv = self.x_adv
+        kept = ("teacher_clean", "teacher_adv")
+        other.__dict__.update({name: value for name, value in self.__dict__.items() if name in kept})
+        return other
+
+    @cached_property
+    def student_clean(self) -> Tensor:
+        return self.student(self.x)
+
+    @cached_property
+    def student_adv(self) -> Tensor:
+        return self.student(self.x_adv)
+
+    @cached_property
+    def teacher_clean(self) -> Tensor:
+        return self._teacher(self.x)
+
+    @cached_property
+    def teacher_adv(self) -> Tensor:
+        return self._teacher(self.x_adv)
+
+    @torch.no_grad()
+    def _teacher(self, x: Tensor) -> Tensor:
+        if self.teacher is None:
+            raise RuntimeError("a loss that matches a teacher was called without one")
+        return self.teacher(x)
+
+
+Loss = Callable[[Logits, TrainConfig], Tensor]
+
+
+def _match(student: Tensor, target: Tensor, config: TrainConfig) -> Tensor:
+    """KL(target ‖ student) with the settings' temperature, T² and reduction."""
+    return softmax_kl_div(
+        student,
+        target,
+        temperature=config.temperature,
+        reduction=config.reduction,
+        scale_by_t2=config.scale_by_t2,
+    )
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
+    # With alpha = 0 the fused loss is the cross-entropy alone, and looks at no teacher.
+    return distillation_loss(
+        logits, logits.detach(), labels, alpha=0.0, temperature=1.0, label_smoothing=config.label_smoothing
+    )
+
+
+def cross_entropy_clean(logits: Logits, config: TrainConfig) -> Tensor:
+    """CE(S(x), y)."""
+    return _cross_entropy(logits.student_clean, logits.labels, config)
+
+
+def cross_entropy_adversarial(logits: Logits, config: TrainConfig) -> Tensor:
+    """CE(S(x'), y)."""
+    return _cross_entropy(logits.student_adv, logits.labels, config)
+
+
+def match_clean(logits: Logits, config: TrainConfig) -> Tensor:
+    """KL(T(x) ‖ S(x))."""
+    return _match(logits.student_clean, logits.teacher_clean, config)
+
+
+def match_adversarial(logits: Logits, config: TrainConfig) -> Tensor:
+    """KL(T(x') ‖ S(x')), or KL(T(x) ‖ S(x')) where `teacher_input` is clean."""
+    adversarial = config.teacher_input == "adversarial"
+    target = logits.teacher_adv if adversarial else logits.teacher_clean
+    return _match(logits.student_adv, target, config)
+
+
+def mixed(first: Loss, second: Loss) -> Loss:
+    """α of one loss and 1 − α of another; what has no weight is not computed."""
+
+    def loss(logits: Logits, config: TrainConfig) -> Tensor:
+        weights = ((config.alpha, first), (1 - config.alpha, second))
+        terms = [weight * term(logits, config) for weight, term in weights if weight]
+        return sum(terms[1:], terms[0])
+
+    return loss
+
+
+def kd(logits: Logits, config: TrainConfig) -> Tensor:
+    """(1-α)·CE(S(x), y) + α·T²·KL(T(x) ‖ S(x)), in one pass over the logits."""
+    return distillation_loss(
+        logits.student_clean,
+        logits.teacher_clean,
+        logits.labels,
+        alpha=config.alpha,
+        temperature=config.temperature,
+        label_smoothing=config.label_smoothing,
+        reduction=config.reduction,
+    )
+
+
+def trades(logits: Logits, config: TrainConfig) -> Tensor:
+    """CE(S(x), y) + β·KL(S(x) ‖ S(x')), with a gradient through both sides of the divergence."""
+    clean = logits.student_clean
+    robust = _match(logits.student_adv, clean.detach() if config.detach_target else clean, config)
+    return cross_entropy_clean(logits, config) + config.beta * robust
+
+
+def mart(logits: Logits, config: TrainConfig) -> Tensor:
+    """Cross-entropy and a margin on x', and the divergence from x where the student is unsure of the label there."""
+    labels = logits.labels[:, None]
+    adversarial = logits.student_adv.softmax(1)
+    # The largest probability of a wrong class; the constants inside the logarithms are the official code's.
+    wrong = adversarial.scatter(1, labels, -1.0).amax(1)
+    boosted = cross_entropy_adversarial(logits, config) - (1.0001 - wrong + 1e-12).log().mean()
+    unsure = 1.0000001 - logits.student_clean.softmax(1).gather(1, labels).squeeze(1)
+    rows = softmax_kl_div(logits.student_adv, logits.student_clean, reduction="none")
+    return boosted + config.beta * (rows * unsure).mean()
+
+
+def iad(logits: Logits, config: TrainConfig) -> Tensor:
+    """The match on x', and from `begin_epoch` on the student's own clean outputs where the teacher is not trusted."""
+    loss = match_adversarial(logits, config)
+    if logits.epoch < config.begin_epoch:
+        return loss
+    # How far the teacher is to be trusted on x': its probability of the label there, to the power β.
+    trust = logits.teacher_adv.softmax(1).gather(1, logits.labels[:, None]).squeeze(1) ** config.beta
+    own = softmax_kl_div(logits.student_adv, logits.student_clean, reduction="none")
+    return loss + (own * (1 - trust)).mean()
