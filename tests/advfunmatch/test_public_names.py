@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-import pytest
-
 import advfunmatch
+import pytest
 
 PACKAGES = ("attacks", "lean", "models", "data", "methods", "training", "evaluation", "report")
 
