@@ -231,7 +231,7 @@ def test_an_existing_run_is_not_replaced_unasked(make_config: MakeConfig) -> Non
             {"extra_data": "digits", "extra_ratio": 0.9, "batch_size": 1},
             "which is 1 of batch_size = 1 images",
         ),
-        ({"method": "kd", "teacher": "t.pt", "scale_by_t2": False}, "scale_by_t2 is False, but kd always"),
+        ({"method": "trades", "reduction": "sum", "accumulate": 2}, "accumulate = 2 batches need a mean"),
         ({"teacher_model": "resnet18"}, "teacher_model is 'resnet18', but teacher names no file"),
         ({"method": "advfunmatch"}, "matches a teacher"),
         ({"method": "advfunmatch", "teacher": ""}, "teacher is empty, but must name a checkpoint"),

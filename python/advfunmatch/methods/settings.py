@@ -50,8 +50,10 @@ def check_with_method(config: TrainConfig) -> None:
                 "it goes with "
                 + ", ".join(other.name for other in METHODS.values() if not other.needs_labels)
             )
-    if method.name == "kd" and not config.scale_by_t2:
-        raise InputError("scale_by_t2 is False, but kd always multiplies its KL term by temperature²")
+    if config.reduction == "sum" and config.accumulate > 1 and "reduction" not in method.unused:
+        raise InputError(
+            f"reduction is 'sum', but accumulate = {config.accumulate} batches need a mean: batchmean or mean"
+        )
     if method.needs_teacher and config.teacher is None:
         raise InputError(f"method {config.method!r} matches a teacher, so teacher must name a checkpoint")
 

@@ -2,6 +2,12 @@
 
 S is the student, T the teacher, x the images, x' the adversarial ones, and KL(a‖b) the divergence between softmaxes.
 Nothing is computed that a loss does not ask for, so a term of weight zero costs nothing.
+
+Note [Loss arithmetic]
+~~~~~~~~~~~~~~~~~~~~~~
+Networks may answer in half precision; what a loss computes from their answers is float32 at least, which `Logits` sees
+to for every loss. Where a term needs 1 − p of a probability near 1, it takes it from the class's log-odds, in which
+nothing cancels: p = σ(m), 1 − p = σ(−m), log p = log σ(m).
 """
 
 from __future__ import annotations
@@ -10,6 +16,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from afm_kernels import distillation_loss, softmax_kl_div
@@ -20,7 +27,10 @@ Network = Callable[[Tensor], Tensor]
 
 
 class Logits:
-    """What both networks say about one batch; each runs on each input once, when a loss first asks for it."""
+    """What both networks say about one batch; each runs on each input once, when a loss first asks for it.
+
+    Logits are float32 at least, whatever the network computes in: see Note [Loss arithmetic].
+    """
 
     def __init__(
         self, student: Network, teacher: Network | None, x: Tensor, labels: Tensor, epoch: int
@@ -38,11 +48,11 @@ class Logits:
 
     @cached_property
     def student_clean(self) -> Tensor:
-        return self.student(self.x)
+        return _wide(self.student(self.x))
 
     @cached_property
     def student_adv(self) -> Tensor:
-        return self.student(self.x_adv)
+        return _wide(self.student(self.x_adv))
 
     @cached_property
     def teacher_clean(self) -> Tensor:
@@ -56,10 +66,14 @@ class Logits:
     def _teacher(self, x: Tensor) -> Tensor:
         if self.teacher is None:
             raise RuntimeError("a loss that matches a teacher was called without one")
-        return self.teacher(x)
+        return _wide(self.teacher(x))
 
 
 Loss = Callable[[Logits, TrainConfig], Tensor]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _match(student: Tensor, target: Tensor, config: TrainConfig) -> Tensor:
@@ -113,19 +127,6 @@ def mixed(first: Loss, second: Loss) -> Loss:
     return loss
 
 
-def kd(logits: Logits, config: TrainConfig) -> Tensor:
-    """(1-α)·CE(S(x), y) + α·T²·KL(T(x) ‖ S(x)), in one pass over the logits."""
-    return distillation_loss(
-        logits.student_clean,
-        logits.teacher_clean,
-        logits.labels,
-        alpha=config.alpha,
-        temperature=config.temperature,
-        label_smoothing=config.label_smoothing,
-        reduction=config.reduction,
-    )
-
-
 def trades(logits: Logits, config: TrainConfig) -> Tensor:
     """CE(S(x), y) + β·KL(S(x) ‖ S(x')), with a gradient through both sides of the divergence."""
     clean = logits.student_clean
@@ -135,13 +136,12 @@ def trades(logits: Logits, config: TrainConfig) -> Tensor:
 
 def mart(logits: Logits, config: TrainConfig) -> Tensor:
     """Cross-entropy and a margin on x', and the divergence from x where the student is unsure of the label there."""
-    labels = logits.labels[:, None]
-    adversarial = logits.student_adv.softmax(1)
-    # The largest probability of a wrong class; the constants inside the logarithms are the official code's.
-    wrong = adversarial.scatter(1, labels, -1.0).amax(1)
-    boosted = cross_entropy_adversarial(logits, config) - (1.0001 - wrong + 1e-12).log().mean()
-    unsure = 1.0000001 - logits.student_clean.softmax(1).gather(1, labels).squeeze(1)
+    wrong = logits.student_adv.detach().scatter(1, logits.labels[:, None], float("-inf")).argmax(1)
+    # log(1.0001 - p_wrong + 1e-12) and 1.0000001 - p_label, with the official code's constants.
+    margin = (1e-4 + 1e-12 + (-_log_odds(logits.student_adv, wrong)).sigmoid()).log()
+    unsure = 1e-7 + (-_log_odds(logits.student_clean, logits.labels)).sigmoid()
     rows = softmax_kl_div(logits.student_adv, logits.student_clean, reduction="none")
+    boosted = cross_entropy_adversarial(logits, config) - margin.mean()
     return boosted + config.beta * (rows * unsure).mean()
 
 
@@ -150,7 +150,16 @@ def iad(logits: Logits, config: TrainConfig) -> Tensor:
     loss = match_adversarial(logits, config)
     if logits.epoch < config.begin_epoch:
         return loss
-    # How far the teacher is to be trusted on x': its probability of the label there, to the power β.
-    trust = logits.teacher_adv.softmax(1).gather(1, logits.labels[:, None]).squeeze(1) ** config.beta
-    own = softmax_kl_div(logits.student_adv, logits.student_clean, reduction="none")
-    return loss + (own * (1 - trust)).mean()
+    # How far the teacher is not to be trusted on x': 1 minus its probability of the label there, to the power β.
+    doubt = -(config.beta * F.logsigmoid(_log_odds(logits.teacher_adv, logits.labels))).expm1()
+    own = softmax_kl_div(
+        logits.student_adv, logits.student_clean, row_weight=doubt, reduction=config.reduction
+    )
+    return loss + own
+
+
+def _log_odds(logits: Tensor, classes: Tensor) -> Tensor:
+    """log(p / (1 − p)) of one class of each row."""
+    column = classes[:, None]
+    others = logits.scatter(1, column, float("-inf")).logsumexp(1)
+    return logits.gather(1, column).squeeze(1) - others
