@@ -1,4 +1,4 @@
-"""A loss's own arithmetic keeps its digits, in half precision and near 1; and a reduction is that of the KL terms alone.
+"""A loss's own arithmetic keeps its digits, in half precision and near 1; a reduction is that of the KL terms alone.
 
 Logits are whole numbers, which every dtype holds, so what a loss loses is its own doing.
 """
