@@ -101,7 +101,7 @@ def test_npz_test_split_refusals(tmp_path: Path, arrays: dict[str, np.ndarray], 
 
 def test_npz_that_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / "data.npz"
-    images = np.random.default_rng(0).integers(0, 2, (20, 8, 8), dtype=np.uint8)
+    images = 9 * np.random.default_rng(0).integers(0, 2, (20, 8, 8), dtype=np.uint8)
     np.savez_compressed(path, x_test=images, y_test=np.arange(20) % 2)
     whole = path.read_bytes()
     for place in range(0, len(whole), 7):

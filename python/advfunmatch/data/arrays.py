@@ -1,0 +1,120 @@
+"""What an array of images is: which axis is which, what its values mean, and whose labels go with it.
+
+Note [Axes]
+~~~~~~~~~~~
+The number of labels says which axis counts the images: the first, or else the last. The axis of channels is that of one
+or three, or one shorter than both others; what leaves more than one reading, or none, is refused rather than guessed.
+All arrays of a file are read the same way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import InputError
+
+MOST_CLASSES = 1_000_000  # more is a mistake, such as indices in place of labels
+# How an array may be laid out, and the order of its axes that makes it (N, C, H, W), or (N, H, W) for three of them.
+LAYOUTS: dict[str, tuple[int, ...]] = {
+    "(N, C, H, W)": (0, 1, 2, 3),
+    "(N, H, W, C)": (0, 3, 1, 2),
+    "(N, H, W)": (0, 1, 2),
+    "(C, H, W, N)": (3, 0, 1, 2),
+    "(H, W, C, N)": (3, 2, 0, 1),
+    "(H, W, N)": (2, 0, 1),
+}
+ALLOWED = "images must be (N, H, W), (N, H, W, C) or (N, C, H, W) with as many labels"
+
+
+def find_axes(arrays: Sequence[tuple[str, tuple[int, ...], int]], path: str) -> tuple[int, ...]:
+    """The order of axes that makes each array (N, C, H, W), or (N, H, W). See Note [Axes].
+
+    Args:
+        arrays: name, shape and number of labels of each.
+        path: the file, for an error's sentence.
+
+    Raises:
+        InputError: the arrays can be read in no way, or in several.
+
+    >>> find_axes([("x", (10, 32, 32, 4), 10)], "FILE")
+    (0, 3, 1, 2)
+    """
+    shared = list(LAYOUTS)
+    for name, shape, labels in arrays:
+        readings = _readings(shape, labels)
+        if not readings:
+            raise InputError(f"{name} has shape {shape} and {labels} labels in {path!r}; {ALLOWED}")
+        shared = [layout for layout in shared if layout in readings]
+    name, shape, _ = arrays[0]
+    if not shared:
+        sizes = ", ".join(f"{name} {shape}" for name, shape, _ in arrays)
+        raise InputError(f"the arrays of {path!r} are not laid out alike: {sizes}; {ALLOWED}")
+    if len(shared) > 1:
+        raise InputError(
+            f"{name} has shape {shape} in {path!r}, which can be read as {' or as '.join(shared)}; store it as one "
+            "that leaves no doubt, such as (N, H, W) for grey images"
+        )
+    return LAYOUTS[shared[0]]
+
+
+def _readings(shape: tuple[int, ...], labels: int) -> list[str]:
+    """The layouts that an array of that shape may have."""
+    if 0 in shape:
+        return []
+    found = []
+    for layout, axes in LAYOUTS.items():
+        if len(axes) != len(shape) or shape[axes[0]] != labels:
+            continue
+        sizes = [shape[axis] for axis in axes[1:]]
+        if len(sizes) == 2 or sizes[0] in (1, 3) or sizes[0] < min(sizes[1:]):
+            found.append(layout)
+    first = [layout for layout in found if layout.startswith("(N")]
+    return first or found
+
+
+def as_pixels(images: np.ndarray, name: str, path: str) -> np.ndarray:
+    """The values as uint8 (0 to 255) or float32 (0 to 1); InputError for any other range or type."""
+    if images.dtype == np.uint8:
+        if images.size and images.max() == 1:
+            warnings.warn(
+                f"{name} in {path!r} is uint8 with no value above 1, and is read as shades of 255; store 0 and 255, "
+                "or floats, if 1 is meant to be white",
+                stacklevel=2,
+            )
+        return images
+    if not np.issubdtype(images.dtype, np.floating):
+        raise InputError(f"{name} in {path!r} is {images.dtype}, but must be uint8 or floating point")
+    images = images.astype(np.float32)
+    if not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
+        raise InputError(f"{name} in {path!r} holds floats outside [0, 1]; divide by 255 or store uint8")
+    return images
+
+
+def as_class_numbers(labels: np.ndarray, name: str, path: str, *, unlabelled: bool = False) -> np.ndarray:
+    """Labels as int64 (N,), from (N,), (N, 1) or (1, N).
+
+    Args:
+        labels: as they are stored.
+        name, path: the array and its file, for an error's sentence.
+        unlabelled: whether −1 may stand for an image without label.
+
+    Raises:
+        InputError: they are no class numbers, or several an image.
+    """
+    if labels.ndim > 2 or (labels.ndim == 2 and 1 not in labels.shape):
+        raise InputError(
+            f"{name} in {path!r} has shape {labels.shape}, but must hold one class number an image; of one-hot rows "
+            "store argmax(1)"
+        )
+    labels = labels.reshape(-1)
+    lowest = -1 if unlabelled else 0
+    if not np.issubdtype(labels.dtype, np.integer) or (
+        labels.size and not lowest <= labels.min() <= labels.max() < MOST_CLASSES
+    ):
+        raise InputError(
+            f"{name} in {path!r} must hold integer class numbers from 0 on, below {MOST_CLASSES}"
+        )
+    return labels.astype(np.int64)
