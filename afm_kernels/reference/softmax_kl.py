@@ -63,6 +63,18 @@ def _psi(y: Tensor) -> Tensor:
     return u * y - _expm1_minus_identity(u)
 
 
+def softmax_of(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax, and its logarithm, of rows whose largest entry is 0.
+
+    PyTorch's softmax adds up a long row in as many lanes as the processor has, and its probabilities miss 1 by what
+    those sums round; ``sum`` adds in pairs. And not exp(log_q): that carries the rounding of log_q, which grows with
+    its size.
+    """
+    exponentials = scaled.exp()
+    total = exponentials.sum(-1, keepdim=True)
+    return exponentials / total, scaled - total.log()
+
+
 class Rows(NamedTuple):
     """What the divergences and gradients of a batch of rows are made of."""
 
@@ -87,9 +99,8 @@ def rows_of(student: Tensor, teacher: Tensor, temperature: float) -> Rows:
     # all the same, put that low to mask a class, excludes it like -inf.
     scaled_s, scaled_t = (student - top_s) / temperature, (teacher - top_t) / temperature
     student_excluded, teacher_excluded = scaled_s == -torch.inf, scaled_t == -torch.inf
-    log_q, log_p = scaled_s.log_softmax(-1), scaled_t.log_softmax(-1)
-    # Not exp(log_q): that carries the rounding of log_q, which grows with its size.
-    q, p = scaled_s.softmax(-1), scaled_t.softmax(-1)
+    q, log_q = softmax_of(scaled_s)
+    p, log_p = softmax_of(scaled_t)
 
     # Direct form. A row that is no distribution is NaN in all its classes; NaN + inf is NaN.
     delta = (log_q - log_p).masked_fill(student_excluded & teacher_excluded, 0)
@@ -118,7 +129,10 @@ def rows_of(student: Tensor, teacher: Tensor, temperature: float) -> Rows:
         -q_beyond.where(centred, 0)
     )
     delta = (x - log_mean_exp).where(centred & ~teacher_excluded, delta)
-    slope = (x - rest).where(centred, delta + kl)
+    direct_slope = delta.masked_fill(student_excluded | teacher_excluded, 0) + kl
+    # less what rounding left of its mean, which is 0
+    direct_slope = direct_slope - (p * direct_slope).sum(-1, keepdim=True)
+    slope = (x - rest).where(centred, direct_slope)
     kl = (log_mean_exp - rest).where(centred, kl)
     return Rows(p, q, log_p, log_q, delta, kl, slope, student_excluded, teacher_excluded)
 
