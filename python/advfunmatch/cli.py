@@ -23,10 +23,11 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
+from torch import nn
 
 from . import demo as demo_module
 from .config import FRACTIONS, TrainConfig, check_teacher_model, config_from, read_settings
-from .data import as_float, load_dataset
+from .data import ImageDataset, as_float, load_dataset
 from .environment import environment
 from .errors import InputError, ProcessLost, TrainingDiverged, one_of
 from .evaluation import ATTACKS, attack_images, attack_settings, check_attacks, mismatched_examples
@@ -34,7 +35,7 @@ from .evaluation import evaluate as evaluate_model
 from .files import prepare_file, write_atomically, write_json
 from .methods import PRESETS, methods_text
 from .methods import preset as make_preset
-from .models import load_network
+from .models import ClassesReordered, load_network
 from .report import demo_table, write_report
 from .training import train as train_model
 from .training.distributed import leave_world
@@ -147,12 +148,12 @@ def evaluate(
     settings = dataclasses.asdict(attack_settings(eps, norm, seed, batch_size))
     check_teacher_model(teacher_model, teacher)
     test_set = load_dataset(data, split="test", limit=limit).to(choose_device(device))
-    network, stored = load_network(checkpoint, model, test_set)
+    network, stored = _load(checkpoint, model, test_set)
     if teacher is None:
         teacher, teacher_model = _remembered_teacher(stored)
     teacher_network = None
     if teacher is not None:
-        teacher_network, _ = load_network(teacher, teacher_model, test_set, "teacher")
+        teacher_network, _ = _load(teacher, teacher_model, test_set, "teacher")
     prepare_file(out, "out")
     result = evaluate_model(network, test_set, names, teacher=teacher_network, **settings).to_dict()
     result |= {"checkpoint": checkpoint, "model": stored["model"], "data": data, "teacher": teacher}
@@ -189,11 +190,11 @@ def attack(
     check_teacher_model(teacher_model, teacher)
     settings = dataclasses.asdict(attack_settings(eps, norm, seed, batch_size))
     test_set = load_dataset(data, split="test", limit=limit).to(choose_device(device))
-    network, _ = load_network(checkpoint, model, test_set)
+    network, _ = _load(checkpoint, model, test_set)
     x = as_float(test_set.images)
     if attack == "mismatch":
         assert teacher is not None
-        other, _ = load_network(teacher, teacher_model, test_set, "teacher")
+        other, _ = _load(teacher, teacher_model, test_set, "teacher")
         prepare_file(out, "out")
         x_adv = mismatched_examples(network, other, x, **settings)
     else:
@@ -221,7 +222,8 @@ def report(
 
     Figures, curves, adversarial examples and throughput; the page needs no other file.
     """
-    write_report(runs, out)
+    for sentence in write_report(runs, out):
+        print(f"warning: {sentence}", file=sys.stderr)
     print(f"{out} and {out.with_suffix('.png')}")
 
 
@@ -248,6 +250,19 @@ def demo(
     console = Console()
     console.print(demo_table(result))
     print(f"{result['seconds']:.0f} s in all; {out / 'demo.png'}, {out / 'demo.json'}")
+
+
+def _load(
+    path: str, model: str | None, data: ImageDataset, what: str = "checkpoint"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """`load_network`, which says so where classes were put into another order."""
+    network, stored = load_network(path, model, data, what)
+    if isinstance(network, ClassesReordered):
+        print(
+            f"note: {what} {path!r} counts its classes in another order than data {data.name!r}; matched by name",
+            file=sys.stderr,
+        )
+    return network, stored
 
 
 def _remembered_teacher(stored: dict[str, Any]) -> tuple[str | None, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import os
@@ -137,3 +138,46 @@ def test_mismatch_needs_a_teacher_and_an_attack_a_name(
     assert "must be one of: mismatch, clean" in capsys.readouterr().err
     assert not (tmp_path / "x.npz").exists()
     assert run([*arguments, "--attack", "mismatch", "--teacher", teacher]) == 0
+
+
+def test_what_cannot_be_shown_is_left_out_and_named(
+    make_config: Callable[..., TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = {split: load_dataset("digits", split=split, limit=60) for split in ("train", "test")}
+    for channels in (2, 3):
+        arrays = {f"x_{s}": np.repeat(data.images.numpy(), channels, 1) for s, data in digits.items()}
+        arrays |= {f"y_{split}": data.labels.numpy() for split, data in digits.items()}
+        np.savez(tmp_path / f"{channels}.npz", **arrays)
+    settings = {"epochs": 1, "limit": None, "eval_limit": None}
+    for name, data in (
+        ("whole", "digits"),
+        ("two", f"npz:{tmp_path / '2.npz'}"),
+        ("gone", f"npz:{tmp_path / '3.npz'}"),
+    ):
+        train(
+            make_config(
+                out=tmp_path / name, data=data, **settings | ({"limit": 60} if name == "whole" else {})
+            )
+        )
+    (tmp_path / "3.npz").unlink()
+    train(make_config(out=tmp_path / "no weights", epochs=1, eval_limit=60))
+    (tmp_path / "no weights" / "checkpoint.pt").write_bytes(b"")
+    (tmp_path / "unfinished").mkdir()
+    capsys.readouterr()
+
+    folders = [str(tmp_path / name) for name in ("two", "gone", "unfinished", "no weights", "whole")]
+    out = tmp_path / "page" / "report.html"
+    assert run(["report", *folders, "--out", str(out)]) == 0
+    warnings, page = capsys.readouterr().err.splitlines(), out.read_text()
+    assert len(warnings) == 4
+    for part in (
+        "no adversarial examples of two: images of 2 channels cannot be drawn",
+        "no adversarial examples of gone: ",
+        "no adversarial examples of no weights: checkpoint ",
+        "unfinished' holds no finished run",
+    ):
+        assert any(part in warning for warning in warnings), part
+        assert html.escape(part) in page
+    assert page.count("<img") == 2, "the curves, and the examples of the run that is whole"
+    assert run(["report", folders[0], "--out", str(tmp_path / "one.html")]) == 0
+    assert run(["report", folders[0], "--out", str(tmp_path / "one.png")]) == 2

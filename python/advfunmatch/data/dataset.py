@@ -8,6 +8,7 @@ from numbers import Integral
 import torch
 
 from ..errors import InputError
+from .classes import match_classes
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,20 @@ class ImageDataset:
     def subset(self, indices: torch.Tensor) -> ImageDataset:
         """The images at `indices`, in that order."""
         return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def with_classes_of(self, other: ImageDataset) -> ImageDataset:
+        """The same images, their labels counted in the order of another set's classes; InputError if those differ."""
+        order = match_classes(
+            self.class_names,
+            other.class_names,
+            of_have=f"data {self.name!r} ({self.split})",
+            of_wanted=f"data {other.name!r}",
+        )
+        if order is None:
+            return self
+        return replace(
+            self, labels=order.argsort().to(self.labels.device)[self.labels], class_names=other.class_names
+        )
 
 
 def as_float(images: torch.Tensor) -> torch.Tensor:

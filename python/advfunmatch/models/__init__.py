@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from .checkpoint import load_model, load_network, model_of, read_checkpoint, require_forward, save_checkpoint
+from .fit import ClassesReordered
 from .outside import load_weights
 from .zoo import FAMILIES, create_model
 
 __all__ = [
     "FAMILIES",
+    "ClassesReordered",
     "create_model",
     "load_model",
     "load_network",

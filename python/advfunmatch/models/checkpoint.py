@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..data import ImageDataset, as_float
 from ..errors import InputError
 from ..files import write_atomically
+from .fit import ClassesReordered, class_order
 from .outside import load_weights
 from .zoo import create_model
 
@@ -114,6 +115,8 @@ def load_network(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a file, ready to classify `data` on its device, and what the file says of it.
 
+    Where the file names the same classes in another order, the logits come in the order of the data's.
+
     Args:
         path: a checkpoint of `advfunmatch train`; or, where `model` is given, another project's: a file of
             ``torch.save`` with a state dict, alone or under a usual key, with or without prefixes.
@@ -122,7 +125,8 @@ def load_network(
         what: how to call the file in an error.
 
     Raises:
-        InputError: the file cannot be read, or its network is another one or does not take these images.
+        InputError: the file cannot be read, or its network is another one, was made for other classes or sizes, or does
+            not take these images.
     """
     stored: dict[str, Any]
     if model:
@@ -132,8 +136,9 @@ def load_network(
         stored = {"model": model, "config": {}}
     else:
         stored = read_checkpoint(path, what)
-        _require_fit(stored, path, data, what)
+        order = class_order(stored, data, f"{what} {str(path)!r}")
         network = model_of(stored, path, what)
+        network = network if order is None else ClassesReordered(network, order)
     network.to(data.images.device)
     require_forward(network, data, f"{what} {str(path)!r}")
     return network, stored
@@ -146,7 +151,8 @@ def require_forward(network: nn.Module, data: ImageDataset, what: str) -> int:
         The number of its logits.
 
     Raises:
-        InputError: it does not take these images, or does not return logits (N, C) with C at least their classes.
+        InputError: it does not take these images, or does not return logits (N, C) with C at least their classes
+            and 2.
     """
     # Two images, so that one row for a whole batch is not taken for one an image.
     images = as_float(data.images[:2])
@@ -163,17 +169,10 @@ def require_forward(network: nn.Module, data: ImageDataset, what: str) -> int:
     if logits.dim() != 2 or len(logits) != len(images) or not logits.is_floating_point():
         got = f"{logits.dtype} of shape {tuple(logits.shape)}"
         raise InputError(f"{what} returns {got}, but must return {wanted}")
-    if logits.shape[1] < data.num_classes:
-        raise InputError(
-            f"{what} returns {logits.shape[1]} logits, but data {data.name!r} has {data.num_classes} classes"
+    count = logits.shape[1]
+    if count < max(2, data.num_classes):
+        needed = (
+            f"data {data.name!r} has {data.num_classes} classes" if count > 1 else "at least 2 are needed"
         )
-    return logits.shape[1]
-
-
-def _require_fit(checkpoint: dict[str, Any], path: str | Path, data: ImageDataset, what: str) -> None:
-    """InputError unless the checkpoint's classes and channels are the data's."""
-    for name, ours in (("num_classes", data.num_classes), ("in_channels", data.in_channels)):
-        if checkpoint[name] != ours:
-            raise InputError(
-                f"{what} {str(path)!r} has {name} = {checkpoint[name]}, but data {data.name!r} has {ours}"
-            )
+        raise InputError(f"{what} returns {count} logit{'s' if count > 1 else ''}, but {needed}")
+    return count

@@ -26,22 +26,28 @@ details pre { background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: 
 """
 
 
-def write_report(folders: list[Path], out: Path) -> None:
+def write_report(folders: list[Path], out: Path) -> list[str]:
     """Write the page to `out`, and its tables and pictures beside it as a PNG.
 
+    Returns:
+        Sentences that say what was left out, and why: runs that are not finished, and pictures that cannot be drawn.
+
     Raises:
-        InputError: a folder that holds no finished run, or an `out` that cannot be written.
+        InputError: none of the folders holds a finished run, or `out` cannot be written.
     """
+    if out.suffix == ".png":
+        raise InputError(f"out is {str(out)!r}, where the PNG beside the page goes; it must end otherwise")
+    runs, left_out = _read_all(folders)
     prepare_file(out, "out")
-    names = _names(folders)
-    runs = [
-        _read(folder, names[index], COLOURS[index % len(COLOURS)]) for index, folder in enumerate(folders)
-    ]
     curves = draw_curves(runs)
     same_images = {run.images: [other for other in runs if other.images == run.images] for run in runs}
-    examples = [draw_examples(group) for group in same_images.values()]
+    examples = []
+    for group in same_images.values():
+        picture, missing = draw_examples(group)
+        examples += [picture] if picture else []
+        left_out += missing
     tables = [figures(runs)]
-    sections = ["<h2>Figures</h2>" + _table(tables[0], _best(runs)) + _notes(runs)]
+    sections = [_warnings(left_out), "<h2>Figures</h2>" + _table(tables[0], _best(runs)) + _notes(runs)]
     if evaluated := evaluations(runs):
         tables.append(evaluated)
         sections.append(
@@ -49,19 +55,34 @@ def write_report(folders: list[Path], out: Path) -> None:
             + _table(evaluated)
             + "<p>What <code>advfunmatch evaluate</code> wrote into the runs' folders.</p>"
         )
-    sections += [
-        "<h2>While training</h2>" + _figure(curves, "curves"),
-        "<h2>Adversarial examples</h2><p>PGD-20 on each network, and the change, magnified to the full range: mid-grey "
-        "is no change. Above each image, what the network says; a wrong class is red.</p>",
-        *(_figure(picture, "adversarial examples") for picture in examples),
-        "<h2>Settings</h2>" + "".join(_settings(run) for run in runs),
-    ]
+    sections.append("<h2>While training</h2>" + _figure(curves, "curves"))
+    if examples:
+        sections.append(
+            "<h2>Adversarial examples</h2><p>PGD-20 on each network, and the change, magnified to the full range: "
+            "mid-grey is no change. Above each image, what the network says; a wrong class is red.</p>"
+        )
+        sections += [_figure(picture, "adversarial examples") for picture in examples]
+    sections.append("<h2>Settings</h2>" + "".join(_settings(run) for run in runs))
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>advfunmatch report</title><style>{STYLE}</style>'
         f"<h1>advfunmatch: {len(runs)} run{'s' * (len(runs) > 1)}</h1>{''.join(sections)}</html>\n"
     )
     write_atomically(out, page.encode())
     write_atomically(out.with_suffix(".png"), stacked([*map(draw_table, tables), curves, *examples]))
+    return left_out
+
+
+def _read_all(folders: list[Path]) -> tuple[list[Run], list[str]]:
+    """The runs that can be read, and what is wrong with the others; InputError if there are only others."""
+    runs, unreadable = [], []
+    for index, (folder, name) in enumerate(zip(folders, _names(folders), strict=True)):
+        try:
+            runs.append(_read(folder, name, COLOURS[index % len(COLOURS)]))
+        except InputError as error:
+            unreadable.append(str(error))
+    if not runs:
+        raise InputError(unreadable[0])
+    return runs, unreadable
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -113,12 +134,13 @@ def _table(table: Table, best: Sequence[Run] = ()) -> str:
 def _notes(runs: list[Run]) -> str:
     images = " or ".join(map(str, sorted({run.result["images"] for run in runs})))
     note = f"<p>Accuracies on {images} test images, with the weights after the last epoch.</p>"
-    warnings = [
-        f'<p class="warning">{html.escape(run.name)}: {html.escape(text)}</p>'
-        for run in runs
-        for text in run.result.get("warnings", ())
-    ]
-    return note + "".join(warnings)
+    return note + _warnings(
+        [f"{run.name}: {text}" for run in runs for text in run.result.get("warnings", ())]
+    )
+
+
+def _warnings(sentences: list[str]) -> str:
+    return "".join(f'<p class="warning">{html.escape(sentence)}</p>' for sentence in sentences)
 
 
 def _settings(run: Run) -> str:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import as_float, load_dataset
+from ..data import ImageDataset, as_float, load_dataset
+from ..errors import InputError
 from ..evaluation import attack_images
-from ..models import load_model
-from .tables import Run, Table, ball
+from ..models import load_network
+from .tables import MONITORED, Run, Table, ball
 
 EXAMPLES = 8  # images, the first of as many classes
+DRAWABLE = (1, 3)  # channels: grey and colour
 DPI = 110
 WIDTH = 13.0  # of every picture, in inches
 
@@ -46,18 +48,22 @@ def draw_curves(runs: Sequence[Run]) -> bytes:
 
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     accuracy, loss, speed = figure.subplots(1, 3, width_ratios=(1.3, 1.3, 1))
+    kinds = {run.monitored for run in runs}
     for run in runs:
-        seen = [row for row in run.metrics if "pgd10" in row]
+        seen = [row for row in run.metrics if f"{run.monitored}pgd10" in row]
         epochs = [row["epoch"] for row in seen]
-        accuracy.plot(epochs, [row["pgd10"] for row in seen], color=run.colour, lw=2, label=run.name)
-        accuracy.plot(epochs, [row["clean"] for row in seen], color=run.colour, ls=":", lw=1.4)
+        label = run.name if len(kinds) == 1 else f"{run.name}, {MONITORED[run.monitored]}"
+        attacked, clean = ([row[f"{run.monitored}{attack}"] for row in seen] for attack in ("pgd10", "clean"))
+        accuracy.plot(epochs, attacked, color=run.colour, lw=2, label=label)
+        accuracy.plot(epochs, clean, color=run.colour, ls=":", lw=1.4)
         loss.plot(
             [row["epoch"] for row in run.metrics],
             [row["loss"] for row in run.metrics],
             color=run.colour,
             lw=2,
         )
-    accuracy.set(xlabel="epoch", ylabel="test accuracy, %", ylim=(-3, 103))
+    where = f" on {MONITORED[kinds.pop()]}" if len(kinds) == 1 else ""
+    accuracy.set(xlabel="epoch", ylabel=f"accuracy{where}, %", ylim=(-3, 103))
     accuracy.set_title("accuracy: solid under PGD-10, dotted clean", loc="left", fontsize=11)
     loss.set(xlabel="epoch", ylabel="each method's own loss", yscale="log")
     loss.set_title("training loss", loc="left", fontsize=11)
@@ -79,24 +85,36 @@ def draw_curves(runs: Sequence[Run]) -> bytes:
     return _png(figure)
 
 
-def draw_examples(runs: Sequence[Run]) -> bytes:
-    """Clean images, then for each run the attacked ones with what its network says, and the change; one data set."""
+def draw_examples(runs: Sequence[Run]) -> tuple[bytes | None, list[str]]:
+    """Clean images, then for each run the attacked ones with what its network says, and the change; one data set.
+
+    Returns:
+        The picture, or None where there is nothing to draw; and sentences that say what was left out, and why.
+    """
     from matplotlib.figure import Figure
 
     data, eps, norm = runs[0].images
-    test = load_dataset(data, split="test", limit=1000)
-    firsts = [(test.labels == label).nonzero()[0, 0] for label in test.labels.unique()[:EXAMPLES]]
-    shown = test.subset(torch.stack(firsts))
+    try:
+        shown = _examples(data)
+    except (InputError, ModuleNotFoundError) as error:
+        return None, [f"no adversarial examples of {', '.join(run.name for run in runs)}: {error}"]
     clean = as_float(shown.images)
     truth = [shown.class_names[label] for label in shown.labels.tolist()]
     rows: list[tuple[str, str, Tensor, list[str]]] = [("clean", "black", clean, truth)]
+    left_out = []
     for run in runs:
-        model = load_model(run.folder / "checkpoint.pt")
-        attacked = attack_images("pgd20", model, shown, eps=eps, norm=norm)
+        try:
+            model, _ = load_network(run.folder / "checkpoint.pt", None, shown)
+            attacked = attack_images("pgd20", model, shown, eps=eps, norm=norm)
+        except (InputError, ModuleNotFoundError) as error:
+            left_out.append(f"no adversarial examples of {run.name}: {error}")
+            continue
         change = attacked - clean
         scale = change.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, 1, 1, 1)
         rows.append((run.name, run.colour, attacked, _classes(model, attacked, shown.class_names)))
         rows.append(("change", run.colour, 0.5 + change / scale / 2, []))
+    if len(rows) == 1:
+        return None, left_out
     figure = Figure(figsize=(WIDTH, 1.15 * len(rows) + 0.4), layout="constrained")
     figure.suptitle(f"{data}, ε = {ball(eps, norm)}", fontsize=10)
     axes = figure.subplots(len(rows), len(shown), squeeze=False)
@@ -109,7 +127,16 @@ def draw_examples(runs: Sequence[Run]) -> bytes:
             if said:
                 right = said[column] == truth[column]
                 axis.set_title(said[column], fontsize=8, pad=2, color="black" if right else "#C0392B")
-    return _png(figure)
+    return _png(figure), left_out
+
+
+def _examples(name: str) -> ImageDataset:
+    """The first test image of each of the first classes; InputError if they cannot be read or drawn."""
+    test = load_dataset(name, split="test", limit=1000)
+    if test.in_channels not in DRAWABLE:
+        raise InputError(f"images of {test.in_channels} channels cannot be drawn, but those of 1 or 3 can")
+    firsts = [(test.labels == label).nonzero()[0, 0] for label in test.labels.unique()[:EXAMPLES]]
+    return test.subset(torch.stack(firsts))
 
 
 def stacked(pictures: Sequence[bytes]) -> bytes:

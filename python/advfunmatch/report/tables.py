@@ -36,6 +36,8 @@ TITLES = {
     "cw": "C&W",
     "autoattack": "AutoAttack",
 }
+# Where the accuracies of metrics.jsonl were measured, by the prefix of their names; "" in runs of version 0.1.
+MONITORED = {"validation_": "validation images", "train_": "training images", "": "test images"}
 FIDELITY = (("agreement", "agreement"), ("agreement_mismatched", "agreement, mismatched"))
 
 
@@ -55,6 +57,12 @@ class Run:
         """What is attacked and how: runs that agree in it share a picture."""
         config = self.result["config"]
         return config["data"], config["eps"], config["norm"]
+
+    @property
+    def monitored(self) -> str:
+        """The key of `MONITORED` under which metrics.jsonl has accuracies."""
+        names = {name for row in self.metrics for name in row}
+        return next((prefix for prefix in MONITORED if f"{prefix}pgd10" in names), "train_")
 
 
 @dataclass(frozen=True)

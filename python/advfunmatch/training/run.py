@@ -201,19 +201,21 @@ def _load_data(
     """The training, test and extra images, which must be of one kind."""
     train_set = load_dataset(config.data, split="train", limit=config.limit).to(device)
     test_set = load_dataset(config.data, split="test", limit=config.eval_limit).to(device)
-    _require_same_kind(train_set, test_set)
+    _require_same_images(train_set, test_set)
+    test_set = test_set.with_classes_of(train_set)
     if not config.extra_data:
         return train_set, test_set, None
     extra_set = load_dataset(config.extra_data, split="train", what="extra_data").to(device)
-    _require_same_kind(train_set, extra_set)
+    _require_same_images(train_set, extra_set)
+    if get_method(config.method).needs_labels:
+        extra_set = extra_set.with_classes_of(train_set)
     return train_set, test_set, extra_set
 
 
-def _require_same_kind(train_set: ImageDataset, other: ImageDataset) -> None:
+def _require_same_images(train_set: ImageDataset, other: ImageDataset) -> None:
     for what, ours, theirs in (
         ("images of shape", tuple(train_set.images.shape[1:]), tuple(other.images.shape[1:])),
         ("values of type", train_set.images.dtype, other.images.dtype),
-        ("number of classes", train_set.num_classes, other.num_classes),
     ):
         if ours != theirs:
             raise InputError(
