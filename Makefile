@@ -1,7 +1,9 @@
 # Needs Python >= 3.10, a C++ compiler and a package index; everything else goes into .venv, once.
 #
 #   make demo     train a robust teacher and its students on real data; table and picture in demo/
-#   make test     the test suite
+#   make test     the test suite, under eight minutes on two cores; PYTEST="-x -k softmax_kl" goes to pytest
+#   make test-capabilities   the suite on each instruction set that this processor has, one after the other;
+#                 CAPABILITIES="default avx2" chooses
 #   make bench    the benchmarks, ten minutes on two cores, into runs/benchmarks; make bench PART=kernels (or
 #                 sweep, accuracy, attack, training); make figures draws docs/figures and fills the tables
 #   make lint     ruff, mypy, the contracts of imports (pyproject.toml), clang-format
@@ -23,6 +25,8 @@ VENV ?= .venv
 TORCH ?= -r requirements.txt
 TORCHES ?= 2.10.0 2.13.0
 PYTEST ?= -q
+# Processes of one thread each, as many as there are cores up to this.
+WORKERS ?= 4
 
 ifeq ($(origin AFM_BUILD_CUDA),undefined)
 ifeq ($(wildcard /dev/nvidiactl),)
@@ -35,7 +39,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test bench bench-smoke figures lint wheel check-wheel compat clean distclean gpu
+.PHONY: help venv build demo test test-capabilities bench bench-smoke figures lint wheel check-wheel compat clean distclean gpu
 
 help:
 	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile
@@ -67,8 +71,15 @@ build: $(VENV)/.built$(AFM_BUILD_CUDA)
 demo: build
 	$(BIN)/python -m advfunmatch demo --out demo
 
+# A process that has nothing left to do takes from the others; ten tests that took longest are named.
+IN_PROCESSES := -n auto --maxprocesses $(WORKERS) --dist worksteal --durations 10
+
 test: build
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest $(IN_PROCESSES) $(PYTEST)
+
+CAPABILITIES ?= default avx2 avx512
+test-capabilities: build
+	$(BIN)/python tests/capabilities.py $(CAPABILITIES) -- $(IN_PROCESSES) $(PYTEST)
 
 PART ?= all
 bench: build

@@ -6,13 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from advfunmatch import TrainConfig, train
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # threads that wait for one another cost more than these tiny networks need
+from tiny import tiny_config
 
 
 @pytest.fixture(scope="session")
@@ -21,22 +16,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("teacher")
     train(tiny_config(out, method="ce", model="small_cnn-8", epochs=3, limit=None))
     return str(out / "checkpoint.pt")
-
-
-def tiny_config(out: Path, **settings: object) -> TrainConfig:
-    """Two epochs on 200 digits with a two-step attack: half a second."""
-    values: dict[str, object] = {
-        "data": "digits",
-        "model": "small_cnn-4",
-        "method": "ce",
-        "epochs": 2,
-        "limit": 200,
-        "eval_limit": 60,
-        "eps": 0.15,
-        "steps": 2,
-        "out": str(out),
-    }
-    return TrainConfig(**{**values, **settings})  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -37,15 +37,6 @@ def network(seed: int, width: int = 6) -> nn.Sequential:
     return net.eval()
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These networks are too small for two: on a busy machine the threads' meetings would be all of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def student() -> nn.Sequential:
     return network(1)

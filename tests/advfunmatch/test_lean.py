@@ -7,7 +7,7 @@ import io
 import operator
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -21,14 +21,6 @@ from torch.nn.utils import parametrizations, prune
 from afm_kernels import ops, use_backend
 
 SEED = 0
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def settle(model: nn.Module, seed: int = SEED) -> nn.Module:

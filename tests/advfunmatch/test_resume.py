@@ -11,9 +11,9 @@ import advfunmatch.training.run
 import pytest
 import torch
 from advfunmatch import InputError, TrainConfig, train
-from conftest import tiny_config
 from processes import start
 from saved import flags_of, same, state_of
+from tiny import tiny_config
 
 MakeConfig = Callable[..., TrainConfig]
 

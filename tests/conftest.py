@@ -1,0 +1,26 @@
+"""One thread for every test, and a line that says what the processor is asked to be.
+
+The tests' tensors are small: threads that wait for one another would be most of the time, and what two processes of
+pytest-xdist need is a core each. Tests of threads set their number themselves.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: children that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    from afm_kernels import backend_info
+
+    kernels = backend_info()["cpu_capability"]
+    return f"instruction sets: torch {torch.backends.cpu.get_cpu_capability()}, kernels {kernels}"
