@@ -106,13 +106,13 @@ def test_hidden_and_empty_folders_are_named_and_no_classes(colour_folder: Path) 
     assert len(data) == 6
     said = " ".join(str(warning.message) for warning in caught)
     assert "are no classes: .ipynb_checkpoints" in said
-    assert "folders without images are no classes: ant" in said
+    assert "without images are no classes: ant" in said
 
 
 def test_a_class_without_training_images_keeps_its_number(colour_folder: Path) -> None:
     for file in (colour_folder / "train/cat").iterdir():
         file.unlink()
-    with pytest.warns(UserWarning, match="1 classes have no image in .*train': cat"):
+    with pytest.warns(UserWarning, match="1 classes have no image in the train split .*: cat"):
         train = load_dataset(f"folder:{colour_folder}", split="train")
     assert train.class_names == load_dataset(f"folder:{colour_folder}", split="test").class_names
     assert train.labels.tolist() == [1, 1, 1]

@@ -78,12 +78,6 @@ def _readings(shape: tuple[int, ...], labels: int) -> list[str]:
 def as_pixels(images: np.ndarray, name: str, path: str) -> np.ndarray:
     """The values as uint8 (0 to 255) or float32 (0 to 1); InputError for any other range or type."""
     if images.dtype == np.uint8:
-        if images.size and images.max() == 1:
-            warnings.warn(
-                f"{name} in {path!r} is uint8 with no value above 1, and is read as shades of 255; store 0 and 255, "
-                "or floats, if 1 is meant to be white",
-                stacklevel=2,
-            )
         return images
     if not np.issubdtype(images.dtype, np.floating):
         raise InputError(f"{name} in {path!r} is {images.dtype}, but must be uint8 or floating point")
@@ -118,3 +112,25 @@ def as_class_numbers(labels: np.ndarray, name: str, path: str, *, unlabelled: bo
             f"{name} in {path!r} must hold integer class numbers from 0 on, below {MOST_CLASSES}"
         )
     return labels.astype(np.int64)
+
+
+def numbered_classes(labels: np.ndarray, path: str) -> tuple[str, ...]:
+    """The numbers from 0 to the largest label as names of classes, where nothing else names them.
+
+    Args:
+        labels: of every split that is there, so that no class is missing from one of them.
+        path: the file, for a sentence.
+
+    Raises:
+        InputError: there is but one class.
+    """
+    last = int(labels.max())
+    if last < 1:
+        raise InputError(f"{path!r} holds only one class, but at least 2 are needed")
+    if labels.min() == 1:
+        warnings.warn(
+            f"the labels of {path!r} are 1 to {last}, and are read as {last + 1} classes from 0 on, of which 0 has "
+            "no image; subtract 1 if they count from 1",
+            stacklevel=2,
+        )
+    return tuple(str(label) for label in range(last + 1))

@@ -1,4 +1,4 @@
-"""Labelled images held as one tensor, on the device that trains on them."""
+"""Labelled images held as one tensor on the device that trains on them, or in a file that is read as needed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from ..errors import InputError
 from .classes import match_classes
+from .mapped import MappedImages
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,15 @@ class ImageDataset:
     Attributes:
         name: the name it was loaded by.
         split: ``"train"`` or ``"test"``.
-        images: (N, C, H, W), uint8 (0 to 255) or float32 (0 to 1).
-        labels: (N,), int64.
+        images: (N, C, H, W), uint8 (0 to 255) or float32 (0 to 1). Of a set that stays in its file, `MappedImages`,
+            which are indexed in the same way.
+        labels: (N,), int64; −1 for an image without label, which only extra training images may be.
         class_names: one for each class; its length is the number of classes.
     """
 
     name: str
     split: str
-    images: torch.Tensor
+    images: torch.Tensor | MappedImages
     labels: torch.Tensor
     class_names: tuple[str, ...]
 
@@ -60,7 +62,8 @@ class ImageDataset:
 
     def subset(self, indices: torch.Tensor) -> ImageDataset:
         """The images at `indices`, in that order."""
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
+        images = self.images.keep(indices) if isinstance(self.images, MappedImages) else self.images[indices]
+        return replace(self, images=images, labels=self.labels[indices])
 
     def with_classes_of(self, other: ImageDataset) -> ImageDataset:
         """The same images, their labels counted in the order of another set's classes; InputError if those differ."""
@@ -77,23 +80,25 @@ class ImageDataset:
         )
 
 
-def as_float(images: torch.Tensor) -> torch.Tensor:
+def as_float(images: torch.Tensor | MappedImages) -> torch.Tensor:
     """float32 images in [0, 1] from stored ones.
 
     >>> as_float(torch.tensor([0, 255], dtype=torch.uint8))
     tensor([0., 1.])
     """
+    if isinstance(images, MappedImages):
+        images = images[:]
     return images.to(torch.float32) / 255 if images.dtype == torch.uint8 else images
 
 
-def check_limit(limit: int | None) -> None:
-    """InputError for what is no number of images to keep."""
+def check_limit(limit: int | None, what: str = "limit") -> None:
+    """InputError for what is no number of images to keep, nor of pixels."""
     if limit is None:
         return
     if isinstance(limit, bool) or not isinstance(limit, Integral):
-        raise InputError(f"limit is {limit!r}, but must be of type int")
+        raise InputError(f"{what} is {limit!r}, but must be of type int")
     if limit < 1:
-        raise InputError(f"limit is {limit}, but must be at least 1")
+        raise InputError(f"{what} is {limit}, but must be at least 1")
 
 
 def choose(total: int, limit: int | None, seed: int = 0) -> torch.Tensor:

@@ -3,32 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
-from ..errors import one_of
-from .cifar import load_cifar
-from .dataset import ImageDataset, check_limit, choose
-from .digits import load_digits
-from .folder import load_folder
-from .npz import load_npz
+from ..errors import InputError, one_of
+from .dataset import ImageDataset, check_limit
+from .formats.cifar import read_cifar, read_cifar101
+from .formats.corruptions import read_corrupted
+from .formats.digits import read_digits
+from .formats.folder import read_folder, read_imagenet, read_tiny_imagenet
+from .formats.huggingface import read_huggingface
+from .formats.mnist import read_mnist, read_svhn
+from .formats.npz import read_npz
+from .formats.pickles import read_pickle
+from .formats.web_dataset import read_webdataset
+from .loading import Contents, Wanted, assemble
 
 SPLITS = ("train", "test")
-BUNDLED: dict[str, Callable[[str], ImageDataset]] = {"digits": load_digits}
-AT_PATH: dict[str, Callable[[str, str, int | None], ImageDataset]] = {
-    "folder": load_folder,
-    "npz": load_npz,
-    "cifar10": partial(load_cifar, "cifar10"),
-    "cifar100": partial(load_cifar, "cifar100"),
+BUNDLED: dict[str, Callable[[Wanted], Contents]] = {"digits": read_digits}
+AT_PATH: dict[str, Callable[[Wanted], Contents]] = {
+    "folder": read_folder,
+    "npz": read_npz,
+    "cifar10": read_cifar,
+    "cifar100": read_cifar,
+    "cifar10.1": read_cifar101,
+    "cifar10c": read_corrupted,
+    "cifar100c": read_corrupted,
+    "svhn": read_svhn,
+    "mnist": read_mnist,
+    "fashion_mnist": read_mnist,
+    "imagenet": read_imagenet,
+    "tiny_imagenet": read_tiny_imagenet,
+    "pickle": read_pickle,
+    "hf": read_huggingface,
+    "webdataset": read_webdataset,
 }
+NAMES = (*BUNDLED, *(f"{kind}:PATH" for kind in AT_PATH))
+OPTIONAL = ("datasets", "webdataset")  # libraries that one form alone needs
+BETON = ".beton"
 
 
-def load_dataset(name: str, *, split: str, limit: int | None = None, what: str = "data") -> ImageDataset:
-    """Read one split of a data set into memory.
+def load_dataset(
+    name: str,
+    *,
+    split: str,
+    limit: int | None = None,
+    resize: int | None = None,
+    crop: int | None = None,
+    cache: str | None = None,
+    unlabelled: bool = False,
+    what: str = "data",
+) -> ImageDataset:
+    """Read one split of a data set into memory, or map it from a cache on disk.
 
     Args:
-        name: ``digits``, ``folder:PATH``, ``npz:PATH``, ``cifar10:PATH`` or ``cifar100:PATH``.
+        name: ``digits``, or the form of a data set and where it lies, such as ``folder:PATH`` or ``cifar10:PATH``;
+            the quickstart has a table of them.
         split: ``"train"`` or ``"test"``.
         limit: keep this many images, drawn at random with a fixed seed; None keeps all.
+        resize: scale images so that their shorter side has this many pixels.
+        crop: cut a square of this many pixels from the middle of each image.
+        cache: folder that keeps the decoded images, from which they are read as they are needed; None holds them in
+            memory.
+        unlabelled: accept the label −1 of images that have none.
         what: the setting that named it, for an error's sentence.
 
     Returns:
@@ -45,10 +80,23 @@ def load_dataset(name: str, *, split: str, limit: int | None = None, what: str =
     if split not in SPLITS:
         raise one_of("split", split, SPLITS)
     check_limit(limit)
-    if name in BUNDLED:
-        data = BUNDLED[name](split)
-        return data.subset(choose(len(data), limit))
+    for setting, value in (("resize", resize), ("crop", crop)):
+        check_limit(value, setting)
     kind, colon, path = name.partition(":")
-    if colon and kind in AT_PATH:
-        return AT_PATH[kind](path, split, limit)
-    raise one_of(what, name, [*BUNDLED, *(f"{kind}:PATH" for kind in AT_PATH)])
+    reader = AT_PATH.get(kind) if colon else BUNDLED.get(name)
+    if reader is None:
+        raise one_of(what, name, NAMES)
+    if path.endswith(BETON):
+        raise InputError(
+            f"{what} {path!r} is a file of ffcv, whose form is not read; the images that it was made from are, as a "
+            "folder, as parquet files or as WebDataset shards"
+        )
+    wanted = Wanted(name, path, split, limit, resize, crop, cache, unlabelled)
+    try:
+        return assemble(wanted, reader(wanted))
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        raise InputError(
+            f"{what} {name!r} needs the package {error.name!r}: pip install {error.name}"
+        ) from error

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
-from .dataset import ImageDataset
+from ..loading import Contents, Wanted, in_parts
 
 SPLIT_SEED = 0  # fixes which images are in the test split, for every run and every user
 TEST_FRACTION = 0.2
 
 
-def load_digits(split: str) -> ImageDataset:
+def read_digits(wanted: Wanted) -> Contents:
     """The digits; a fifth of each class, drawn once with a fixed seed, is the test split (360 images of 1797)."""
     import sklearn.datasets
     import sklearn.model_selection
@@ -19,8 +19,8 @@ def load_digits(split: str) -> ImageDataset:
     train, test = sklearn.model_selection.train_test_split(
         range(len(digits.target)), test_size=TEST_FRACTION, stratify=digits.target, random_state=SPLIT_SEED
     )
-    indices = train if split == "train" else test
+    indices = train if wanted.split == "train" else test
     # Sixteen grey levels become 0 to 255, so that the set is stored and read like any other.
-    images = torch.from_numpy(digits.images[indices] * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
-    labels = torch.from_numpy(digits.target[indices]).to(torch.int64)
-    return ImageDataset("digits", split, images, labels, tuple(str(digit) for digit in range(10)))
+    images = (digits.images[indices] * (255 / 16)).round().astype(np.uint8)[:, None]
+    names = tuple(str(digit) for digit in range(10))
+    return Contents(in_parts(images), digits.target[indices].astype(np.int64), names)

@@ -1,0 +1,103 @@
+"""CIFAR-10-C and CIFAR-100-C (Hendrycks and Dietterich 2019): test sets by kind and severity of corruption.
+
+PATH holds a NAME.npy for each corruption, its images in five blocks of growing severity, and labels.npy.
+``cifar10c:PATH`` is all of them, ``cifar10c:PATH@fog`` one corruption, and ``cifar10c:PATH@fog:3`` one severity of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ...errors import InputError, one_of
+from ..arrays import as_class_numbers
+from ..loading import Contents, Wanted
+from .cifar import CIFAR10_CLASSES, load_array, require_cifar_images
+
+SEVERITIES = (1, 2, 3, 4, 5)
+LABELS = "labels"
+_CIFAR100 = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+    caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+    flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+    motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
+    poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
+    squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+    wardrobe whale willow_tree wolf woman worm
+"""
+CIFAR100_CLASSES = tuple(_CIFAR100.split())
+CLASSES = {"cifar10c": CIFAR10_CLASSES, "cifar100c": CIFAR100_CLASSES}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a name such as ``PATH@fog:3`` selects.
+
+    Attributes:
+        folder: PATH.
+        corruptions: the names of the files that are read.
+        severities: which of their blocks.
+    """
+
+    folder: Path
+    corruptions: tuple[str, ...]
+    severities: tuple[int, ...]
+
+
+def corruption_names(path: str) -> tuple[str, ...]:
+    """The corruptions that lie in a folder, in alphabetical order; InputError if there is none."""
+    if not os.path.isdir(path):
+        raise InputError(f"data folder {path!r} does not exist or is not a folder")
+    names = sorted(file.stem for file in Path(path).glob("*.npy") if file.stem != LABELS)
+    if not names or not (Path(path) / f"{LABELS}.npy").is_file():
+        raise InputError(f"data folder {path!r} needs labels.npy and a NAME.npy for each corruption")
+    return tuple(names)
+
+
+def parse_selection(path: str) -> Selection:
+    """What is selected; InputError for a corruption or a severity that is not there."""
+    folder, at, selected = path.rpartition("@") if not os.path.isdir(path) else (path, "", "")
+    if not at:
+        return Selection(Path(path), corruption_names(path), SEVERITIES)
+    names = corruption_names(folder)
+    corruption, colon, severity = selected.partition(":")
+    if corruption not in names:
+        raise one_of("corruption", corruption, names)
+    if colon and severity not in map(str, SEVERITIES):
+        raise one_of("severity", severity, map(str, SEVERITIES))
+    return Selection(Path(folder), (corruption,), (int(severity),) if colon else SEVERITIES)
+
+
+def read_corrupted(wanted: Wanted) -> Contents:
+    """The selected corruptions and severities, in this order; the files stay on disk but for what is kept."""
+    if wanted.split != "test":
+        raise InputError(f"data {wanted.name!r} is a test set, and has no {wanted.split} split")
+    selection = parse_selection(wanted.path)
+    labels = load_array(selection.folder / f"{LABELS}.npy")
+    block, rest = divmod(len(labels), len(SEVERITIES))
+    if rest or not block:
+        raise InputError(
+            f"labels.npy of {str(selection.folder)!r} has {len(labels)} labels, but must have five blocks of one size"
+        )
+    blocks = []
+    for corruption in selection.corruptions:
+        file = selection.folder / f"{corruption}.npy"
+        images = load_array(file)
+        require_cifar_images(images, len(labels), str(file))
+        blocks += [images[(severity - 1) * block : severity * block] for severity in selection.severities]
+    numbers = [labels[(severity - 1) * block : severity * block] for severity in selection.severities]
+
+    def parts(kept: np.ndarray) -> Iterator[np.ndarray]:
+        for index, images in enumerate(blocks):
+            first, last = np.searchsorted(kept, (index * block, (index + 1) * block))
+            yield images[kept[first:last] - index * block].transpose(0, 3, 1, 2)
+
+    return Contents(
+        parts,
+        as_class_numbers(np.concatenate(numbers * len(selection.corruptions)), LABELS, wanted.path),
+        CLASSES[wanted.name.partition(":")[0]],
+    )

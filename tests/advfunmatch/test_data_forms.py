@@ -1,0 +1,482 @@
+"""Every form in which the field's data sets are published, made small: it is read exactly, or refused by name.
+
+Each maker writes one form of known images below a folder and returns the name to load it by.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import struct
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from advfunmatch import InputError, load_dataset
+from advfunmatch.data import ImageDataset
+from advfunmatch.data.formats.cifar import BATCHES, CIFAR10_CLASSES
+from PIL import Image
+
+Made = dict[str, tuple[np.ndarray, np.ndarray]]  # images (N, H, W, C) or (N, H, W), and labels, by split
+
+
+def make(count: int = 10, shape: tuple[int, ...] = (32, 32, 3), classes: int = 10) -> Made:
+    rng = np.random.default_rng(17)
+    sizes = {"train": count, "test": count // 2}
+    return {
+        split: (rng.integers(0, 256, (n, *shape), dtype=np.uint8), np.arange(n) * 3 % classes)
+        for split, n in sizes.items()
+    }
+
+
+def planes(images: np.ndarray) -> np.ndarray:
+    return images.transpose(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
+
+
+def same(data: ImageDataset, made: tuple[np.ndarray, np.ndarray]) -> bool:
+    images, labels = made
+    return np.array_equal(data.images[:], planes(images)) and data.labels.tolist() == labels.tolist()
+
+
+def python2(text: bytes) -> bytes:
+    """The pickle with the module names that the published files, written by Python 2, have."""
+    return text.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+
+def cifar_pickles(folder: Path, made: Made) -> None:
+    folder.mkdir(parents=True)
+    per_file = len(made["train"][0]) // 5
+    for split, files in (("train", BATCHES), ("test", ("test_batch",))):
+        images, labels = made[split]
+        for index, name in enumerate(files):
+            part = slice(index * per_file, (index + 1) * per_file) if split == "train" else slice(None)
+            batch = {"data": planes(images[part]).reshape(-1, 3072), "labels": labels[part].tolist()}
+            (folder / name).write_bytes(python2(pickle.dumps(batch, protocol=2)))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR10_CLASSES)}, protocol=2))
+
+
+def cifar_records(folder: Path, made: Made) -> None:
+    folder.mkdir(parents=True)
+    per_file = len(made["train"][0]) // 5
+    for split, files in (("train", BATCHES), ("test", ("test_batch",))):
+        images, labels = made[split]
+        rows = np.concatenate([labels[:, None].astype(np.uint8), planes(images).reshape(-1, 3072)], 1)
+        for index, name in enumerate(files):
+            part = rows[index * per_file : (index + 1) * per_file] if split == "train" else rows
+            (folder / f"{name}.bin").write_bytes(part.tobytes())
+    (folder / "batches.meta.txt").write_text("\n".join(CIFAR10_CLASSES) + "\n\n")
+
+
+def cifar100_records(folder: Path, made: Made) -> None:
+    folder.mkdir(parents=True)
+    for split, (images, labels) in made.items():
+        both = np.stack([labels // 5, labels], 1).astype(np.uint8)
+        (folder / f"{split}.bin").write_bytes(
+            np.concatenate([both, planes(images).reshape(-1, 3072)], 1).tobytes()
+        )
+    (folder / "fine_label_names.txt").write_text("\n".join(f"fine{index}" for index in range(100)))
+    (folder / "coarse_label_names.txt").write_text("\n".join(f"coarse{index}" for index in range(20)))
+
+
+def cifar100_pickles(folder: Path, made: Made) -> None:
+    folder.mkdir(parents=True)
+    for split, (images, labels) in made.items():
+        batch = {
+            "data": planes(images).reshape(-1, 3072),
+            "fine_labels": labels.tolist(),
+            "coarse_labels": (labels // 5).tolist(),
+        }
+        (folder / split).write_bytes(python2(pickle.dumps(batch, protocol=2)))
+    meta = {"fine_label_names": [f"fine{index}" for index in range(100)], "coarse_label_names": ["animal"]}
+    (folder / "meta").write_bytes(pickle.dumps(meta, protocol=2))
+
+
+def packed(folder: Path, archive: Path) -> None:
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, arcname=folder.name)
+
+
+def idx(path: Path, array: np.ndarray, *, pack: bool) -> None:
+    content = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if pack:
+        path = path.with_name(path.name + ".gz")
+    path.write_bytes(gzip.compress(content) if pack else content)
+
+
+def mnist(folder: Path, made: Made, *, pack: bool, ending: str = "-idx{}-ubyte") -> None:
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        images, labels = made[split]
+        idx(folder / f"{prefix}-images{ending.format(3)}", images, pack=pack)
+        idx(folder / f"{prefix}-labels{ending.format(1)}", labels.astype(np.uint8), pack=pack)
+
+
+FORMS: dict[str, Callable[[Path, Made], str]] = {}
+
+
+def form(write: Callable[[Path, Made], str]) -> Callable[[Path, Made], str]:
+    FORMS[write.__name__] = write
+    return write
+
+
+@form
+def cifar10_root(root: Path, made: Made) -> str:
+    cifar_pickles(root / "cifar-10-batches-py", made)
+    return f"cifar10:{root}"
+
+
+@form
+def cifar10_inner_folder(root: Path, made: Made) -> str:
+    cifar_pickles(root / "renamed", made)
+    return f"cifar10:{root / 'renamed'}"
+
+
+@form
+def cifar10_archive(root: Path, made: Made) -> str:
+    cifar_pickles(root / "cifar-10-batches-py", made)
+    packed(root / "cifar-10-batches-py", root / "down" / "cifar-10-python.tar.gz")
+    return f"cifar10:{root / 'down' / 'cifar-10-python.tar.gz'}"
+
+
+@form
+def cifar10_folder_of_archive(root: Path, made: Made) -> str:
+    return cifar10_archive(root, made).removesuffix("/cifar-10-python.tar.gz")
+
+
+@form
+def cifar10_records(root: Path, made: Made) -> str:
+    cifar_records(root / "cifar-10-batches-bin", made)
+    return f"cifar10:{root}"
+
+
+@form
+def cifar10_archive_of_records(root: Path, made: Made) -> str:
+    cifar_records(root / "cifar-10-batches-bin", made)
+    packed(root / "cifar-10-batches-bin", root / "down" / "cifar-10-binary.tar.gz")
+    return f"cifar10:{root / 'down'}"
+
+
+@form
+def cifar100_root(root: Path, made: Made) -> str:
+    cifar100_pickles(root / "cifar-100-python", made)
+    return f"cifar100:{root}"
+
+
+@form
+def cifar100_inner_records(root: Path, made: Made) -> str:
+    cifar100_records(root / "cifar-100-binary", made)
+    return f"cifar100:{root / 'cifar-100-binary'}"
+
+
+@form
+def svhn(root: Path, made: Made) -> str:
+    scipy_io = pytest.importorskip("scipy.io")
+    for split, (images, labels) in made.items():
+        stored = {
+            "X": images.transpose(1, 2, 3, 0),
+            "y": np.where(labels, labels, 10)[:, None].astype(np.uint8),
+        }
+        scipy_io.savemat(root / f"{split}_32x32.mat", stored)
+    return f"svhn:{root}"
+
+
+@form
+def npz_of_medmnist(root: Path, made: Made) -> str:
+    arrays = {f"{split}_images": images for split, (images, _) in made.items()}
+    labels = {f"{split}_labels": labels[:, None].astype(np.uint8) for split, (_, labels) in made.items()}
+    images, numbers = made["test"]
+    np.savez_compressed(
+        root / "bloodmnist.npz", **arrays, **labels, val_images=images, val_labels=numbers[:, None]
+    )
+    return f"npz:{root / 'bloodmnist.npz'}"
+
+
+def png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@form
+def webdataset(root: Path, made: Made) -> str:
+    pytest.importorskip("webdataset")
+    for split, name in (("train", "train"), ("test", "val")):
+        images, labels = made[split]
+        for shard in range(2):
+            with tarfile.open(root / f"{name}-{shard:06}.tar", "w") as tar:
+                for index in range(shard * len(images) // 2, (shard + 1) * len(images) // 2):
+                    fields = {"cls": str(labels[index]).encode(), "json": b"{}", "png": png(images[index])}
+                    for ending, content in fields.items():
+                        entry = tarfile.TarInfo(f"{index:06}.{ending}")
+                        entry.size = len(content)
+                        tar.addfile(entry, io.BytesIO(content))
+    return f"webdataset:{root}"
+
+
+def hugging_face(made: Made) -> dict[str, object]:
+    datasets = pytest.importorskip("datasets")
+    names = [f"class{index}" for index in range(10)]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    return {
+        split: datasets.Dataset.from_dict(
+            {"img": [Image.fromarray(image) for image in images], "label": labels.tolist()}, features=features
+        )
+        for split, (images, labels) in made.items()
+    }
+
+
+@form
+def hugging_face_parquet(root: Path, made: Made) -> str:
+    sets = hugging_face(made)
+    (root / "data").mkdir()
+    sets["test"].to_parquet(root / "data" / "validation-00000-of-00001.parquet")  # type: ignore[attr-defined]
+    for part in range(2):
+        piece = sets["train"].shard(2, part, contiguous=True)  # type: ignore[attr-defined]
+        piece.to_parquet(root / "data" / f"train-0000{part}-of-00002.parquet")
+    return f"hf:{root}"
+
+
+@form
+def hugging_face_saved(root: Path, made: Made) -> str:
+    datasets = pytest.importorskip("datasets")
+    datasets.DatasetDict(hugging_face(made)).save_to_disk(root / "saved")
+    return f"hf:{root / 'saved'}"
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_is_read_exactly(tmp_path: Path, name: str) -> None:
+    classes = 100 if name.startswith("cifar100") else 10
+    made = make(classes=classes)
+    source = FORMS[name](tmp_path, made)
+    for split in ("train", "test"):
+        data = load_dataset(source, split=split)
+        assert same(data, made[split]), split
+        assert data.num_classes == (classes if "npz" not in name and "web" not in name else 10)
+    few = load_dataset(source, split="train", limit=4)
+    kept = [
+        made["train"][0].tobytes().find(image.tobytes()) for image in few.images.permute(0, 2, 3, 1).numpy()
+    ]
+    assert kept == sorted(kept)
+    assert min(kept) >= 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "pack"),
+    [("mnist", "", True), ("mnist", "MNIST/raw", False), ("fashion_mnist", "FashionMNIST/raw", True)],
+)
+def test_idx_files(tmp_path: Path, kind: str, place: str, pack: bool) -> None:
+    made = make(shape=(28, 28))
+    mnist(tmp_path / place, made, pack=pack)
+    data = load_dataset(f"{kind}:{tmp_path}", split="test")
+    assert same(data, made["test"])
+    assert same(load_dataset(f"{kind}:{tmp_path}", split="train"), made["train"])
+    assert data.class_names[9] == ("9" if kind == "mnist" else "Ankle boot")
+    mnist(tmp_path / "other", made, pack=False, ending=".idx{}-ubyte")
+    assert same(load_dataset(f"{kind}:{tmp_path / 'other'}", split="test"), made["test"])
+
+
+def test_cifar10_1(tmp_path: Path) -> None:
+    images, labels = make()["test"]
+    for version in ("v4", "v6"):
+        np.save(tmp_path / f"cifar10.1_{version}_data.npy", images if version == "v6" else images[:2])
+        stored = labels.astype(np.int32)
+        np.save(tmp_path / f"cifar10.1_{version}_labels.npy", stored if version == "v6" else stored[:2])
+    data = load_dataset(f"cifar10.1:{tmp_path / 'cifar10.1_v6_data.npy'}", split="test")
+    assert same(data, (images, labels))
+    assert data.class_names == CIFAR10_CLASSES
+    with pytest.raises(InputError, match=r"holds both v4 and v6 of CIFAR-10\.1; name the file"):
+        load_dataset(f"cifar10.1:{tmp_path}", split="test")
+    with pytest.raises(InputError, match="is a test set, and has no train split"):
+        load_dataset(f"cifar10.1:{tmp_path}", split="train")
+    (tmp_path / "cifar10.1_v4_data.npy").unlink()
+    assert len(load_dataset(f"cifar10.1:{tmp_path}", split="test")) == 5
+
+
+def test_corrupted_sets_by_corruption_and_severity(tmp_path: Path) -> None:
+    images, labels = make(30)["train"]
+    for index, name in enumerate(("fog", "snow")):
+        np.save(tmp_path / f"{name}.npy", images + index)
+    np.save(tmp_path / "labels.npy", labels)
+    source = f"cifar10c:{tmp_path}"
+    whole = load_dataset(source, split="test")
+    assert same(whole, (np.concatenate([images, images + 1]), np.concatenate([labels, labels])))
+    assert same(load_dataset(f"{source}@snow", split="test"), (images + 1, labels))
+    assert same(load_dataset(f"{source}@snow:2", split="test"), (images[6:12] + 1, labels[6:12]))
+    with pytest.raises(InputError, match="corruption is 'frost', but must be one of: fog, snow"):
+        load_dataset(f"{source}@frost", split="test")
+    (tmp_path / "labels.npy").rename(tmp_path / "label.npy")
+    with pytest.raises(InputError, match=r"needs labels\.npy and a NAME\.npy for each corruption"):
+        load_dataset(source, split="test")
+    (tmp_path / "label.npy").rename(tmp_path / "labels.npy")
+    with pytest.raises(InputError, match="severity is '0', but must be one of: 1, 2, 3, 4, 5"):
+        load_dataset(f"{source}@fog:0", split="test")
+
+
+def tiny_imagenet(root: Path) -> Path:
+    """Three images of each of two classes in train, two in val with their table; the first is grey, as some are."""
+    rng = np.random.default_rng(0)
+    for name in ("n02", "n01"):
+        (root / "train" / name / "images").mkdir(parents=True)
+        (root / "train" / name / f"{name}_boxes.txt").write_text("0\n")
+        for index in range(3):
+            image = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+            (image.convert("L") if index == 0 else image).save(
+                root / "train" / name / "images" / f"{name}_{index}.JPEG"
+            )
+    (root / "val" / "images").mkdir(parents=True)
+    for index in range(4):
+        Image.new("RGB", (64, 64), (40 * index, 0, 0)).save(
+            root / "val" / "images" / f"val_{index}.JPEG", quality=100
+        )
+    table = "".join(f"val_{index}.JPEG\t{('n02', 'n01')[index % 2]}\t0\t0\t9\t9\n" for index in range(4))
+    (root / "val" / "val_annotations.txt").write_text(table)
+    (root / "test" / "images").mkdir(parents=True)
+    return root
+
+
+def test_tiny_imagenet_as_it_is_shipped(tmp_path: Path) -> None:
+    root = tiny_imagenet(tmp_path / "tiny")
+    train = load_dataset(f"tiny_imagenet:{root}", split="train")
+    test = load_dataset(f"tiny_imagenet:{root}", split="test")
+    assert train.class_names == test.class_names == ("n01", "n02")
+    assert train.images.shape == (6, 3, 64, 64)
+    which = (test.images[:, 0, 0, 0] / 40).round().int()
+    assert dict(zip(which.tolist(), test.labels.tolist(), strict=True)) == {0: 1, 1: 0, 2: 1, 3: 0}
+    with pytest.raises(InputError, match=r"Tiny-ImageNet as it is shipped.*tiny_imagenet:.* reads it"):
+        load_dataset(f"folder:{root}", split="test")
+
+
+def test_imagenet_and_sizes(tmp_path: Path) -> None:
+    from torchvision.transforms.v2 import functional
+
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("n01", "n02"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index, size in enumerate(((300, 400), (270, 260))):
+                pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{index}.png")
+    data = load_dataset(f"imagenet:{tmp_path}", split="test")
+    assert data.images.shape == (4, 3, 224, 224)
+    first = Image.open(tmp_path / "val" / "n01" / "0.png")
+    wanted = functional.pil_to_tensor(functional.center_crop(functional.resize(first, [256]), [224]))
+    assert torch.equal(data.images[0], wanted)
+    assert load_dataset(f"folder:{tmp_path}", split="train", resize=32, crop=24).image_size == (24, 24)
+    with pytest.raises(InputError, match="all images must have one size, as resize and crop make them"):
+        load_dataset(f"folder:{tmp_path}", split="test")
+    with pytest.raises(
+        InputError, match="crop is 280, but images have 260×270 pixels; resize makes them larger"
+    ):
+        load_dataset(f"folder:{tmp_path}", split="test", crop=280)
+    digits = load_dataset("digits", split="test", resize=16, crop=12)
+    assert digits.images.shape == (360, 1, 12, 12)
+
+
+def test_sets_of_generated_images_are_training_images(tmp_path: Path) -> None:
+    images, labels = make(20)["train"]
+    labels = np.sort(labels)
+    np.savez(tmp_path / "1m.npz", image=images, label=labels)
+    assert same(load_dataset(f"npz:{tmp_path / '1m.npz'}", split="train"), (images, labels))
+    with pytest.raises(
+        InputError, match=r"holds image and label, training images alone.* goes with extra_data"
+    ):
+        load_dataset(f"npz:{tmp_path / '1m.npz'}", split="test")
+    stored = {"data": images, "extrapolated_targets": labels}
+    for protocol in (2, 4, 5):
+        (tmp_path / "ti_500K.pickle").write_bytes(pickle.dumps(stored, protocol=protocol))
+        assert same(load_dataset(f"pickle:{tmp_path / 'ti_500K.pickle'}", split="train"), (images, labels))
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("was-run"),))
+
+
+@pytest.mark.parametrize("kind", ["pickle", "cifar10"])
+def test_pickles_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    cifar_pickles(tmp_path / "cifar-10-batches-py", make())
+    content = pickle.dumps({"data": RunsCode(), "labels": [0]})
+    for name in ("set.pickle", "cifar-10-batches-py/test_batch", "cifar-10-batches-py/data_batch_1"):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"it names pathlib\S*\.Path\.touch|it names builtins\.getattr|it names .*Path"
+    ):
+        load_dataset(f"{kind}:{tmp_path / 'set.pickle' if kind == 'pickle' else tmp_path}", split="train")
+    assert not (tmp_path / "was-run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "cifar10:{}",
+            "does not hold, cifar10 as it is shipped: cifar-10-batches-py/, cifar-10-python.tar.gz or",
+        ),
+        ("cifar10:{}/lacks", "cifar-10-batches-py .*lacks data_batch_2, .*batches.meta"),
+        ("cifar10:{}/cut.tar.gz", "cannot be unpacked"),
+        ("mnist:{}", "holds no train-images-idx"),
+        ("mnist:{}/cut", "is no idx file of bytes in 3 dimensions, or is truncated"),
+        ("svhn:{}", "train_32x32.mat' does not exist"),
+        ("pickle:{}/absent", "cannot be read: No such file"),
+        ("pickle:{}/cut.pickle", "cannot be read as a pickle of arrays"),
+        ("pickle:{}/list.pickle", "holds list, but must hold a dict with images"),
+        ("npz:{}/list.pickle", "holds Python objects.*pickle: reads"),
+        ("npz:{}/array.npy", r"is a single array.*cifar10\.1: and cifar10c: read those"),
+        ("folder:{}/train.beton", "is a file of ffcv, whose form is not read"),
+        ("tiny_imagenet:{}", "has no folder 'train'"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path: Path, name: str, message: str) -> None:
+    cifar_pickles(tmp_path / "whole", make())
+    (tmp_path / "lacks").mkdir()
+    (tmp_path / "whole" / "data_batch_1").rename(tmp_path / "lacks" / "data_batch_1")
+    packed(tmp_path / "whole", tmp_path / "cut.tar.gz")
+    (tmp_path / "cut.tar.gz").write_bytes((tmp_path / "cut.tar.gz").read_bytes()[:2000])
+    idx(tmp_path / "cut" / "train-images-idx3-ubyte", np.zeros((9, 4, 4), np.uint8), pack=False)
+    (tmp_path / "cut" / "train-images-idx3-ubyte").write_bytes(
+        (tmp_path / "cut" / "train-images-idx3-ubyte").read_bytes()[:-1]
+    )
+    (tmp_path / "list.pickle").write_bytes(pickle.dumps([1, 2]))
+    (tmp_path / "cut.pickle").write_bytes(pickle.dumps({"data": np.zeros(999)})[:200])
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    with pytest.raises(InputError, match=message):
+        load_dataset(name.format(tmp_path), split="train")
+
+
+@pytest.mark.parametrize(("kind", "library"), [("hf", "datasets"), ("webdataset", "webdataset")])
+def test_a_library_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, library: str
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, library, None)
+    (tmp_path / "train-0.tar").write_bytes(b"")
+    (tmp_path / "train-0.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match=f"{kind}:.* needs the package {library!r}: pip install {library}"):
+        load_dataset(f"{kind}:{tmp_path}", split="train")
+
+
+def test_a_set_in_a_cache_is_the_same_set(tmp_path: Path) -> None:
+    """In a file that is mapped, in whatever order it is read, and read anew when its source has changed."""
+    made = make(40)
+    path, cache = tmp_path / "a.npz", tmp_path / "cache"
+
+    def load(**options: object) -> ImageDataset:
+        return load_dataset(f"npz:{path}", split="train", cache=str(cache), **options)  # type: ignore[arg-type]
+
+    np.savez_compressed(path, x_train=made["train"][0], y_train=made["train"][1])
+    assert same(load(), made["train"])
+    assert same(load(), made["train"])
+    assert len([*cache.glob("*.npy")]) == 1
+    assert not [*cache.glob("*.partial")]
+    order = torch.randperm(40)
+    part = load().subset(order[:7]).subset(torch.tensor([3, 1]))
+    assert torch.equal(part.images[:], torch.from_numpy(planes(made["train"][0]))[order[[3, 1]]])
+    few = load(limit=9)
+    assert torch.equal(few.images[:], load_dataset(f"npz:{path}", split="train", limit=9).images)
+    np.savez(path, x_train=made["train"][0] + 1, y_train=made["train"][1])
+    assert same(load(), (made["train"][0] + 1, made["train"][1]))
