@@ -511,7 +511,8 @@ def _eval_modes(student: nn.Module, teacher: nn.Module | None, bn: str) -> Itera
     changed: list[tuple[nn.Module, str, bool]] = []
 
     def switch(module: nn.Module, flag: str, value: bool) -> None:
-        if getattr(module, flag) != value:
+        # What was frozen in TorchScript has no modes any more.
+        if getattr(module, flag, value) != value:
             changed.append((module, flag, getattr(module, flag)))
             setattr(module, flag, value)
 

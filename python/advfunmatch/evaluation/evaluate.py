@@ -351,7 +351,8 @@ def _frozen(model: nn.Module | None) -> Iterator[None]:
         yield
         return
     # Module by module, for a network may keep some, such as its batch norms, in eval mode while the rest is trained.
-    training = [module for module in model.modules() if module.training]
+    # What was frozen in TorchScript has no modes any more.
+    training = [module for module in model.modules() if getattr(module, "training", False)]
     moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for module in training:
         module.training = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .prepared import PreparedModel, prepare_for_attack, unwrap
+from .prepared import PreparedModel, prepare_for_attack
+from .wrappers import unwrap
 
 __all__ = ["PreparedModel", "prepare_for_attack", "unwrap"]

@@ -27,40 +27,25 @@ flips; PyTorch's own float32 differs from float64 by the same mechanism and as m
 from __future__ import annotations
 
 import contextlib
-import copy
-import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
+from .copies import Uncopied, copy_of
 from .layers import FoldedConv, ScaleShiftReLU
 from .rewrite import Rewriter
 from .trace import first_line, has_own_call, hooks_of, trace
+from .wrappers import unwrap, wrapped_network
 
-__all__ = ["PreparedModel", "prepare_for_attack", "unwrap"]
+__all__ = ["PreparedModel", "prepare_for_attack"]
 
-# Functions, and which of them are called how.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 # The prepared graph's name in the copy of a network that has hooks.
 _GRAPH = "lean_graph"
-_WRAPPERS = (
-    nn.parallel.DistributedDataParallel,
-    nn.DataParallel,
-    torch.optim.swa_utils.AveragedModel,
-)
 
 
 def prepare_for_attack(
@@ -72,8 +57,10 @@ def prepare_for_attack(
 
     Args:
         model: any network of images (N, C, H, W) to logits. DDP, DataParallel and torch.compile wrappers are looked
-            through. One that torch.fx cannot trace is served as an unfolded copy, with a warning, and so is a part
-            that it cannot, or that has hooks. Hooks of the network itself run as they are now.
+            through. One that torch.fx cannot trace, such as TorchScript or an exported program, is served as an
+            unfolded copy, with a warning, and so is a part that it cannot, that has hooks, or whose forward does more
+            than compute, such as to write to its weights. Hooks of the network itself run as they are now. What
+            cannot even be copied is called as it is, in eval mode meanwhile. A prepared network is returned as it is.
         dtype: of the copy's weights, arithmetic and logits (None: the model's). Images are converted on entry.
         memory_format: ``torch.channels_last`` or ``torch.contiguous_format``. The latter is taken anyway where the
             format could change the logits.
@@ -83,7 +70,8 @@ def prepare_for_attack(
 
     Raises:
         TypeError: model is not a module, or dtype is not a floating-point torch.dtype.
-        ValueError: another memory format; or hooks on a wrapper that is looked through, which would be lost.
+        ValueError: another memory format; hooks on a wrapper that is looked through, which would be lost; parameters
+            that are not there yet, or not whole (lazy modules, FSDP); or a dtype for what cannot be converted.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
@@ -100,6 +88,8 @@ def prepare_for_attack(
         raise ValueError(
             f"memory_format must be torch.channels_last or torch.contiguous_format, got {memory_format!r}"
         )
+    if isinstance(model, PreparedModel) and dtype in (None, model.dtype):
+        return model
     network = unwrap(model, compiled=True)
     wrapper: Any = model
     while wrapper is not network:
@@ -108,25 +98,11 @@ def prepare_for_attack(
                 f"model is a {type(wrapper).__name__} with hooks, which a prepared network would lose: "
                 f"register them on the {type(network).__name__} in it"
             )
-        wrapper = wrapper.module if isinstance(wrapper, _WRAPPERS) else wrapper._orig_mod
+        wrapper = wrapped_network(wrapper, compiled=True)
+    _require_whole_parameters(network)
     # A copy made of inference tensors could not be differentiated later, where inference mode has ended.
     with torch.inference_mode(False):
         return PreparedModel(network, dtype, memory_format)
-
-
-def unwrap(model: nn.Module, compiled: bool = False) -> nn.Module:
-    """The network inside DDP, DataParallel or ``torch.optim.swa_utils.AveragedModel``; and, with ``compiled``, inside
-    torch.compile's wrapper.
-
-    A DDP forward prepares a gradient exchange that an input gradient never completes, so attacks go around it.
-    """
-    while True:
-        if isinstance(model, _WRAPPERS):
-            model = model.module
-        elif compiled and isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
-            model = original
-        else:
-            return model
 
 
 class PreparedModel(nn.Module):
@@ -150,40 +126,23 @@ class PreparedModel(nn.Module):
         self.left: list[str] = []
         # In a tuple, so that the live network is no submodule of this one.
         self._live = (live,)
-        network = _copy_of(live)
-        self.network: nn.Module
-        try:
-            graph_module, untraced = trace(network)
-        except Exception as error:  # tracing runs the model's own code, which may raise anything
-            self.traced = False
-            self.network = _copy_of(live)  # tracing may have left proxies in the other
-            memory_format = torch.contiguous_format
-            self.left.append(f"the whole network, which torch.fx cannot trace ({first_line(error)})")
-        else:
-            rewriter = Rewriter(graph_module, live)
-            rewriter.run()
-            self.network = graph_module
-            if hooks_of(network) or has_own_call(network):
-                # The copy itself, whose forward is the graph.
-                network.add_module(_GRAPH, graph_module)
-                vars(network)["forward"] = graph_module.forward
-                self.network = network
-            if rewriter.needs_contiguous:
-                memory_format = torch.contiguous_format
-            self.folded, self.fused = rewriter.folded, rewriter.fused
-            self.left += [
-                f"{name}, which torch.fx cannot trace ({reason})" for name, reason in untraced.items()
-            ]
-            self.left += rewriter.left
-        if untraced_sentences := [sentence for sentence in self.left if "cannot trace" in sentence]:
+        # What tracing took for granted of the images, and where they were then.
+        self._assumed: set[str] = set()
+        devices = {t.device for t in (*live.parameters(), *live.buffers())}
+        self._device = devices.pop() if len(devices) == 1 else None
+        self._needs_contiguous = False
+        self.network: nn.Module = self._made_from(live, dtype)
+        if sentences := [each for each in self.left if " cannot " in each]:
             warnings.warn(
-                f"prepare_for_attack({type(live).__name__}) left unfolded: {'; '.join(untraced_sentences)}",
+                f"prepare_for_attack({type(live).__name__}) left unfolded: {'; '.join(sentences)}",
                 stacklevel=3,
             )
+        if not self.traced or self._needs_contiguous:
+            memory_format = torch.contiguous_format
         self.memory_format = memory_format
         if dtype is not None:
             self.network.to(dtype)
-        self.dtype = dtype or self._dtype_of_weights()
+        self.dtype = dtype or _dtype_of(self.network) or _dtype_of(live)
         self._layers = [m for m in self.network.modules() if isinstance(m, FoldedConv | ScaleShiftReLU)]
         if self.dtype in (torch.float16, torch.bfloat16):
             for layer in self._layers:
@@ -200,7 +159,45 @@ class PreparedModel(nn.Module):
         self.train(False)
         self.refresh_()
 
+    def _made_from(self, live: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+        """The copy of the network, folded as far as it can be; ``left`` says what is not."""
+        try:
+            network = copy_of(live)
+        except Exception as error:  # of whatever the network holds
+            reason = f"which cannot be copied ({first_line(error)}), so that it is called as it is"
+            if dtype not in (None, _dtype_of(live)):
+                raise ValueError(
+                    f"dtype is {dtype}, but model is a {type(live).__name__}, {reason}"
+                ) from error
+            self.traced = False
+            self.left.append(f"the whole network, {reason}")
+            return Uncopied(live)
+        try:
+            traced = trace(network, lambda: copy_of(live), self._device, _dtype_of(live))
+        except Exception as error:  # tracing runs the model's own code, which may raise anything
+            if isinstance(live, torch.jit.ScriptModule) and dtype is not None and _dtype_of(live) is None:
+                raise ValueError(
+                    f"dtype is {dtype}, but model is TorchScript that was frozen, and cannot be converted any more"
+                ) from error
+            self.traced = False
+            self.left.append(f"the whole network, which torch.fx cannot trace ({first_line(error)})")
+            return network
+        self._assumed = traced.assumed
+        rewriter = Rewriter(traced.graph_module, live)
+        rewriter.run()
+        self.folded, self.fused = rewriter.folded, rewriter.fused
+        self._needs_contiguous = rewriter.needs_contiguous
+        self.left += [f"{name}, which torch.fx cannot trace ({why})" for name, why in traced.untraced.items()]
+        self.left += rewriter.left
+        if not (hooks_of(network) or has_own_call(network)):
+            return traced.graph_module
+        # The copy itself, whose forward is the graph.
+        network.add_module(_GRAPH, traced.graph_module)
+        vars(network)["forward"] = traced.graph_module.forward
+        return network
+
     def forward(self, x: Tensor) -> Tensor:
+        self._require_assumed(x)
         x = x.to(dtype=self.dtype)
         if x.dim() == 4:
             x = x.contiguous(memory_format=self.memory_format)
@@ -228,12 +225,19 @@ class PreparedModel(nn.Module):
 
     def _apply(self, function: Callable[..., Any], recurse: bool = True) -> PreparedModel:
         super()._apply(function, recurse)
-        self.dtype = self._dtype_of_weights()
+        self.dtype = _dtype_of(self.network) or self.dtype
         return self
 
-    def _dtype_of_weights(self) -> torch.dtype | None:
-        tensors = (*self.network.parameters(), *self.network.buffers())
-        return next((t.dtype for t in tensors if t.is_floating_point()), None)
+    def _require_assumed(self, x: Tensor) -> None:
+        if "dimensions" in self._assumed and x.dim() != 4:
+            raise ValueError(
+                f"x must be images (N, C, H, W), which this network's code asks for, got {tuple(x.shape)}"
+            )
+        if "device" in self._assumed and x.device.type != self._device.type:  # type: ignore[union-attr]
+            raise ValueError(
+                f"x is on {x.device}, but the network was on {self._device} when it was prepared, and its code "
+                "asks where it is: prepare it again where it is now"
+            )
 
     def __reduce__(self) -> Any:
         raise TypeError("a prepared network follows one live network; save that one instead")
@@ -260,12 +264,45 @@ class PreparedModel(nn.Module):
                 continue
             owner, _, name = path.rpartition(".")
             try:
-                module = live.get_submodule(owner.removeprefix(_GRAPH).removeprefix("."))
-                getattr(module, name)
+                module = _submodule(live, owner.removeprefix(_GRAPH).removeprefix("."))
+                followed = isinstance(getattr(module, name), Tensor)
             except AttributeError:
+                followed = False
+            if not followed:
                 continue  # a constant of the traced code, which no update changes
-            pairs.append((self.network.get_submodule(owner), module, name))
+            pairs.append((_submodule(self.network, owner), module, name))
         return pairs
+
+
+def _submodule(network: nn.Module, path: str) -> nn.Module:
+    """As get_submodule, which TorchScript does not have."""
+    for name in path.split(".") if path else ():
+        network = getattr(network, name)
+    return network
+
+
+def _require_whole_parameters(network: nn.Module) -> None:
+    for name, parameter in network.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"model has parameters without a shape yet ({name}): pass images through it once before this"
+            )
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"model has parameters that are spread over processes ({name} is a {type(parameter).__name__}): "
+                "gather them in a network of one process and prepare that"
+            )
+    for module in network.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                "model has parameters that are spread over processes by FullyShardedDataParallel: gather them "
+                "in a network of one process and prepare that"
+            )
+
+
+def _dtype_of(network: nn.Module) -> torch.dtype | None:
+    tensors = (*network.parameters(), *network.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), None)
 
 
 def _in_memory_format(weight: Tensor, memory_format: torch.memory_format) -> Tensor:
@@ -279,69 +316,6 @@ def _in_memory_format(weight: Tensor, memory_format: torch.memory_format) -> Ten
     _, channels, height, width = weight.shape
     strides = (channels * height * width, 1, channels * width, channels)
     return torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device).copy_(weight)
-
-
-def _copy_of(live: nn.Module) -> nn.Module:
-    """A deep copy, also where pruning or an old weight norm has left a tensor with a graph, which deepcopy refuses."""
-    computed = {
-        id(t): t.detach().clone()
-        for module in live.modules()
-        for t in vars(module).values()
-        if isinstance(t, Tensor) and not t.is_leaf
-    }
-    network = copy.deepcopy(live, computed)
-    copies = {id(module): computed[id(module)] for module in live.modules() if id(module) in computed}
-    for module in live.modules():
-        if isinstance(module, fx.GraphModule):  # its own deepcopy leaves them out
-            for name in _HOOKS:
-                vars(copies[id(module)])[name] = copy.deepcopy(vars(module)[name], computed)
-    for module in network.modules():
-        if "forward" in vars(module):
-            vars(module)["forward"] = _of_the_copy(vars(module)["forward"], copies)
-        for name in _HOOKS:
-            hooks = getattr(module, name)
-            if isinstance(hooks, dict):
-                hooks.update({key: _of_the_copy(hook, copies) for key, hook in hooks.items()})
-    return network.eval().requires_grad_(False)
-
-
-def _of_the_copy(function: Any, copies: dict[int, Any]) -> Any:
-    """The function with the copies in place of the live modules, and their methods, that it holds or names.
-
-    deepcopy hands a function on as it is: ``forward = net.forward; net.forward = lambda x: forward((x - mean) / std)``
-    would run the live network, in its own mode.
-    """
-    if not isinstance(function, types.FunctionType):
-        return function
-
-    def copied(value: Any) -> Any:
-        if isinstance(value, types.MethodType) and id(value.__self__) in copies:
-            return types.MethodType(value.__func__, copies[id(value.__self__)])
-        return copies.get(id(value), value) if isinstance(value, nn.Module) else value
-
-    def copied_cell(cell: types.CellType) -> types.CellType:
-        try:
-            value = cell.cell_contents
-        except ValueError:  # an empty one
-            return cell
-        return cell if (new := copied(value)) is value else types.CellType(new)
-
-    named = {
-        name: function.__globals__[name]
-        for name in function.__code__.co_names
-        if name in function.__globals__
-    }
-    changed = {name: new for name, value in named.items() if (new := copied(value)) is not value}
-    result = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, **changed} if changed else function.__globals__,
-        function.__name__,
-        tuple(map(copied, function.__defaults__ or ())),
-        tuple(map(copied_cell, function.__closure__ or ())),
-    )
-    result.__kwdefaults__ = {name: copied(v) for name, v in (function.__kwdefaults__ or {}).items()}
-    vars(result).update(vars(function))
-    return result
 
 
 @contextlib.contextmanager

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .layers import AdaptivePool, BatchNormSource, FoldedConv, ScaleShiftReLU, symmetric_padding
-from .trace import IN_PLACE_OPERATORS, hooks_of, runs_only_its_forward
+from .proxies import IN_PLACE_OPERATORS
+from .trace import hooks_of, runs_only_its_forward
 
 __all__ = ["Rewriter"]
 

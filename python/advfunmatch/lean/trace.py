@@ -1,4 +1,4 @@
-"""Tracing a copied network into a graph that computes what it does, gradients included. See Note [Tracing].
+"""Tracing a network into a graph that computes what it does, gradients included. See Note [Tracing].
 
 Note [Tracing]
 ~~~~~~~~~~~~~~
@@ -9,98 +9,159 @@ or frozen, without an error. So a submodule is kept whole, and called as it is, 
     where it computes under no_grad or autocast         the graph has no such contexts
     where it applies a torch.autograd.Function          its forward would be traced, its backward lost
     where it draws random numbers outside the graph     one draw would be served for ever
+    where it does more than compute                     Note [Side effects] in ``effects``
+    where it is TorchScript or an exported program      their operators are no modules, so nothing could be folded
+
+What is traced is a scratch copy: code that ran on proxies may leave some behind.
 
 Buffers are read at every call, as parameters are, so that what the code computes from them follows ``refresh_``. An
-augmented assignment is in place, as it is for a tensor.
+augmented assignment is in place, as it is for a tensor. A module that forward makes, such as a pooling, is traced into
+where it holds no tensors. Questions that the images' place and kind answer (``x.is_cuda``, ``x.dim() == 4``) are
+answered; a prepared network asserts of its images what was taken for granted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import operator
+import itertools
 import random
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_map
 
-__all__ = ["IN_PLACE_OPERATORS", "first_line", "has_own_call", "hooks_of", "runs_only_its_forward", "trace"]
+from .effects import (
+    COMPARISONS,
+    TensorWritten,
+    WriteWatch,
+    attribute_states,
+    changed_attributes,
+    same_graph,
+)
+from .proxies import Proxy, attribute_or_method, refuse_write, torch_patched, writes_to_its_first
+from .wrappers import wrapped_network
 
-_AUGMENTED = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor")
-
-
-def _augmented(name: str) -> Callable[[Any, Any], Any]:
-    """The operator as a function of its own: operator.iadd is written as ``x += y`` in the code of a graph, which for
-    a number changes x."""
-    target = getattr(operator, name)
-
-    def assign(left: Any, right: Any) -> Any:
-        return target(left, right)
-
-    assign.__name__ = assign.__qualname__ = name
-    return assign
-
-
-IN_PLACE_OPERATORS = {name: _augmented(name) for name in _AUGMENTED}
-
-
-class _Proxy(fx.Proxy):
-    """torch.fx's proxy, with augmented assignments: without, ``x += y`` would be x + y, which leaves the tensor x."""
-
-
-def _recorded(target: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
-    return lambda self, other: self.tracer.create_proxy("call_function", target, (self, other), {})
-
-
-for _name, _operator in IN_PLACE_OPERATORS.items():
-    setattr(_Proxy, f"__{_name}__", _recorded(_operator))
+__all__ = ["first_line", "has_own_call", "hooks_of", "runs_only_its_forward", "trace"]
 
 
 class _Tracer(fx.Tracer):
-    """torch.fx's tracer, keeping whole the submodules whose forward it cannot follow."""
+    """torch.fx's tracer, keeping whole the submodules whose forward it cannot follow.
+
+    Attributes:
+        untraced: the submodules kept whole, with the reason.
+        changes: the attributes that were changed, with the submodule that did.
+        assumed: what was taken for granted of the images: "device", "dimensions".
+    """
 
     proxy_buffer_attributes = True
 
-    def __init__(self) -> None:
+    def __init__(self, whole: dict[str, str], device: torch.device | None, dtype: torch.dtype | None) -> None:
         super().__init__()
+        self.whole = whole
+        self.device = device
+        self.dtype = dtype
         self.untraced: dict[str, str] = {}
+        self.changes: dict[str, str] = {}
+        self.assumed: set[str] = set()
         self.attributes: dict[str, fx.Proxy] = {}
+        # Why the module that is being run cannot be followed, where that was seen.
+        self.refusal: str | None = None
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return Proxy(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         self.attributes = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if not torch.is_grad_enabled():
-            raise RuntimeError("it computes under torch.no_grad")
-        if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
-            raise RuntimeError("it computes under torch.autocast")
-        return super().create_node(*args, **kwargs)
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy) and a.tracer is not self:
+            raise RuntimeError("it keeps an activation from one call to the next")
+        return super().create_arg(a)
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *rest: Any,
+        **options: Any,
+    ) -> fx.Node:
+        if writes_to_its_first(kind, target, kwargs):
+            refuse_write(args[0] if args else kwargs.get("input"))
+        refuse_write(kwargs.get("out"))
+        if kind.startswith("call"):
+            # Not raised yet: the code may write to a tensor below, which decides what is kept whole.
+            if not torch.is_grad_enabled():
+                self.refusal = "it computes under torch.no_grad"
+            elif any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+                self.refusal = "it computes under torch.autocast"
+        return super().create_node(kind, target, args, kwargs, *rest, **options)
+
+    def run(self, network: nn.Module) -> fx.Graph:
+        """The graph of the network's forward."""
+        parameters = list(inspect.signature(network.forward).parameters.values())
+        # Options such as return_features=False are what they are by default; only the images are variable.
+        concrete = {
+            p.name: p.default
+            for p in parameters[1:]
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.default is not p.empty
+        }
+        state = _random_state()
+        before = attribute_states(network, "")
+        try:
+            with torch.enable_grad(), _without_autocast(), torch_patched(), WriteWatch(network):
+                graph = self.trace(network, concrete_args=concrete or None)
+            self.require_followed(state)
+        finally:
+            _set_random_state(state)
+        self.notice_changes(network, "", before)
+        return graph
+
+    def require_followed(self, random_state: tuple[Any, ...]) -> None:
+        if self.refusal:
+            raise RuntimeError(self.refusal)
+        if _random_state() != random_state:
+            raise RuntimeError("it draws random numbers")
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if m not in (self.submodule_paths or ()) and runs_only_its_forward(m) and not _has_tensors(m):
+            return forward(*args, **kwargs)  # made in forward
+        if (inner := wrapped_network(m, compiled=True)) is not None and not hooks_of(m):
+            return inner(*args, **kwargs)
         nodes_before = len(self.graph.nodes)
         depth = len(self.module_stack)
         path = self.path_of_module(m)
+        if path in self.whole:
+            self.untraced[path] = self.whole[path]
+            return self.create_proxy("call_module", path, args, kwargs)
         state = _random_state()
+        leaf = self.is_leaf_module(m, path)
+        refusal, self.refusal = self.refusal, None
         try:
-            if hooks_of(m) and not self.is_leaf_module(m, path):
-                raise RuntimeError("it has hooks")
+            if not leaf:
+                _require_followable(m)
+                if hooks_of(m):
+                    raise RuntimeError("it has hooks")
+                before = attribute_states(m, path)
             value = super().call_module(m, forward, args, kwargs)
-            if _random_state() != state:
-                raise RuntimeError("it draws random numbers")
+            self.require_followed(state)
+            if not leaf:
+                self.notice_changes(m, path, before)
             return value
         except Exception as error:  # the module's own code, on proxies: it may raise anything
             _set_random_state(state)
             if has_own_call(m):
                 raise  # this runs inside of it; a node for the module would run it once more
+            if isinstance(error, TensorWritten) and not f"{error.owner}.".startswith(f"{path}."):
+                raise  # of a module that is not in this one, and must be kept whole with it
             while len(self.module_stack) > depth:
                 self.module_stack.popitem(last=True)
             erased = list(self.graph.nodes)[nodes_before:]
@@ -108,58 +169,181 @@ class _Tracer(fx.Tracer):
                 del self.attributes[name]
             for node in reversed(erased):
                 self.graph.erase_node(node)
-            self.untraced = {
-                name: why for name, why in self.untraced.items() if not name.startswith(path + ".")
-            }
+            self.untraced = {n: why for n, why in self.untraced.items() if not n.startswith(path + ".")}
+            self.changes = {n: by for n, by in self.changes.items() if not f"{by}.".startswith(f"{path}.")}
             self.untraced[path] = first_line(error)
+            self.refusal = None
             return self.create_proxy("call_module", path, args, kwargs)
+        finally:
+            self.refusal = self.refusal or refusal
+
+    def notice_changes(self, module: nn.Module, path: str, before: dict[tuple[str, str], list[Any]]) -> None:
+        """Record what the module's forward did to attributes; RuntimeError where it kept an activation in one."""
+        for (owner, name), kept in changed_attributes(before, attribute_states(module, path)).items():
+            if any(f"{owner}.".startswith(f"{whole}.") for whole in self.untraced):
+                continue  # while that was tried
+            attribute = f"{owner}.{name}".removeprefix(".")
+            if kept:
+                raise RuntimeError(f"it keeps an activation in {attribute}")
+            self.changes.setdefault(attribute, path)
+
+    # -- questions that need no activation
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        answer = self.answer(obj.node)
+        return super().to_bool(obj) if answer is None else bool(answer)
+
+    def answer(self, node: Any) -> Any:
+        """What a node is that depends on the images' place and kind alone; None for others."""
+        if not isinstance(node, fx.Node):
+            return node
+        if (known := self.device_or_dtype(node)) is not None:
+            return self.assume("device", known) if isinstance(known, torch.device) else known
+        if node.op == "call_function" and node.target in COMPARISONS:
+            values = [self.answer(argument) for argument in node.args]
+            return None if any(value is None for value in values) else node.target(*values)
+        name, source = attribute_or_method(node)
+        if name in ("dim", "ndim", "ndimension") and self.is_image(source):
+            return self.assume("dimensions", 4)
+        if name == "is_floating_point" and self.is_image(source):
+            return True
+        if self.device is None:
+            return None
+        if name in ("is_cuda", "is_cpu", "is_mps", "is_xpu"):
+            return self.assume("device", name == f"is_{self.device.type}")
+        if name == "get_device":
+            return self.assume("device", -1 if self.device.index is None else self.device.index)
+        if name in ("type", "index") and isinstance(device := self.answer(source), torch.device):
+            return getattr(device, name)
+        return None
+
+    def device_or_dtype(self, node: Any) -> torch.device | torch.dtype | None:
+        """The device of whatever tensor, or the dtype of the images, that the node asks for."""
+        name, source = attribute_or_method(node)
+        if name == "dtype" and self.is_image(source):
+            return self.dtype
+        return self.device if name == "device" else None
+
+    def assume(self, what: str, value: Any) -> Any:
+        self.assumed.add(what)
+        return value
+
+    def is_image_shape(self, node: fx.Node) -> bool:
+        name, source = attribute_or_method(node)
+        return name in ("shape", "size") and len(node.args) == 1 + (name == "shape") and self.is_image(source)
+
+    def is_image(self, node: Any) -> bool:
+        """Whether the node is the images, or they with statistics taken off."""
+        if not isinstance(node, fx.Node):
+            return False
+        if node.op == "placeholder":
+            return True
+        names = ("sub", "add", "mul", "truediv", "div", "contiguous", "clone")
+        return getattr(node.target, "__name__", node.target) in names and any(
+            map(self.is_image, node.args[:2])
+        )
+
+    def computed(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The call's result where its arguments need no activation but for its device or dtype; else None.
+
+        It is then a constant of the network, which moves with it.
+        """
+        like = getattr(function, "__name__", "") in ("to", "type_as") and not isinstance(args[0], fx.Proxy)
+        unknown = False
+
+        def value(argument: Any) -> Any:
+            nonlocal unknown
+            if not isinstance(argument, fx.Proxy):
+                return argument
+            known: Any = self.device_or_dtype(argument.node)
+            if known is None and like and None not in (self.device, self.dtype):
+                known = torch.empty(0, device=self.device, dtype=self.dtype)
+            unknown = unknown or known is None
+            return known
+
+        args, kwargs = tree_map(value, (args, kwargs))
+        return None if unknown else function(*args, **kwargs)
 
 
-def trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
-    """The graph of the network's forward, and the submodules in it that were kept whole, with the reason."""
+class Traced(NamedTuple):
+    """What ``trace`` found."""
+
+    graph_module: fx.GraphModule
+    untraced: dict[str, str]
+    assumed: set[str]
+
+
+def trace(
+    network: nn.Module,
+    scratch_copy: Callable[[], nn.Module],
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> Traced:
+    """The graph of a network's forward, its modules being those of ``network``.
+
+    Args:
+        network: whose modules are served.
+        scratch_copy: makes a copy of it whose code may be run on proxies.
+        device, dtype: of its images, as far as they are known.
+
+    Returns:
+        The graph; the submodules in it that were kept whole, with the reason; and what was assumed of the images.
+
+    Raises:
+        Exception: torch.fx cannot follow the network's own forward.
+    """
+    _require_followable(network)
     if "forward" in vars(network):
         raise RuntimeError("its forward is an attribute of the instance")
-    tracer = _Tracer()
-    parameters = list(inspect.signature(network.forward).parameters.values())
-    # Options such as return_features=False are what they are by default; only the images are variable.
-    concrete = {
-        p.name: p.default
-        for p in parameters[1:]
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.default is not p.empty
-    }
-    state = _random_state()
-    try:
-        with torch.enable_grad(), _without_autocast(), _functions_refused():
-            graph = tracer.trace(network, concrete_args=concrete or None)
-        if _random_state() != state:
-            raise RuntimeError("it draws random numbers")
-    finally:
-        _set_random_state(state)
-    return fx.GraphModule(network, graph), tracer.untraced
+    whole: dict[str, str] = {}
+    while True:
+        scratch = scratch_copy()
+        tracer = _Tracer(whole, device, dtype)
+        graph = tracer.run(scratch)
+        if not tracer.changes:
+            break
+        # What the first call set, the second may find; see Note [Side effects].
+        again = _Tracer(whole, device, dtype)
+        second = again.run(scratch)
+        if not again.changes and same_graph(graph, second, scratch):
+            tracer, graph = again, second
+            break
+        changes = again.changes or tracer.changes
+        whole |= {path: f"it changes {attribute}" for attribute, path in changes.items()}
+        if "" in whole:
+            raise RuntimeError(whole[""])
+    _take_constants(network, scratch, graph)
+    return Traced(fx.GraphModule(network, graph), tracer.untraced, tracer.assumed)
+
+
+def _take_constants(network: nn.Module, scratch: nn.Module, graph: fx.Graph) -> None:
+    """Give the network the tensors of the graph that only the scratch copy has: constants in the code, and caches."""
+    for node in graph.nodes:
+        if node.op != "get_attr":
+            continue
+        owner, _, name = str(node.target).rpartition(".")
+        place = network.get_submodule(owner)
+        if getattr(place, name, None) is None:
+            setattr(place, name, getattr(scratch.get_submodule(owner), name))
+
+
+def _require_followable(module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise RuntimeError("it is TorchScript")
+    if isinstance(module, fx.GraphModule) and any(
+        isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes
+    ):
+        raise RuntimeError("it is an exported program")
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return next(itertools.chain(module.parameters(), module.buffers()), None) is not None
 
 
 @contextlib.contextmanager
 def _without_autocast() -> Iterator[None]:
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
-
-
-@contextlib.contextmanager
-def _functions_refused() -> Iterator[None]:
-    """For as long as it is open, a torch.autograd.Function raises when it is applied to a proxy."""
-    Function = torch.autograd.Function
-    original = vars(Function)["apply"]
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(a, fx.Proxy) for a in (*args, *kwargs.values())):
-            raise RuntimeError(f"it applies the torch.autograd.Function {cls.__name__}")
-        return original.__get__(None, cls)(*args, **kwargs)
-
-    Function.apply = classmethod(apply)
-    try:
-        yield
-    finally:
-        Function.apply = original
 
 
 def _random_state() -> tuple[Any, ...]:

@@ -1,0 +1,177 @@
+"""The proxies that a network is traced with, and what of torch must know them. See Note [Tracing] in ``trace``."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from .effects import TensorWritten
+
+__all__ = [
+    "IN_PLACE_OPERATORS",
+    "Proxy",
+    "attribute_or_method",
+    "refuse_write",
+    "torch_patched",
+    "writes_to_its_first",
+]
+
+_AUGMENTED = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor")
+_FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "full", "empty", "arange", "linspace", "eye")
+# Operations whose output is memory of its own; of another, an operation in place may be a write to its input.
+# fmt: off
+_FRESH = frozenset((
+    "add", "sub", "mul", "div", "truediv", "pow", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "clamp",
+    "matmul", "mm", "bmm", "einsum", "mean", "sum", "var", "std", "norm", "normalize", "clone",
+    "zeros_like", "ones_like", "linear", "conv2d", "batch_norm", "relu", "sigmoid", "tanh", "softmax", "log_softmax",
+))
+# fmt: on
+
+
+def _augmented(name: str) -> Callable[[Any, Any], Any]:
+    """The operator as a function of its own: operator.iadd is written as ``x += y`` in the code of a graph, which for
+    a number changes x."""
+    target = getattr(operator, name)
+
+    def assign(left: Any, right: Any) -> Any:
+        return target(left, right)
+
+    assign.__name__ = assign.__qualname__ = name
+    return assign
+
+
+IN_PLACE_OPERATORS = {name: _augmented(name) for name in _AUGMENTED}
+
+
+class Proxy(fx.Proxy):
+    """torch.fx's proxy, with augmented assignments: without, ``x += y`` would be x + y, which leaves the tensor x.
+
+    And without assignments to its attributes, which would reach no tensor.
+    """
+
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _PROXYS_OWN:
+            object.__setattr__(self, name, value)
+        else:
+            refuse_write(self.node)
+            raise RuntimeError(f"it sets the attribute {name} of a tensor")
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __len__(self) -> int:
+        if self.tracer.is_image_shape(self.node):  # type: ignore[attr-defined]
+            return int(self.tracer.assume("dimensions", 4))  # type: ignore[attr-defined]
+        return super().__len__()
+
+    @classmethod
+    def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
+        return _computed_or_recorded(
+            orig_method,
+            args or (),
+            kwargs or {},
+            lambda: super(Proxy, cls).__torch_function__(orig_method, types, args, kwargs),
+        )
+
+
+class _Attribute(Proxy, fx.proxy.Attribute):
+    """``x.name``: a node of its own only where it is not called."""
+
+
+_PROXYS_OWN = ("tracer", "node", "root", "attr", "_node")
+
+
+def _recorded(target: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
+    return lambda self, other: self.tracer.create_proxy("call_function", target, (self, other), {})
+
+
+for _name, _operator in IN_PLACE_OPERATORS.items():
+    setattr(Proxy, f"__{_name}__", _recorded(_operator))
+
+
+def attribute_or_method(node: Any) -> tuple[str, Any]:
+    """The name and the owner, if the node is ``owner.name`` or ``owner.name(...)``."""
+    if not isinstance(node, fx.Node) or not node.args:
+        return "", None
+    if node.op == "call_method":
+        return str(node.target), node.args[0]
+    if node.op == "call_function" and node.target is getattr:
+        return str(node.args[1]), node.args[0]
+    return "", None
+
+
+def writes_to_its_first(kind: str, target: Any, kwargs: dict[str, Any]) -> bool:
+    if kind not in ("call_method", "call_function"):
+        return False
+    name = getattr(target, "__name__", str(target))
+    return (
+        (name.endswith("_") and not name.endswith("__"))
+        or target in (*IN_PLACE_OPERATORS.values(), operator.setitem)
+        or kwargs.get("inplace") is True
+    )
+
+
+def refuse_write(node: Any) -> None:
+    """TensorWritten if the node may be a tensor of the network, or a view of one, or several of which one is."""
+    if isinstance(node, list | tuple):
+        for each in node:
+            refuse_write(each)
+    while isinstance(node, fx.Node):
+        if node.op == "get_attr":
+            raise TensorWritten(str(node.target))
+        name = getattr(node.target, "__name__", node.target)
+        if node.op not in ("call_function", "call_method") or name in _FRESH or not node.args:
+            return
+        node = node.args[0]
+
+
+@contextlib.contextmanager
+def torch_patched() -> Iterator[None]:
+    """For as long as it is open, a torch.autograd.Function raises when it is applied to a proxy, and the functions that
+    make tensors of sizes, devices and dtypes take proxies for these."""
+    Function = torch.autograd.Function
+    original = vars(Function)["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(a, fx.Proxy) for a in (*args, *kwargs.values())):
+            raise RuntimeError(f"it applies the torch.autograd.Function {cls.__name__}")
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    factories = {name: getattr(torch, name) for name in _FACTORIES}
+    Function.apply = classmethod(apply)
+    for name, factory in factories.items():
+        setattr(torch, name, _taking_proxies(factory))
+    try:
+        yield
+    finally:
+        Function.apply = original
+        for name, factory in factories.items():
+            setattr(torch, name, factory)
+
+
+def _taking_proxies(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def make(*args: Any, **kwargs: Any) -> Any:
+        return _computed_or_recorded(factory, args, kwargs, None)
+
+    return make
+
+
+def _computed_or_recorded(
+    function: Callable[..., Any], args: Any, kwargs: Any, record: Callable[[], Any] | None
+) -> Any:
+    """The call's result, where its proxies stand for what is known; else the proxy of a node for it."""
+    tracer: Any = next((a.tracer for a in tree_leaves((args, kwargs)) if isinstance(a, fx.Proxy)), None)
+    if tracer is None:
+        return function(*args, **kwargs)
+    if (value := tracer.computed(function, args, kwargs)) is not None:
+        return value
+    return record() if record else tracer.create_proxy("call_function", function, args, kwargs)
