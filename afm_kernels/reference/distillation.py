@@ -16,10 +16,12 @@ from torch import Tensor
 from afm_kernels.reference.softmax_kl import (
     KL,
     accumulation_dtype,
+    balanced,
     finish_grad,
     no_row_stats,
     reduce_rows,
     row_divergence,
+    softmax_of,
 )
 
 
@@ -27,7 +29,8 @@ def row_cross_entropy(
     student: Tensor, labels: Tensor, label_smoothing: float, ignore_index: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The cross-entropy of each row (..., 1), and its gradient by the student's logits."""
-    log_q = student.to(dtype).log_softmax(-1)
+    student = student.to(dtype)
+    q, log_q = softmax_of(student - student.detach().amax(-1, keepdim=True))
     labels = labels.unsqueeze(-1)
     ignored = labels == ignore_index
     is_label = torch.arange(log_q.shape[-1], device=labels.device) == labels
@@ -40,7 +43,7 @@ def row_cross_entropy(
             (1 - label_smoothing) * value if label_smoothing != 1 else 0 * value.masked_fill(value.isinf(), 0)
         )
         value = value - smooth * log_q.sum(-1, keepdim=True)
-    grad = log_q.exp() - (1 - label_smoothing) * is_label.to(dtype) - smooth
+    grad = balanced(q - (1 - label_smoothing) * is_label.to(dtype) - smooth, q)
     grad = grad.masked_fill(~value.isfinite(), torch.nan)
     return value.masked_fill(ignored, 0), grad.masked_fill(ignored, 0)
 

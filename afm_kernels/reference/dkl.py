@@ -20,7 +20,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afm_kernels.reference.softmax_kl import accumulation_dtype, finish_grad, no_row_stats, reduce_rows
+from afm_kernels.reference.softmax_kl import (
+    accumulation_dtype,
+    balanced,
+    finish_grad,
+    no_row_stats,
+    reduce_rows,
+    softmax_of,
+)
 
 
 def row_dkl(
@@ -38,17 +45,19 @@ def row_dkl(
     s, t = student.to(dtype), teacher.to(dtype)
     student_excluded, teacher_excluded = s == -torch.inf, t == -torch.inf
     # 0, or NaN in a row that is no distribution, even where a mask or class weights hide what spoils it.
-    value = 0 * (s.detach().amax(-1, keepdim=True) + t.detach().amax(-1, keepdim=True))
+    top_s, top_t = s.detach().amax(-1, keepdim=True), t.detach().amax(-1, keepdim=True)
+    value = 0 * (top_s + top_t)
     to_student, to_teacher = torch.zeros_like(s), torch.zeros_like(t)
     if alpha != 0:
-        log_q, p = (s / temperature).log_softmax(-1), (t / temperature).softmax(-1).detach()
+        q, log_q = softmax_of((s - top_s) / temperature)
+        p = softmax_of((t - top_t) / temperature)[0].detach()
         missing = (student_excluded & ~teacher_excluded).any(-1, keepdim=True)
         cross_entropy = -(p * log_q).masked_fill(student_excluded | teacher_excluded, 0).sum(-1, keepdim=True)
         value = value + alpha * torch.where(missing, cross_entropy + torch.inf, cross_entropy)
-        to_student = to_student + alpha * (log_q.exp() - p) / temperature
+        to_student = to_student + alpha * balanced(q - p, q) / temperature
     if beta != 0:
         if class_weight is None:
-            weight, weightless = (t / weight_temperature).softmax(-1).detach(), teacher_excluded
+            weight, weightless = softmax_of((t - top_t) / weight_temperature)[0].detach(), teacher_excluded
         else:
             weight, weightless = class_weight, class_weight == 0
         left_out = weightless | (student_excluded & teacher_excluded)
@@ -62,7 +71,7 @@ def row_dkl(
         off = off - (weight * off).sum(-1, keepdim=True) / divisor  # what rounding left of the mean
         squared = total / 2 * (weight * off * off).sum(-1, keepdim=True)
         value = value + beta * torch.where(missing, squared + torch.inf, squared)
-        grad = beta * (total * weight * off)
+        grad = beta * total * balanced(weight * off, weight / divisor)
         to_teacher = to_teacher + grad
         if symmetric:
             to_student = to_student - grad

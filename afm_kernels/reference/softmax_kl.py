@@ -19,8 +19,21 @@ lose nothing where the divergence is small; a row with KL >= 1 takes the direct 
 Classes that the teacher excludes (-inf) or that are far off, |x| > 8, are taken out of both expectations: they
 hold masses P and Q of p and q, and L = log1p(E'[expm1(x) - x] + r' - P) - log1p(-Q), E' and r' over the others.
 
-JS in the same spirit, with e = expm1(δ) and ψ(y) = (1 + y) log1p(y) - y, which is y²/2 to first order:
-Σ p (γ ψ(e) - ψ(γ e)); the first-order terms, Σ p e = 0, are gone before they can cancel.
+Note [Jensen-Shannon]
+~~~~~~~~~~~~~~~~~~~~~
+JS in the same spirit, with e = expm1(-δ), v = β e and ψ(y) = (1 + y) log1p(y) - y, which is y²/2 to first order:
+
+    log m - log q = log1p(v),    log m - log p = log1p(v) + δ,    JS = Σ q (β ψ(e) - ψ(v))
+
+The first-order terms, Σ q e = 0, are gone before they can cancel, and what is of the size of β is never the difference
+of numbers that are not. That holds for β <= 1/2; beyond, student and teacher change places, and 1 - β is β.
+
+Note [Certain rows]
+~~~~~~~~~~~~~~~~~~~
+Where a side has nearly all its mass on one class, the gradient that reaches it is small in all classes, and the peak's
+own entry is a difference of numbers near 1 or near the divergence: noise, as large as all the rest. But a row's
+gradient sums to zero, and the other entries are products with small probabilities, hence accurate: the peak's is minus
+their sum. It is taken so wherever the peak has more than half of the mass.
 """
 
 from __future__ import annotations
@@ -137,27 +150,43 @@ def rows_of(student: Tensor, teacher: Tensor, temperature: float) -> Rows:
     return Rows(p, q, log_p, log_q, delta, kl, slope, student_excluded, teacher_excluded)
 
 
+def balanced(grad: Tensor, weight: Tensor) -> Tensor:
+    """Rows of ``grad`` with the entry of the class that has most of ``weight``. See Note [Certain rows]."""
+    share, peak = weight.detach().max(-1, keepdim=True)
+    others = grad.scatter(-1, peak, 0)
+    return torch.where(share > 0.5, others.scatter(-1, peak, -others.sum(-1, keepdim=True)), grad)
+
+
 def _kl(rows: Rows, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     small = rows.delta.abs() < _SERIES_BELOW
-    difference = torch.where(small, rows.p * torch.expm1(rows.delta.where(small, 0)), rows.q - rows.p)
+    to_student = torch.where(small, rows.p * torch.expm1(rows.delta.where(small, 0)), rows.q - rows.p)
     to_teacher = -(rows.p * rows.slope).masked_fill(rows.teacher_excluded, 0)
-    return rows.kl, difference / temperature, to_teacher / temperature
+    return rows.kl, balanced(to_student, rows.q) / temperature, balanced(to_teacher, rows.p) / temperature
 
 
 def _js(rows: Rows, temperature: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``beta`` is at most 1/2. See Note [Jensen-Shannon]."""
     p, q, gamma = rows.p, rows.q, 1 - beta
-    small = rows.delta.abs() < _SERIES_BELOW
-    e = torch.expm1(rows.delta.where(small, 0))
-    near = p * (gamma * _psi(e) - _psi(gamma * e))
-    log_m = torch.logaddexp(rows.log_p + math.log(beta), rows.log_q + math.log(gamma))
-    a = torch.where(small, -torch.log1p(gamma * e), rows.log_p - log_m).masked_fill(rows.teacher_excluded, 0)
-    b = torch.where(small, rows.delta - torch.log1p(gamma * e), rows.log_q - log_m).masked_fill(
-        rows.student_excluded, 0
-    )
-    value = torch.where(small, near, beta * p * a + gamma * q * b).sum(-1, keepdim=True)
+    # Where exp(-δ) overflows, or the student has no such class, all of m is the teacher's.
+    reached = rows.delta > 1 - math.log(torch.finfo(p.dtype).max)
+    delta = rows.delta.where(reached & ~rows.teacher_excluded, 0)
+    e = torch.expm1(-delta).masked_fill(rows.teacher_excluded, -1)
+    v = beta * e
+    log_m_q = torch.log1p(v)
+    log_p_m = -torch.log(beta + gamma * torch.exp(rows.delta.where(rows.delta < 0, 0)))
+    teachers = ~reached | (v > 1)  # most of m
+    a = log_p_m.where(teachers, -delta - log_m_q).masked_fill(rows.teacher_excluded, 0)
+    b = (rows.delta + log_p_m).where(~reached, -log_m_q).masked_fill(rows.student_excluded, 0)
+    small = (rows.delta.abs() < _SERIES_BELOW) & ~rows.teacher_excluded
+    bend = torch.where(small, q * _psi(e.where(small, 0)), (q - p) - p * delta)
+    share = torch.where(teachers, beta * p * a + gamma * q * b, beta * bend - q * _psi(v.where(~teachers, 0)))
     to_student = gamma * q * (b - (q * b).sum(-1, keepdim=True))
     to_teacher = beta * p * (a - (p * a).sum(-1, keepdim=True))
-    return value, to_student / temperature, to_teacher / temperature
+    return (
+        share.sum(-1, keepdim=True),
+        balanced(to_student, q) / temperature,
+        balanced(to_teacher, p) / temperature,
+    )
 
 
 def row_divergence(
@@ -172,8 +201,10 @@ def row_divergence(
             value, to_student, to_teacher = value + reverse, to_student + by_student, to_teacher + by_teacher
         else:
             value, to_student, to_teacher = reverse, by_student, by_teacher
-    if divergence == JS:
+    if divergence == JS and beta <= 0.5:
         value, to_student, to_teacher = _js(rows_of(student, teacher, temperature), temperature, beta)
+    elif divergence == JS:
+        value, to_teacher, to_student = _js(rows_of(teacher, student, temperature), temperature, 1 - beta)
     lost = ~value.isfinite()
     return (
         value.clamp(min=0),
