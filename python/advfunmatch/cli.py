@@ -27,10 +27,17 @@ from torch import nn
 
 from . import demo as demo_module
 from .config import FRACTIONS, TrainConfig, check_teacher_model, config_from, read_settings
-from .data import ImageDataset, as_float, load_dataset
+from .data import ImageDataset, as_float, corruption_cells, is_corrupted_set, load_dataset
 from .environment import environment
 from .errors import InputError, ProcessLost, TrainingDiverged, one_of
-from .evaluation import ATTACKS, attack_images, attack_settings, check_attacks, mismatched_examples
+from .evaluation import (
+    ATTACKS,
+    attack_images,
+    attack_settings,
+    check_attacks,
+    evaluate_corruptions,
+    mismatched_examples,
+)
 from .evaluation import evaluate as evaluate_model
 from .files import prepare_file, write_atomically, write_json
 from .methods import PRESETS, methods_text
@@ -127,7 +134,15 @@ def evaluate(
     checkpoint: Checkpoint,
     data: Data,
     out: Annotated[Path, typer.Option(help="JSON file to write")],
-    attacks: Annotated[str, typer.Option(help="names with commas: " + ", ".join(ATTACKS))] = "clean,pgd20",
+    attacks: Annotated[
+        str | None,
+        typer.Option(
+            help="names with commas: "
+            + ", ".join(ATTACKS)
+            + " [default: clean,pgd20; of corrupted sets clean]",
+            show_default=False,
+        ),
+    ] = None,
     eps: Eps = "8/255",
     norm: Norm = "linf",
     teacher: Annotated[
@@ -142,13 +157,26 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint on the test split.
 
-    Writes the figures as JSON. A student is compared with its teacher too, if that is where it was.
+    Writes the figures as JSON. A student is compared with its teacher too, if that is where it was. Of a corrupted set,
+    such as cifar10c:PATH, each corruption and severity is measured, and their means.
     """
+    corrupted = is_corrupted_set(data)
+    attacks = ("clean" if corrupted else "clean,pgd20") if attacks is None else attacks
     names = check_attacks(name.strip() for name in attacks.split(",") if name.strip())
     settings = dataclasses.asdict(attack_settings(eps, norm, seed, batch_size))
     check_teacher_model(teacher_model, teacher)
-    test_set = load_dataset(data, split="test", limit=limit).to(choose_device(device))
+    if corrupted and teacher is not None:
+        raise InputError(f"teacher is {teacher!r}, but corrupted sets measure no fidelity")
+    one = corruption_cells(data)[0].name if corrupted else data
+    test_set = load_dataset(one, split="test", limit=limit).to(choose_device(device))
     network, stored = _load(checkpoint, model, test_set)
+    if corrupted:
+        prepare_file(out, "out")
+        measured = evaluate_corruptions(network, data, names, limit=limit, **settings)
+        about = {"checkpoint": checkpoint, "model": stored["model"], "data": data}
+        write_json(out, measured.to_dict() | about | {"environment": environment(test_set.images.device)})
+        print("\n".join(measured.to_text(name) for name in names))
+        return
     if teacher is None:
         teacher, teacher_model = _remembered_teacher(stored)
     teacher_network = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .corruptions import CorruptionEvaluation, evaluate_corruptions
 from .evaluate import (
     ATTACKS,
     AttackSettings,
@@ -17,11 +18,13 @@ from .evaluate import (
 __all__ = [
     "ATTACKS",
     "AttackSettings",
+    "CorruptionEvaluation",
     "Evaluation",
     "attack_images",
     "attack_settings",
     "check_attacks",
     "evaluate",
+    "evaluate_corruptions",
     "masking_warnings",
     "mismatched_examples",
 ]

@@ -20,6 +20,8 @@ from .cifar import CIFAR10_CLASSES, load_array, require_cifar_images
 
 SEVERITIES = (1, 2, 3, 4, 5)
 LABELS = "labels"
+# Published beside the benchmark's fifteen, for tuning; its mean leaves them out, though they lie in the same folder.
+BESIDE = ("gaussian_blur", "saturate", "spatter", "speckle_noise")
 _CIFAR100 = """
     apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
     caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
@@ -31,6 +33,47 @@ _CIFAR100 = """
 """
 CIFAR100_CLASSES = tuple(_CIFAR100.split())
 CLASSES = {"cifar10c": CIFAR10_CLASSES, "cifar100c": CIFAR100_CLASSES}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One severity of one corruption.
+
+    Attributes:
+        corruption, severity: which.
+        name: what `load_dataset` reads it by, such as ``"cifar10c:PATH@fog:3"``.
+    """
+
+    corruption: str
+    severity: int
+    name: str
+
+    @property
+    def in_mean(self) -> bool:
+        """Whether the benchmark's mean counts it."""
+        return self.corruption not in BESIDE
+
+
+def corruption_cells(name: str) -> list[Cell]:
+    """The severities of the corruptions in a set such as ``"cifar10c:PATH"``, or those of them that the name selects.
+
+    Raises:
+        InputError: the folder, a corruption or a severity is not there.
+    """
+    kind, _, path = name.partition(":")
+    if kind not in CLASSES:
+        raise one_of("the form of a corrupted set", kind, CLASSES)
+    selection = parse_selection(path)
+    return [
+        Cell(corruption, severity, f"{kind}:{selection.folder}@{corruption}:{severity}")
+        for corruption in selection.corruptions
+        for severity in selection.severities
+    ]
+
+
+def is_corrupted_set(name: str) -> bool:
+    """Whether a name is that of a set by corruption and severity."""
+    return name.partition(":")[0] in CLASSES
 
 
 @dataclass(frozen=True)
