@@ -27,7 +27,7 @@ AFM_INLINE Vec<float> load_class(const char* p) {
   if constexpr (dtype == DType::kBFloat16)
     return load_bfloat16(reinterpret_cast<const BFloat16*>(p));
   else if constexpr (dtype == DType::kFloat16)
-    return load_float16(reinterpret_cast<const uint16_t*>(p));
+    return load_float16(reinterpret_cast<const Float16*>(p));
   else
     return Vec<float>::load(reinterpret_cast<const float*>(p));
 }
@@ -37,7 +37,7 @@ AFM_INLINE void store_class(Vec<float> x, char* p) {
   if constexpr (dtype == DType::kBFloat16)
     store_bfloat16(x, reinterpret_cast<BFloat16*>(p));
   else if constexpr (dtype == DType::kFloat16)
-    store_float16(x, reinterpret_cast<uint16_t*>(p));
+    store_float16(x, reinterpret_cast<Float16*>(p));
   else
     x.store(reinterpret_cast<float*>(p));
 }

@@ -451,7 +451,7 @@ struct Worker {
     PlainSums plain;
     plain.shift = row.student_shift;
     if (!known && !sum_plain(row, keep, plain)) return kNotANumber;
-    T buffer;
+    T buffer{};
     const double label_logit = *student.at_class(hard.label).read(0, 1, &buffer);
     const double above = label_logit - plain.shift;
     const double log_sum = !known                       ? __builtin_log(plain.sum)

@@ -10,23 +10,6 @@ namespace {
 // Vectors in flight, to cover the latency of the arithmetic.
 constexpr int kUnroll = 2;
 
-// A float16 in memory.
-struct Float16 {
-  uint16_t bits;
-};
-AFM_INLINE Vec<float> load_float16(const Float16* p) { return load_float16(&p->bits); }
-AFM_INLINE Vec<float> load_float16(const Float16* p, int n, Vec<float> fill) {
-  uint16_t lanes[Vec<float>::width] = {};
-  memcpy(lanes, p, static_cast<size_t>(n) * sizeof(*p));
-  return select(Vec<float>::first(n), load_float16(lanes), fill);
-}
-AFM_INLINE void store_float16(Vec<float> x, Float16* p) { store_float16(x, &p->bits); }
-AFM_INLINE void store_float16(Vec<float> x, Float16* p, int n) {
-  uint16_t lanes[Vec<float>::width];
-  store_float16(x, lanes);
-  memcpy(p, lanes, static_cast<size_t>(n) * sizeof(*p));
-}
-
 // Where a vector stands among the kUnroll that a round of a loop takes.
 enum Place { kAlone, kFirst, kSecond };
 

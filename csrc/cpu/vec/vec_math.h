@@ -192,8 +192,8 @@ struct ScaledExp {
   AFM_MEMBER V unbounded(V v) const {
     static constexpr Exp2Table<T> kTable;
     const V sum = fma(v, V(to_log2), V(kMagic)), n = sum - V(kMagic);
-    const V fraction = fms(v, V(to_log2), n);
-    return times_power_of_2(power_of_2(fraction, pick(kTable.entries, sum)), n);
+    const V fraction = Registers<T>::fms(v.v, V(to_log2).v, n.v);
+    return Registers<T>::times_power_of_2(power_of_2(fraction, pick(kTable.entries, sum.v)).v, n.v);
   }
 
   // The same, but -inf and NaN give 0, and so does what would be subnormal.
@@ -269,7 +269,7 @@ struct ScaledExp {
 #if AFM_CAPABILITY_AVX2
     if constexpr (kSteps == 8) {
       static constexpr Exp2Bits kBits;
-      return exponent_from_low_bits<3>(sum, pick(kBits.entries, sum));
+      return exponent_from_low_bits<3>(sum, V(pick(kBits.entries, sum.v)));
     }
 #endif
     return exponent_from_low_bits(sum);
