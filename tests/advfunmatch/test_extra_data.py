@@ -49,7 +49,7 @@ def test_an_epoch_of_given_length_goes_on_from_pass_to_pass() -> None:
 
 @pytest.fixture
 def generated(tmp_path: Path) -> str:
-    """A generated set of 200 images, sorted class by class; image i is i everywhere. Classes 5 to 9 lack their labels."""
+    """A generated set of 200 images, sorted class by class; image i is i everywhere. Classes 5 to 9 lack labels."""
     images = np.arange(200, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
     labels = np.arange(200) // 20
     np.savez(tmp_path / "generated.npz", image=images, label=np.where(labels < 5, labels, UNLABELLED))
