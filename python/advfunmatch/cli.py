@@ -1,4 +1,4 @@
-"""The command line: `advfunmatch train`, `evaluate`, `attack`, `report`, `methods`, `demo`; or `python -m advfunmatch`.
+"""The command line: `advfunmatch train`, `evaluate`, `attack`, `report`, `methods`, `models`, `demo`.
 
 Note [Exit codes]
 ~~~~~~~~~~~~~~~~~
@@ -42,7 +42,7 @@ from .evaluation import evaluate as evaluate_model
 from .files import prepare_file, write_atomically, write_json
 from .methods import PRESETS, methods_text
 from .methods import preset as make_preset
-from .models import ClassesReordered, load_network
+from .models import ClassesReordered, load_network, models_text
 from .report import demo_table, write_report
 from .training import train as train_model
 from .training.distributed import leave_world
@@ -262,6 +262,15 @@ def methods() -> None:
     What each attack maximises, its loss, and its defaults with their sources.
     """
     print(methods_text())
+
+
+@app.command()
+def models() -> None:
+    """Print the table of networks.
+
+    The names that --model takes, whose code each network is equal to, and which share one state dict.
+    """
+    print(models_text())
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .checkpoint import load_model, load_network, model_of, read_checkpoint, require_forward, save_checkpoint
 from .fit import ClassesReordered
 from .outside import load_weights
-from .zoo import FAMILIES, create_model
+from .zoo import FAMILIES, create_model, models_text, same_weights
 
 __all__ = [
     "FAMILIES",
@@ -15,7 +15,9 @@ __all__ = [
     "load_network",
     "load_weights",
     "model_of",
+    "models_text",
     "read_checkpoint",
     "require_forward",
+    "same_weights",
     "save_checkpoint",
 ]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .initialise import initialise
+
 
 class BasicBlock(nn.Module):
     expansion = 1
@@ -61,7 +63,8 @@ def _downsample(in_planes: int, out_planes: int, stride: int) -> nn.Module | Non
 
 
 class ResNet(nn.Module):
-    """A residual network on small images; `depths` is the number of blocks in each of its four stages."""
+    """A residual network on small images; `depths` is the number of blocks in each of its four stages, and `strides`
+    the first block's in each."""
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class ResNet(nn.Module):
         depths: tuple[int, ...],
         num_classes: int,
         in_channels: int,
+        strides: tuple[int, ...] = (1, 2, 2, 2),
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
@@ -80,15 +84,13 @@ class ResNet(nn.Module):
             planes = 64 * 2**stage
             blocks = nn.Sequential()
             for index in range(depth):
-                blocks.append(block(in_planes, planes, 2 if stage > 0 and index == 0 else 1))
+                blocks.append(block(in_planes, planes, strides[stage] if index == 0 else 1))
                 in_planes = planes * block.expansion
             stages.append(blocks)
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(in_planes, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
@@ -96,16 +98,18 @@ class ResNet(nn.Module):
         return self.fc(self.avgpool(out).flatten(1))
 
 
-def resnet18(num_classes: int, in_channels: int) -> ResNet:
-    """ResNet-18, 11.2 million parameters."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, in_channels)
+DEPTHS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+}
 
 
-def resnet34(num_classes: int, in_channels: int) -> ResNet:
-    """ResNet-34, 21.3 million parameters."""
-    return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, in_channels)
+def resnet(num_classes: int, in_channels: int, depth: int) -> ResNet:
+    """ResNet-18, 34 and 50 have 11.2, 21.3 and 23.5 million parameters."""
+    return ResNet(*DEPTHS[depth], num_classes, in_channels)
 
 
-def resnet50(num_classes: int, in_channels: int) -> ResNet:
-    """ResNet-50, 23.5 million parameters."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, in_channels)
+def resnet_lbgat(num_classes: int, in_channels: int, depth: int) -> ResNet:
+    """With stride 1 in the second stage, so that the last feature map of a 32×32 image is 8×8."""
+    return ResNet(*DEPTHS[depth], num_classes, in_channels, strides=(1, 1, 2, 2))

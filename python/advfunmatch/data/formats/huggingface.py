@@ -55,13 +55,7 @@ def read_huggingface(wanted: Wanted) -> Contents:
         for split, numbers in stored.items()
     }
     names = getattr(features[label], "names", None)
-    classes = (
-        tuple(names)
-        if names
-        else numbered_classes(
-            np.concatenate(list(labels.values())), wanted.path, unlabelled=wanted.unlabelled
-        )
-    )
+    classes = tuple(names) if names else numbered_classes(np.concatenate(list(labels.values())), wanted.path)
 
     def encoded(listed: Iterable[Shard], kept: np.ndarray | None) -> Iterator[Encoded]:
         offset = 0
