@@ -41,9 +41,11 @@ NAMED = {
     "teacher": "a checkpoint",
     "teacher_model": "an architecture",
     "extra_data": "a data set",
+    "data_cache": "a folder",
 }
 LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "limit", "eval_limit", "accumulate"), 1),
+    **dict.fromkeys(("resize", "crop", "epoch_images"), 1),
     **dict.fromkeys(("steps", "early_steps", "monitor_images"), 1),
     **dict.fromkeys(("eval_every", "save_every", "warmup_epochs", "begin_epoch", "awp_warmup"), 0),
 }
@@ -62,7 +64,9 @@ class TrainConfig:
     those of a resolved configuration, which is what everything but the command line works with.
     """
 
-    data: str = field(metadata={"help": "digits, folder:PATH, npz:PATH, cifar10:PATH or cifar100:PATH"})
+    data: str = field(
+        metadata={"help": "digits, or FORM:PATH with a form such as folder, npz, cifar10 or imagenet"}
+    )
     model: str = field(
         metadata={"help": "network to train, e.g. small_cnn, small_cnn-8, resnet18, wrn-34-10"}
     )
@@ -74,11 +78,19 @@ class TrainConfig:
     batch_size: int = _field("images a step", 128)
     limit: int | None = _field("train on this many images, drawn at random with a fixed seed")
     eval_limit: int | None = _field("final evaluation on this many test images instead of all")
+    resize: int | None = _field("scale images so that their shorter side has this many pixels")
+    crop: int | None = _field("cut a square of this many pixels from the middle of each image")
+    data_cache: str | None = _field(
+        "folder for decoded training images, which are then read from it as needed instead of held in memory"
+    )
     augment: str = _field("augmentations with commas: " + ", ".join([*ON_STORED, *MIXING]), "")
     extra_data: str | None = _field(
         "second source of training images, named like --data; its train split is used"
     )
     extra_ratio: float = _field("share of each batch that comes from it", 0.5)
+    epoch_images: int | None = _field(
+        "images that count as an epoch, extra ones included [default: until --data was seen once]"
+    )
     seed: int = _field("fixes weights, order and attacks", 0)
 
     lr: float = _field("peak learning rate", 0.1)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import InputError
+from .dataset import UNLABELLED
 
 MOST_CLASSES = 1_000_000  # more is a mistake, such as indices in place of labels
 # How an array may be laid out, and the order of its axes that makes it (N, C, H, W), or (N, H, W) for three of them.
@@ -104,7 +105,7 @@ def as_class_numbers(labels: np.ndarray, name: str, path: str, *, unlabelled: bo
             "store argmax(1)"
         )
     labels = labels.reshape(-1)
-    lowest = -1 if unlabelled else 0
+    lowest = UNLABELLED if unlabelled else 0
     if not np.issubdtype(labels.dtype, np.integer) or (
         labels.size and not lowest <= labels.min() <= labels.max() < MOST_CLASSES
     ):
@@ -114,18 +115,21 @@ def as_class_numbers(labels: np.ndarray, name: str, path: str, *, unlabelled: bo
     return labels.astype(np.int64)
 
 
-def numbered_classes(labels: np.ndarray, path: str) -> tuple[str, ...]:
+def numbered_classes(labels: np.ndarray, path: str, *, unlabelled: bool = False) -> tuple[str, ...]:
     """The numbers from 0 to the largest label as names of classes, where nothing else names them.
 
     Args:
         labels: of every split that is there, so that no class is missing from one of them.
         path: the file, for a sentence.
+        unlabelled: whether images without label, and so sets of one class or none, are allowed.
 
     Raises:
         InputError: there is but one class.
     """
     last = int(labels.max())
-    if last < 1:
+    if last == UNLABELLED:
+        return ()
+    if last < 1 and not unlabelled:
         raise InputError(f"{path!r} holds only one class, but at least 2 are needed")
     if labels.min() == 1:
         warnings.warn(

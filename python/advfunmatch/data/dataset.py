@@ -11,6 +11,8 @@ from ..errors import InputError
 from .classes import match_classes
 from .mapped import MappedImages
 
+UNLABELLED = -1
+
 
 @dataclass(frozen=True)
 class ImageDataset:
@@ -64,6 +66,11 @@ class ImageDataset:
         """The images at `indices`, in that order."""
         images = self.images.keep(indices) if isinstance(self.images, MappedImages) else self.images[indices]
         return replace(self, images=images, labels=self.labels[indices])
+
+    def ask_for(self, indices: torch.Tensor) -> None:
+        """Have those images read from their file, if they stay in one, so that indexing them later does not wait."""
+        if isinstance(self.images, MappedImages):
+            self.images.ask_for(indices)
 
     def with_classes_of(self, other: ImageDataset) -> ImageDataset:
         """The same images, their labels counted in the order of another set's classes; InputError if those differ."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import make_folder
 from .dataset import ImageDataset, choose
-from .mapped import MappedImages
+from .mapped import MappedFile, MappedImages
 
 PART = 1024  # images handed over at a time: 3 MB of CIFAR, 150 MB of ImageNet
 
@@ -175,8 +175,7 @@ def _in_cache(parts: Callable[[], Iterator[np.ndarray]], count: int, wanted: Wan
             fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of a run want the same file; one writes it
             if not stored.exists():
                 _write(stored, parts(), count)
-        # Copy-on-write, since PyTorch knows no tensors that cannot be written to; nobody writes.
-        return MappedImages(torch.from_numpy(np.load(stored, mmap_mode="c")))
+        return MappedImages(MappedFile(stored))
     except OSError as error:
         raise InputError(f"data_cache {wanted.cache!r} cannot be used: {error.strerror}") from error
 

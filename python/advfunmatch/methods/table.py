@@ -77,6 +77,11 @@ class Method:
     defaults: Mapping[str, Default] = field(default_factory=dict)
 
     @property
+    def attacks_labels(self) -> bool:
+        """Whether the attack moves away from the labels, so that no image can be without."""
+        return self.objective == "cross_entropy"
+
+    @property
     def unused(self) -> tuple[str, ...]:
         """Settings that neither the loss nor the attack looks at."""
         if self.reads is None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from afm_kernels import distillation_loss, softmax_kl_div
 
 from ..config import TrainConfig
+from ..data import UNLABELLED
 
 Network = Callable[[Tensor], Tensor]
 
@@ -90,7 +91,13 @@ def _match(student: Tensor, target: Tensor, config: TrainConfig) -> Tensor:
 def _cross_entropy(logits: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
     # With alpha = 0 the fused loss is the cross-entropy alone, and looks at no teacher.
     return distillation_loss(
-        logits, logits.detach(), labels, alpha=0.0, temperature=1.0, label_smoothing=config.label_smoothing
+        logits,
+        logits.detach(),
+        labels,
+        alpha=0.0,
+        temperature=1.0,
+        label_smoothing=config.label_smoothing,
+        ignore_index=UNLABELLED,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class WeightAverage:
 
 
 @torch.no_grad()
-def refresh_batch_norm(model: nn.Module, batches: list[Tensor]) -> None:
+def refresh_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace batch-norm statistics, which an equal average of weights does not share, by those of `batches`."""
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [layer.momentum for layer in layers]

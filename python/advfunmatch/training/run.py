@@ -6,6 +6,7 @@ import copy
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..attacks import PGDAttack
 from ..config import TrainConfig
-from ..data import ImageDataset, as_float, load_dataset
+from ..data import ImageDataset, as_extra_images, as_float, load_dataset, require_labels
 from ..data.augment import augmented, parse_augmentation
 from ..environment import environment
 from ..errors import InputError, one_of
@@ -83,7 +84,13 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches that show every training image once."""
+        """Batches of an epoch: those that show every training image once, or `epoch_images` with extra ones."""
+        if self.config.epoch_images is not None:
+            return math.ceil(self.config.epoch_images / self.config.batch_size)
+        return self._steps_per_pass
+
+    @property
+    def _steps_per_pass(self) -> int:
         return math.ceil(len(self.train_set) / self.batch_size)
 
     @property
@@ -98,8 +105,22 @@ class Run:
 
     def images_in(self, batches: range) -> int:
         """How many images those batches of an epoch have, extra ones included."""
-        own = min(batches.stop * self.batch_size, len(self.train_set)) - batches.start * self.batch_size
-        return own + len(batches) * self.config.extra_images
+        return self._own_images_in(batches) + len(batches) * self.config.extra_images
+
+    def counted_in(self, batches: range) -> int:
+        """How many images count towards the epoch: all of them where `epoch_images` does, and else none but its own."""
+        if self.config.epoch_images is not None:
+            return self.images_in(batches)
+        return self._own_images_in(batches)
+
+    def _own_images_in(self, batches: range) -> int:
+        in_pass = (index % self._steps_per_pass for index in batches)
+        return sum(min(self.batch_size, len(self.train_set) - index * self.batch_size) for index in in_pass)
+
+    @property
+    def images_per_epoch(self) -> int:
+        """How many images count in a whole epoch."""
+        return self.counted_in(range(self.steps_per_epoch))
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Augmented images and labels of one batch, extra images included."""
@@ -199,16 +220,22 @@ def _load_data(
     config: TrainConfig, device: torch.device
 ) -> tuple[ImageDataset, ImageDataset, ImageDataset | None]:
     """The training, test and extra images, which must be of one kind."""
-    train_set = load_dataset(config.data, split="train", limit=config.limit).to(device)
-    test_set = load_dataset(config.data, split="test", limit=config.eval_limit).to(device)
+    read = partial(load_dataset, resize=config.resize, crop=config.crop)
+    train_set = read(config.data, split="train", limit=config.limit, cache=config.data_cache).to(device)
+    test_set = read(config.data, split="test", limit=config.eval_limit).to(device)
     _require_same_images(train_set, test_set)
     test_set = test_set.with_classes_of(train_set)
     if not config.extra_data:
         return train_set, test_set, None
-    extra_set = load_dataset(config.extra_data, split="train", what="extra_data").to(device)
+    extra_set = read(
+        config.extra_data, split="train", cache=config.data_cache, unlabelled=True, what="extra_data"
+    ).to(device)
     _require_same_images(train_set, extra_set)
-    if get_method(config.method).needs_labels:
-        extra_set = extra_set.with_classes_of(train_set)
+    method = get_method(config.method)
+    if method.needs_labels:
+        extra_set = as_extra_images(extra_set, train_set)
+    if method.attacks_labels:
+        require_labels(extra_set, f"method {config.method!r}")
     return train_set, test_set, extra_set
 
 

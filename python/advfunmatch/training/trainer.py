@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
+from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..attacks import PGDAttack
 from ..config import TrainConfig
-from ..data import as_float, choose
+from ..data import ImageDataset, as_float, choose
 from ..errors import TrainingDiverged
 from ..evaluation import evaluate
 from ..files import write_json, write_json_lines
@@ -76,7 +76,7 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
     if show and leads and (unused := unused_settings(config)):
         given = ", ".join(f"{name} = {getattr(config, name)}" for name in unused)
         print(f"warning: method {config.method!r} does not use {given}", file=sys.stderr)
-    images = len(run.train_set)
+    images = run.images_per_epoch
     progress = TrainingProgress(
         label or f"{config.method} {config.model}",
         total=config.epochs * images,
@@ -104,13 +104,14 @@ def train_epoch(run: Run, epoch: int, progress: TrainingProgress) -> None:
     run.student.train()
     if run.attack is not None:
         run.attack.steps = attack_steps(config, epoch)
-    order = batches(len(run.train_set), run.batch_size, config.seed, epoch)
+    order = batches(len(run.train_set), run.batch_size, config.seed, epoch, run.steps_per_epoch)
+    order = reading_ahead(order, run.train_set)
     unread: list[Tensor] = []
     for index, indices in islice(enumerate(order), state.step % run.steps_per_epoch, None):
         loss = train_step(run, epoch, index, indices)
         state.loss_sum += loss
         unread.append(loss)
-        progress.advance(len(indices))
+        progress.advance(run.counted_in(range(index, index + 1)))
         ends = index + 1 == run.steps_per_epoch
         saves = not ends and saves_after(run, index)
         if ends or saves or state.step % CHECK_EVERY == 0:
@@ -123,7 +124,7 @@ def train_epoch(run: Run, epoch: int, progress: TrainingProgress) -> None:
     if config.swa_start is not None and epoch >= config.swa_start and state.average:
         state.average.update(run.student)
         parts = run.train_set.images.split(config.batch_size)
-        refresh_batch_norm(state.average.model, [as_float(images) for images in parts])
+        refresh_batch_norm(state.average.model, (as_float(images) for images in parts))
     state.seconds += time.perf_counter() - started
 
 
@@ -221,10 +222,24 @@ def attack_steps(config: TrainConfig, epoch: int) -> int:
     return config.early_steps if early and config.early_steps else config.steps
 
 
-def batches(images: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """Indices of one epoch's batches: every image once, in an order that (seed, epoch) decides."""
+def batches(
+    images: int, batch_size: int, seed: int, epoch: int, steps: int | None = None
+) -> Iterator[Tensor]:
+    """Indices of one epoch's batches, in an order that (seed, epoch) decides: every image once, or pass after pass
+    until there are `steps` of them."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
-    yield from torch.randperm(images, generator=generator).split(batch_size)
+    passes = (torch.randperm(images, generator=generator).split(batch_size) for _ in count())
+    yield from next(passes) if steps is None else islice(chain.from_iterable(passes), steps)
+
+
+def reading_ahead(order: Iterator[Tensor], data: ImageDataset) -> Iterator[Tensor]:
+    """The same batches, each handed out when the next one's images were asked for, where they stay in a file."""
+    indices = next(order)
+    for following in order:
+        data.ask_for(following)
+        yield indices
+        indices = following
+    yield indices
 
 
 def derive_seed(seed: int, what: str, number: int) -> int:
@@ -296,7 +311,7 @@ def epoch_row(run: Run, epoch: int) -> dict[str, Any]:
         "loss": float(state.loss_sum) / run.steps_per_epoch,
         "lr": state.optimizer.param_groups[0]["lr"],
         "seconds": round(state.seconds, 3),
-        "images_per_second": round((epoch + 1) * len(run.train_set) / state.seconds, 1),
+        "images_per_second": round((epoch + 1) * run.images_per_epoch / state.seconds, 1),
     }
 
 
@@ -341,7 +356,7 @@ def final_result(run: Run) -> dict[str, Any]:
         "epochs": config.epochs,
         "train_images": len(run.train_set),
         "seconds": round(state.seconds, 2),
-        "images_per_second": round(config.epochs * len(run.train_set) / state.seconds, 1),
+        "images_per_second": round(config.epochs * run.images_per_epoch / state.seconds, 1),
         "config": config.to_dict(),
         "environment": run.made_with,
     }

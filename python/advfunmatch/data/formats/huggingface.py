@@ -55,7 +55,13 @@ def read_huggingface(wanted: Wanted) -> Contents:
         for split, numbers in stored.items()
     }
     names = getattr(features[label], "names", None)
-    classes = tuple(names) if names else numbered_classes(np.concatenate(list(labels.values())), wanted.path)
+    classes = (
+        tuple(names)
+        if names
+        else numbered_classes(
+            np.concatenate(list(labels.values())), wanted.path, unlabelled=wanted.unlabelled
+        )
+    )
 
     def encoded(listed: Iterable[Shard], kept: np.ndarray | None) -> Iterator[Encoded]:
         offset = 0

@@ -16,6 +16,7 @@ from numpy.lib.npyio import NpzFile
 
 from ...errors import InputError
 from ..arrays import as_class_numbers, as_pixels, find_axes, numbered_classes
+from ..dataset import UNLABELLED
 from ..loading import PART, Contents, Wanted, in_parts
 
 # The names under which archives hold images and labels of each split, as different projects write them.
@@ -35,7 +36,7 @@ def read_npz(wanted: Wanted) -> Contents:
     """One split: images (N, H, W), (N, H, W, C) or (N, C, H, W), as uint8 or as floats in [0, 1]."""
     path = wanted.path
     with _opened(path) as archive:
-        keys = _keys(archive.files, wanted.split, path)
+        keys = _keys(archive.files, wanted)
         headers = {name: _header(archive, name) for name, _ in keys.values() if name in archive.files}
         labels = {name: archive[name] for _, name in keys.values() if name in archive.files}
         class_names = archive["class_names"] if "class_names" in archive.files else None
@@ -43,6 +44,8 @@ def read_npz(wanted: Wanted) -> Contents:
     if any(dtype.hasobject for _, _, dtype in headers.values()):
         raise InputError(OBJECTS.format(repr(path)))
     shapes = {name: shape for name, (shape, _, _) in headers.items()}
+    if own[1] not in labels:
+        labels[own[1]] = np.full(shapes[own[0]][:1], UNLABELLED)
     numbers = {
         name: as_class_numbers(stored, name, path, unlabelled=wanted.unlabelled)
         for name, stored in sorted(labels.items())
@@ -50,7 +53,11 @@ def read_npz(wanted: Wanted) -> Contents:
     # Both splits decide, so that they cannot be read in different ways, nor a class be missing from one of them.
     pairs = [own, *(pair for pair in keys.values() if pair != own and {*pair} <= {*shapes, *labels})]
     axes = find_axes([(x, shapes[x], len(numbers[y])) for x, y in pairs], path)
-    names = _class_names(class_names, np.concatenate(list(numbers.values())), path)
+    every_label = np.concatenate(list(numbers.values()))
+    if class_names is not None:
+        names = _checked_names(class_names, int(every_label.max()), path)
+    else:
+        names = numbered_classes(every_label, path, unlabelled=wanted.unlabelled)
 
     def parts(kept: np.ndarray) -> Iterator[np.ndarray]:
         highest = 0
@@ -120,8 +127,9 @@ def _rows(archive: NpzFile, name: str, axes: tuple[int, ...], kept: np.ndarray) 
                 yield rows[kept[first:last] - start]
 
 
-def _keys(stored: list[str], split: str, path: str) -> dict[str, tuple[str, str]]:
+def _keys(stored: list[str], wanted: Wanted) -> dict[str, tuple[str, str]]:
     """The names of images and labels by split; InputError if the wanted split is not stored."""
+    split, path = wanted.split, wanted.path
     for family in KEYS:
         if {name for pair in family.values() for name in pair} & {*stored}:
             break
@@ -132,7 +140,10 @@ def _keys(stored: list[str], split: str, path: str) -> dict[str, tuple[str, str]
             f"{path!r} holds {' and '.join(family['train'])}, training images alone, and has no {split} split; it "
             "goes with extra_data"
         )
-    missing = [name for name in family[split] if name not in stored]
+    images, labels = family[split]
+    missing = [name for name in (images, labels) if name not in stored]
+    if wanted.unlabelled and missing == [labels]:
+        return family
     if missing:
         needed = [name for pair in family.values() for name in pair]
         raise InputError(
@@ -140,13 +151,6 @@ def _keys(stored: list[str], split: str, path: str) -> dict[str, tuple[str, str]
             f"and holds {', '.join(stored) or 'nothing'}"
         )
     return family
-
-
-def _class_names(stored: np.ndarray | None, labels: np.ndarray, path: str) -> tuple[str, ...]:
-    """The names of the classes: the stored ones, or else the numbers up to the largest label of either split."""
-    if stored is not None:
-        return _checked_names(stored, int(labels.max()), path)
-    return numbered_classes(labels, path)
 
 
 def _checked_names(class_names: np.ndarray, last: int, path: str) -> tuple[str, ...]:

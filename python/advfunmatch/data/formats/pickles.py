@@ -53,7 +53,9 @@ def read_pickle(wanted: Wanted) -> Contents:
     axes = find_axes([(image_key, images.shape, len(labels))], path)
     images = as_pixels(images.transpose(axes), image_key, path)
     return Contents(
-        in_parts(images if images.ndim == 4 else images[:, None]), labels, numbered_classes(labels, path)
+        in_parts(images if images.ndim == 4 else images[:, None]),
+        labels,
+        numbered_classes(labels, path, unlabelled=wanted.unlabelled),
     )
 
 

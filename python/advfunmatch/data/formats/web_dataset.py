@@ -47,7 +47,7 @@ def read_webdataset(wanted: Wanted) -> Contents:
         for split, listed in by_split.items()
         if listed
     }
-    names = numbered_classes(np.concatenate(list(labels.values())), wanted.path)
+    names = numbered_classes(np.concatenate(list(labels.values())), wanted.path, unlabelled=wanted.unlabelled)
 
     def parts(kept: np.ndarray) -> Iterator[np.ndarray]:
         from ..image_files import any_colour, decoded_parts
