@@ -124,6 +124,12 @@ Norm = Annotated[str, typer.Option(help="norm of the ball: linf or l2")]
 Model = Annotated[str | None, typer.Option(help="architecture, if --checkpoint is another project's")]
 TeacherModel = Annotated[str | None, typer.Option(help="architecture, if --teacher is another project's")]
 Limit = Annotated[int | None, typer.Option(help="use this many test images instead of all")]
+Resize = Annotated[
+    int | None, typer.Option(help="scale images so that their shorter side has this many pixels")
+]
+Crop = Annotated[
+    int | None, typer.Option(help="cut a square of this many pixels from the middle of each image")
+]
 BatchSize = Annotated[int, typer.Option(help="images attacked at a time")]
 Seed = Annotated[int, typer.Option(help="seeds the attacks")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto")]
@@ -151,6 +157,8 @@ def evaluate(
     model: Model = None,
     teacher_model: TeacherModel = None,
     limit: Limit = None,
+    resize: Resize = None,
+    crop: Crop = None,
     batch_size: BatchSize = 500,
     seed: Seed = 0,
     device: Device = "auto",
@@ -168,11 +176,15 @@ def evaluate(
     if corrupted and teacher is not None:
         raise InputError(f"teacher is {teacher!r}, but corrupted sets measure no fidelity")
     one = corruption_cells(data)[0].name if corrupted else data
-    test_set = load_dataset(one, split="test", limit=limit).to(choose_device(device))
+    test_set = load_dataset(one, split="test", limit=limit, resize=resize, crop=crop).to(
+        choose_device(device)
+    )
     network, stored = _load(checkpoint, model, test_set)
     if corrupted:
         prepare_file(out, "out")
-        measured = evaluate_corruptions(network, data, names, limit=limit, **settings)
+        measured = evaluate_corruptions(
+            network, data, names, limit=limit, resize=resize, crop=crop, **settings
+        )
         about = {"checkpoint": checkpoint, "model": stored["model"], "data": data}
         write_json(out, measured.to_dict() | about | {"environment": environment(test_set.images.device)})
         print("\n".join(measured.to_text(name) for name in names))
@@ -201,6 +213,8 @@ def attack(
     model: Model = None,
     teacher_model: TeacherModel = None,
     limit: Limit = None,
+    resize: Resize = None,
+    crop: Crop = None,
     batch_size: BatchSize = 500,
     seed: Seed = 0,
     device: Device = "auto",
@@ -217,7 +231,9 @@ def attack(
         raise InputError(f"teacher is {teacher!r}, but attack {attack!r} uses none; mismatch does")
     check_teacher_model(teacher_model, teacher)
     settings = dataclasses.asdict(attack_settings(eps, norm, seed, batch_size))
-    test_set = load_dataset(data, split="test", limit=limit).to(choose_device(device))
+    test_set = load_dataset(data, split="test", limit=limit, resize=resize, crop=crop).to(
+        choose_device(device)
+    )
     network, _ = _load(checkpoint, model, test_set)
     x = as_float(test_set.images)
     if attack == "mismatch":

@@ -95,6 +95,8 @@ def evaluate_corruptions(
     norm: str = "linf",
     seed: int = 0,
     limit: int | None = None,
+    resize: int | None = None,
+    crop: int | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> CorruptionEvaluation:
     """Measure a model on each severity of each corruption.
@@ -105,6 +107,7 @@ def evaluate_corruptions(
         attacks: as for `evaluate`; ``"clean"`` measures the corrupted images as they are.
         eps, norm, seed, batch_size: as for `evaluate`.
         limit: how many images of each cell, the same ones of each; None for all.
+        resize, crop: as for `load_dataset`.
 
     Raises:
         InputError: as `evaluate` and `load_dataset` raise it.
@@ -112,7 +115,7 @@ def evaluate_corruptions(
     attacks = check_attacks(attacks)
     measured = []
     for cell in corruption_cells(name):
-        data = load_dataset(cell.name, split="test", limit=limit)
+        data = load_dataset(cell.name, split="test", limit=limit, resize=resize, crop=crop)
         measured.append(
             (cell, evaluate(model, data, attacks, eps=eps, norm=norm, seed=seed, batch_size=batch_size))
         )
