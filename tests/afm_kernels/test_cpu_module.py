@@ -6,11 +6,13 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Host
 
 from afm_kernels import backend_info, ops, pgd_step, scale_shift_relu, use_backend
 
@@ -43,18 +45,28 @@ def test_capability_is_reported() -> None:
     assert backend_info()["cpu_capability"] in CAPABILITIES
 
 
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    with Host() as host:
+        yield host
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_instruction_set_is_right(capability: str) -> None:
+def test_every_instruction_set_is_right(host: Host, capability: str) -> None:
     """The values that the tests of the stems check, once more on each instruction set that this machine has."""
     best = best_capability()
     if CAPABILITIES.index(capability) > CAPABILITIES.index(best):
         pytest.skip(f"this machine runs no more than {best}")
     if capability == backend_info()["cpu_capability"]:
         pytest.skip("the tests of the stems in this very run are on it")
-    tests = [f"tests/afm_kernels/test_{stem}.py" for stem in ("pgd_step", "scale_shift_relu", "conv3x3")]
-    run = python("-m", "pytest", "-q", "-k", "cpp and truth", *tests, AFM_CPU_CAPABILITY=capability)
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert " passed" in run.stdout
+    stems = ("softmax_kl", "distillation", "dkl", "pgd_step", "scale_shift_relu", "conv3x3")
+    done = host.pytest(
+        *("-k", "cpp and (truth or rows_and_gradients or published_form)"),
+        *(f"tests/afm_kernels/test_{stem}.py" for stem in stems),
+        AFM_CPU_CAPABILITY=capability,
+    )
+    assert done.returncode == 0, done.said[-3000:]
+    assert " passed" in done.said
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,16 @@ borders, rows that are split over blocks, views off the 16-byte alignment, and t
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_emulator"))
 import cuda_emulator
+from forks import Host
 
 reason = cuda_emulator.missing()
 if reason is not None:
@@ -26,39 +26,26 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
+def host() -> Iterator[Host]:
     cuda_emulator.build()
-    paths = [str(HERE / "cuda_emulator"), str(cuda_emulator.ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    with Host() as host:
+        yield host
 
 
 SUITES = ("test_softmax_kl.py", "test_distillation.py", "test_pgd_step.py", "test_scale_shift_relu.py")
 
 
-def test_suites_of_every_backend(environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "cuda_emulator", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "-k", "cuda-cpu", *(str(HERE / suite) for suite in SUITES)],
-        env=environment,
-        cwd=cuda_emulator.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+def test_suites_of_every_backend(host: Host) -> None:
+    done = host.pytest(
+        *("-p", "cuda_emulator.cuda_emulator", "-k", "cuda-cpu"), *(str(HERE / suite) for suite in SUITES)
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None, done.stdout[-1000:]
+    assert done.returncode == 0, done.said[-5000:]
+    passed = re.search(r"(\d+) passed", done.said)
+    assert passed is not None, done.said[-1000:]
     assert int(passed[1]) >= 1000  # that the emulated backend was among those tested
 
 
-def test_tiers_and_splits(environment: dict[str, str]) -> None:
-    done = subprocess.run(
-        [sys.executable, str(HERE / "cuda_emulator" / "check_tiers.py")],
-        env=environment,
-        cwd=cuda_emulator.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "checked" in done.stdout
+def test_tiers_and_splits(host: Host) -> None:
+    done = host.program(HERE / "cuda_emulator" / "check_tiers.py")
+    assert done.returncode == 0, done.said[-6000:]
+    assert "checked" in done.said

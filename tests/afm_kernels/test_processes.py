@@ -6,13 +6,11 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from samples import draw
 
-import afm_kernels
 from afm_kernels import backend_info, ops, softmax_kl_div, softmax_kl_div_grad, use_backend
 
 STEM = "softmax_kl"
@@ -97,23 +95,3 @@ def test_offsets_beyond_2_31(device: torch.device) -> None:
     view.copy_(pair.student[:2])
     got = softmax_kl_div(view, pair.teacher[:2], reduction="none")
     assert torch.equal(got, softmax_kl_div(pair.student[:2], pair.teacher[:2], reduction="none"))
-
-
-def test_triton_under_its_interpreter() -> None:
-    """The shared tests on Triton's kernels, in a process of their own: the interpreter is chosen at start."""
-    if ops.STATUS["triton"] == "triton is not installed" or os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("no Triton here, or this is that process")
-    here = Path(__file__).parent
-    chosen = "triton-cpu and (hard_rows or weighted or classes_33 or channels_last or near_1e)"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
-        + [str(here / f"test_{name}.py::test_rows_and_gradients") for name in ("softmax_kl", "distillation")],
-        env=environment,
-        cwd=Path(afm_kernels.__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert " passed" in result.stdout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
@@ -92,8 +92,14 @@ def test_truth_of_gradients(device: torch.device, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         x0, scale, shift, residual0 = case(device, shape, dtype)
         upstream0 = torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).to(device, dtype)
-        for x, upstream in itertools.product(layouts(x0), (*layouts(upstream0), upstream0[:1].expand(shape))):
-            for wrt_x, wrt_residual in ((True, True), (True, False), (False, True)):
+        upstreams = (*layouts(upstream0), upstream0[:1].expand(shape))
+        pairs: Iterable[tuple[Tensor, Tensor]] = itertools.product(layouts(x0), upstreams)
+        wanted = [(True, True), (True, False), (False, True)]
+        if shape not in SHAPES[1:3]:
+            # These are there for their sizes, around the widths of vectors and blocks: each layout once will do.
+            pairs, wanted = zip(layouts(x0), upstreams, strict=False), wanted[:1]
+        for x, upstream in pairs:
+            for wrt_x, wrt_residual in wanted:
                 leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(wrt_x)
                 added = residual0.clone().requires_grad_(wrt_residual)
                 output = scale_shift_relu(leaf, scale, shift, added)
@@ -109,6 +115,7 @@ def test_truth_of_gradients(device: torch.device, dtype: torch.dtype) -> None:
                     assert torch.equal(added.grad.double().cpu(), passed)
 
 
+@pytest.mark.default_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]

@@ -6,6 +6,7 @@ The sources are those of ``csrc/cuda``, kernels and operators, compiled by the C
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -62,8 +63,15 @@ def build() -> Path:
     for path in sorted([*sources, *headers, Path(__file__)]):
         state.update(path.read_bytes())
     library = FOLDER / f"emulated_{state.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that test at once build once
+        if not library.exists():
+            _compile(sources, library)
+    return library
+
+
+def _compile(sources: list[Path], library: Path) -> None:
     objects = FOLDER / f"objects_{os.getpid()}"
     objects.mkdir(parents=True)
     flags = [
@@ -101,7 +109,6 @@ def build() -> Path:
         partial.replace(library)
     finally:
         shutil.rmtree(objects, ignore_errors=True)
-    return library
 
 
 def serve() -> list[str]:
