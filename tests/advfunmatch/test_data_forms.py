@@ -242,6 +242,18 @@ def hugging_face_parquet(root: Path, made: Made) -> str:
 
 
 @form
+def parquet_of_other_writers(root: Path, made: Made) -> str:
+    pytest.importorskip("datasets")
+    import pyarrow as arrow
+    import pyarrow.parquet
+
+    for split, (images, labels) in made.items():
+        cells = [{"bytes": png(image), "path": None} for image in images]
+        pyarrow.parquet.write_table(arrow.table({"image": cells, "label": labels}), root / f"{split}.parquet")
+    return f"hf:{root}"
+
+
+@form
 def hugging_face_saved(root: Path, made: Made) -> str:
     datasets = pytest.importorskip("datasets")
     datasets.DatasetDict(hugging_face(made)).save_to_disk(root / "saved")
@@ -256,7 +268,9 @@ def test_is_read_exactly(tmp_path: Path, name: str) -> None:
     for split in ("train", "test"):
         data = load_dataset(source, split=split)
         assert same(data, made[split]), split
-        assert data.num_classes == (classes if "npz" not in name and "web" not in name else 10)
+        assert data.num_classes == (
+            classes if "npz" not in name and "web" not in name and "other" not in name else 10
+        )
     few = load_dataset(source, split="train", limit=4)
     kept = [
         made["train"][0].tobytes().find(image.tobytes()) for image in few.images.permute(0, 2, 3, 1).numpy()

@@ -198,10 +198,11 @@ def _write(stored: Path, parts: Iterator[np.ndarray], count: int) -> None:
 
 def _digest(wanted: Wanted) -> str:
     """A name for the images that are wanted, which changes with their source."""
+    kind, colon, _ = wanted.name.partition(":")
     path = wanted.path if os.path.exists(wanted.path) else wanted.path.rpartition("@")[0]
     source = Path(path).resolve()
-    files = [source] if source.is_file() else sorted(file for file in source.rglob("*") if file.is_file())
-    kind = wanted.name.partition(":")[0]
+    below = sorted(file for file in source.rglob("*") if file.is_file()) if colon else []
+    files = [source] if source.is_file() else below
     asked = (kind, os.path.abspath(wanted.path), wanted.split, wanted.limit, wanted.resize, wanted.crop)
     digest = hashlib.blake2b(repr(asked).encode(), digest_size=16)
     for file in files:

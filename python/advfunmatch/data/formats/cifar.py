@@ -109,10 +109,11 @@ def read_cifar(wanted: Wanted) -> Contents:
         raise InputError(f"{form.folder} of {wanted.path!r} cannot be read: {error}") from error
     images = np.concatenate([pixels for pixels, _ in batches]).reshape(-1, 3, 32, 32)
     labels = as_class_numbers(np.concatenate([numbers for _, numbers in batches]), "labels", wanted.path)
-    if len(images) != len(labels) or labels.max() >= len(names):
+    last = max(labels.tolist(), default=-1)
+    if len(images) != len(labels) or not 0 <= last < len(names):
         raise InputError(
-            f"{form.folder} of {wanted.path!r} holds {len(images)} images, {len(labels)} labels up to {labels.max()}, "
-            f"and {len(names)} classes"
+            f"{form.folder} of {wanted.path!r} holds {len(images)} images, {len(labels)} labels up to {last}, and "
+            f"{len(names)} classes"
         )
     return Contents(in_parts(images), labels, names)
 
@@ -150,7 +151,7 @@ def load_array(path: Path) -> np.ndarray:
     """A .npy in a memory map; InputError if there is none, or it is damaged."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy raises many kinds for a file that is damaged
         raise InputError(f"{str(path)!r} cannot be read as an array: {error}") from error
 
 

@@ -52,11 +52,16 @@ def read_tiny_imagenet(wanted: Wanted) -> Contents:
         return _contents(wanted, _listed(root, wanted))  # sorted into class folders by its user
     if not (root / "train").is_dir():
         raise InputError(f"data folder {wanted.path!r} has no folder 'train', which names the classes")
-    by_split = {"train": _class_files(root / "train"), "test": {}}
-    for line in (root / "val" / ANNOTATIONS).read_text().splitlines():
-        name, class_name = line.split("\t")[:2]
-        by_split["test"].setdefault(class_name, []).append(root / "val" / "images" / name)
-    return _contents(wanted, by_split)
+    val: ClassFiles = {}
+    try:
+        for line in (root / "val" / ANNOTATIONS).read_text().splitlines():
+            name, class_name, *_ = line.split("\t")
+            val.setdefault(class_name, []).append(root / "val" / "images" / name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{str(root / 'val' / ANNOTATIONS)!r} is no table of files and classes: {error}"
+        ) from error
+    return _contents(wanted, {"train": _class_files(root / "train"), "test": val})
 
 
 def _root(wanted: Wanted) -> Path:

@@ -38,7 +38,7 @@ def read_huggingface(wanted: Wanted) -> Contents:
         )
     with _reading(wanted.path):
         features = shards[0](None).features
-        image = _column(wanted.path, features, "images", lambda one: isinstance(one, datasets.Image))
+        image = _column(wanted.path, features, "images", _holds_images)
         label = _column(
             wanted.path,
             {name: features[name] for name in LABELS if name in features},
@@ -126,6 +126,17 @@ def _shards(path: Path, split: str) -> list[Shard]:
         files = sorted(file for ending in ("parquet", "arrow") for file in path.rglob(f"*.{ending}"))
         named = files_of_split(files, path, split)
     return [parquet(file) if file.suffix == ".parquet" else arrow(file) for file in named]
+
+
+def _holds_images(feature: Any) -> bool:
+    """Whether a column is of encoded images: declared so, or bytes alone or beside a path, as others write it."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return True
+    if isinstance(feature, dict):
+        return "bytes" in feature
+    return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
 
 
 def _column(path: str, features: dict[str, Any], what: str, fits: Callable[[Any], bool]) -> str:

@@ -34,9 +34,10 @@ def read_mnist(wanted: Wanted) -> Contents:
         for what, dimensions in (("images", 3), ("labels", 1))
     )
     numbers = as_class_numbers(labels, "labels", wanted.path)
-    if len(images) != len(numbers) or numbers.max() >= len(classes):
+    last = max(numbers.tolist(), default=-1)
+    if len(images) != len(numbers) or not 0 <= last < len(classes):
         raise InputError(
-            f"{wanted.path!r} holds {len(images)} images and {len(numbers)} labels up to {numbers.max()} "
+            f"{wanted.path!r} holds {len(images)} images and {len(numbers)} labels up to {last} "
             f"({wanted.split}), but there must be as many of both, and labels below {len(classes)}"
         )
     return Contents(in_parts(images[:, None]), numbers, classes)
@@ -52,7 +53,7 @@ def read_svhn(wanted: Wanted) -> Contents:
         path = path / f"{wanted.split}_32x32.mat"
     images, labels = _read_mat(path)
     numbers = as_class_numbers(labels, "y", str(path))
-    if numbers.min() < 1 or numbers.max() > 10:
+    if not {*numbers.tolist()} <= {*range(1, 11)}:
         raise InputError(f"y of {str(path)!r} must hold 1 to 10, which is the digit 0")
     axes = find_axes([("X", images.shape, len(numbers))], str(path))
     return Contents(in_parts(images.transpose(axes)), numbers % 10, DIGITS)
