@@ -25,6 +25,7 @@ from advfunmatch.config import TrainConfig
 from advfunmatch.data import ImageDataset
 from advfunmatch.training.distributed import join_world
 from advfunmatch.training.run import assemble, new_state
+from advfunmatch.training.splits import Splits
 from advfunmatch.training.trainer import derive_seed, train_step
 from torch import Tensor, nn
 
@@ -115,7 +116,7 @@ class OurStep:
         ).resolve()
         world, device = join_world(torch.device("cpu"))
         state = new_state(config, student, device)
-        self.run = assemble(config, world, device, (data, data, None), state, teacher)
+        self.run = assemble(config, world, device, Splits(data, data), state, teacher)
         self.steps, self.method = setting.steps, setting.loop
         self.indices = torch.arange(len(data)).split(setting.batch)
         student.train()

@@ -45,6 +45,7 @@ from .methods import preset as make_preset
 from .models import ClassesReordered, load_network, models_text
 from .report import demo_table, write_report
 from .training import train as train_model
+from .training.digests import digest_of_network
 from .training.distributed import leave_world
 from .training.run import choose_device
 
@@ -96,7 +97,8 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
 def train(preset: str | None, config: str | None, **flags: Any) -> None:
     """Train a network.
 
-    Writes checkpoint.pt, metrics.jsonl (a row an epoch), result.json and run.json into --out. A setting comes from its
+    Writes checkpoint.pt, metrics.jsonl (a row an epoch), result.json and run.json into --out, and with --validation
+    best.pt, the best epoch. A setting comes from its
     flag, else from --config, else from --preset, else from the method (see `advfunmatch methods`). Several processes:
     torchrun --nproc-per-node=N -m advfunmatch train ...
     """
@@ -110,10 +112,11 @@ def train(preset: str | None, config: str | None, **flags: Any) -> None:
         leave_world()
     if not result:  # the first process reports
         return
-    line = f"clean {result['clean']:.2f} %   PGD-20 {result['pgd20']:.2f} %"
-    if "agreement" in result:
-        line += f"   agreement {result['agreement']:.2f} %"
-    print(f"{line}   {result['seconds']:.1f} s   {resolved.out}")
+    print(f"{_line(result)}   {result['seconds']:.1f} s   {resolved.out}")
+    if best := result.get("best"):
+        print(
+            f"{_line(best)}   best epoch, {best['epoch']}   {os.path.join(resolved.out, best['checkpoint'])}"
+        )
 
 
 # Options that evaluate and attack share.
@@ -189,13 +192,18 @@ def evaluate(
         write_json(out, measured.to_dict() | about | {"environment": environment(test_set.images.device)})
         print("\n".join(measured.to_text(name) for name in names))
         return
+    digest = None
     if teacher is None:
         teacher, teacher_model = _remembered_teacher(stored)
-    teacher_network = None
+        digest = stored.get("digests", {}).get("teacher")
+    teacher_network, doubts = None, []
     if teacher is not None:
-        teacher_network, _ = _load(teacher, teacher_model, test_set, "teacher")
+        teacher_network, known = _load(teacher, teacher_model, test_set, "teacher")
+        if digest is not None and digest != digest_of_network(teacher_network, known["model"]):
+            doubts.append(f"teacher {teacher!r} is no longer the network that this student was trained with")
     prepare_file(out, "out")
     result = evaluate_model(network, test_set, names, teacher=teacher_network, **settings).to_dict()
+    result["warnings"] = doubts + result["warnings"]
     result |= {"checkpoint": checkpoint, "model": stored["model"], "data": data, "teacher": teacher}
     write_json(out, result | {"environment": environment(test_set.images.device)})
     _print_figures(result, names)
@@ -303,6 +311,12 @@ def demo(
     console = Console()
     console.print(demo_table(result))
     print(f"{result['seconds']:.0f} s in all; {out / 'demo.png'}, {out / 'demo.json'}")
+
+
+def _line(result: dict[str, Any]) -> str:
+    """The figures of one network after training."""
+    line = f"clean {result['clean']:.2f} %   PGD-20 {result['pgd20']:.2f} %"
+    return line + (f"   agreement {result['agreement']:.2f} %" if "agreement" in result else "")
 
 
 def _load(

@@ -46,7 +46,7 @@ NAMED = {
 LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "limit", "eval_limit", "accumulate"), 1),
     **dict.fromkeys(("resize", "crop", "epoch_images"), 1),
-    **dict.fromkeys(("steps", "early_steps", "monitor_images"), 1),
+    **dict.fromkeys(("steps", "early_steps", "monitor_images", "validation"), 1),
     **dict.fromkeys(("eval_every", "save_every", "warmup_epochs", "begin_epoch", "awp_warmup"), 0),
 }
 POSITIVE = ("lr", "step_size", "temperature", "awp_gamma", "clip_grad")  # and finite
@@ -78,6 +78,9 @@ class TrainConfig:
     batch_size: int = _field("images a step", 128)
     limit: int | None = _field("train on this many images, drawn at random with a fixed seed")
     eval_limit: int | None = _field("final evaluation on this many test images instead of all")
+    validation: int | None = _field(
+        "hold out this many training images, to keep the best epoch by in DIR/best.pt"
+    )
     resize: int | None = _field("scale images so that their shorter side has this many pixels")
     crop: int | None = _field("cut a square of this many pixels from the middle of each image")
     data_cache: str | None = _field(
@@ -135,7 +138,7 @@ class TrainConfig:
     awp_warmup: int = _field("epochs before it starts", 10)
 
     eval_every: int = _field("monitor clean and PGD-10 accuracy every so many epochs; 0 never", 1)
-    monitor_images: int = _field("test images used for that", 500)
+    monitor_images: int = _field("training images used for that, where none are held out for validation", 500)
     device: str = _field("cpu, cuda, or auto", "auto")
     save_every: int = _field("also save a checkpoint every so many steps; 0 only after epochs", 0)
     tensorboard: bool = _field("log to DIR/tensorboard as well", False)
@@ -223,7 +226,7 @@ def read_settings(path: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # 2026-13-01 is a ValueError
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise InputError(f"config {path!r} cannot be read as YAML: {reason}") from error
-    if isinstance(settings, dict) and set(settings) == {"config", "environment"}:
+    if isinstance(settings, dict) and {"config", "environment"} <= set(settings):
         settings = settings["config"]
         for how_it_was_started in ("resume", "overwrite"):  # which is no part of what is to be repeated
             settings.pop(how_it_was_started, None)
@@ -347,6 +350,10 @@ def _check_combinations(config: TrainConfig) -> None:
     if config.awp and config.awp_warmup >= config.epochs:
         raise InputError(
             f"awp_warmup is {config.awp_warmup}, but must be from 0 to epochs - 1 = {config.epochs - 1}"
+        )
+    if config.validation is not None and not config.eval_every:
+        raise InputError(
+            f"validation is {config.validation}, but eval_every is 0, so no epoch would be measured on those images"
         )
     if config.resume and config.overwrite:
         raise InputError("resume and overwrite are both given, but a run can only be continued or replaced")

@@ -25,7 +25,8 @@ SETTINGS: dict[str, object] = {
     "model": "small_cnn-4",
     "method": "advfunmatch",
     "epochs": 2,
-    "limit": 201,
+    "limit": 231,
+    "validation": 30,
     "eval_limit": 60,
     "batch_size": 64,
     "steps": 2,
@@ -103,9 +104,9 @@ def test_two_processes_compute_what_one_does(
 
 def test_one_process_speaks_and_writes(finished: tuple[Path, str, str]) -> None:
     out, said, complained = finished
-    assert said.count("PGD-20") == 1
+    assert said.count("PGD-20") == 2, "of the last epoch, and of the best"
     assert complained.count("100%") == 1
-    names = ["checkpoint.pt", "metrics.jsonl", "result.json", "run.json"]
+    names = ["best.pt", "checkpoint.pt", "metrics.jsonl", "result.json", "run.json"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert [json.loads(row)["epoch"] for row in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 

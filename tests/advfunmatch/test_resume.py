@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import advfunmatch.training.run
+import numpy as np
 import pytest
 import torch
-from advfunmatch import InputError, TrainConfig, train
+from advfunmatch import InputError, TrainConfig, load_dataset, train
+from advfunmatch.cli import run
 from processes import start
 from saved import flags_of, same, state_of
 from tiny import tiny_config
@@ -74,6 +76,7 @@ def test_killed_at_any_moment_and_continued(
     "extra",
     [
         {"swa_start": 1},
+        {"ema": 0.9, "validation": 40, "limit": 240},
         {"accumulate": 2, "save_every": 5},  # saved at 6, where the two batches that share a step end
         {"precision": "bf16"},
         {"precision": "fp16"},
@@ -101,8 +104,14 @@ def test_stopped_in_the_middle_of_an_epoch(  # type: ignore[no-untyped-def]
         with pytest.raises(KeyboardInterrupt):
             train(stopped)
     assert torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)["step"] == 6
+    best = tmp_path / "stopped" / "best.pt"
+    best.unlink(missing_ok=True)  # as after a stop between its two files
     train(make_config(out=tmp_path / "stopped", resume=True, **settings))
     assert same(state_of(stopped.out), state_of(whole.out))
+    assert best.exists() == ("validation" in settings)
+    if best.exists():
+        kept = [torch.load(tmp_path / name / "best.pt", weights_only=True) for name in ("whole", "stopped")]
+        assert same(*(stored["state_dict"] for stored in kept))
 
 
 def test_resume_where_there_is_nothing_yet_starts(make_config: MakeConfig) -> None:
@@ -125,3 +134,105 @@ def test_resume_of_another_run_is_refused(make_config: MakeConfig) -> None:
     train(make_config(epochs=1))
     with pytest.raises(InputError, match=r"lr is 0\.05, but the run in .* was started with 0\.1"):
         train(make_config(epochs=1, lr=0.05, resume=True))
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Callable[..., str]:
+    """Writes an archive of a few digits under one name, changed as asked, and returns that name."""
+
+    def write(name: str = "x", **changes: object) -> str:
+        arrays: dict[str, object] = {"class_names": np.array([str(digit) for digit in range(10)])}
+        for split in ("train", "test"):
+            part = load_dataset("digits", split=split, limit=60)
+            arrays |= {
+                f"x_{split}": part.images.numpy()[:, 0].copy(),
+                f"y_{split}": part.labels.numpy().copy(),
+            }
+        for array, value in changes.items():
+            arrays[array] = value if array == "class_names" else arrays[array]
+            if array != "class_names":
+                arrays[array][3] = value  # type: ignore[index]
+        np.savez(tmp_path / f"{name}.npz", **arrays)  # type: ignore[arg-type]
+        return f"npz:{tmp_path / name}.npz"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_train": 7}, "training images of 'npz:.*' are not those that the run in .* was started with"),
+        ({"y_train": 5}, "training images of 'npz:"),
+        ({"x_test": 7}, "test images of 'npz:"),
+        (
+            {"class_names": np.array(list("1023456789"))},
+            r"classes '1', '0', .* and not '0', '1', .* started with",
+        ),
+    ],
+)
+def test_resume_with_other_data_is_refused(  # type: ignore[no-untyped-def]
+    make_config: MakeConfig, digits: Callable[..., str], changes, message: str
+) -> None:
+    settings = {"data": digits(), "limit": None, "eval_limit": None}
+    config = make_config(epochs=1, **settings)
+    train(config)
+    before = state_of(config.out)
+    digits(**changes)
+    with pytest.raises(InputError, match=message):
+        train(make_config(epochs=1, resume=True, **settings))
+    assert same(state_of(config.out), before)
+    digits()
+    assert train(make_config(epochs=1, resume=True, **settings))["epochs"] == 1
+
+
+def test_resume_with_other_extra_images_is_refused(
+    make_config: MakeConfig, digits: Callable[..., str]
+) -> None:
+    settings = {"epochs": 1, "extra_data": digits()}
+    train(make_config(**settings))
+    digits(x_train=7)
+    with pytest.raises(InputError, match=r"extra images of 'npz:.*x\.npz' are not those"):
+        train(make_config(resume=True, **settings))
+
+
+def test_resume_with_another_teacher_is_refused_wherever_it_lies(
+    make_config: MakeConfig, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(method="advfunmatch", teacher=teacher, epochs=1)
+    train(config)
+    stored = torch.load(teacher, weights_only=True)
+    torch.save(stored, tmp_path / "moved.pt")
+    train(make_config(method="advfunmatch", teacher=str(tmp_path / "moved.pt"), epochs=1, resume=True))
+    stored["state_dict"]["fc.bias"][0] += 1e-6
+    torch.save(stored, tmp_path / "moved.pt")
+    before = state_of(config.out)
+    with pytest.raises(
+        InputError, match=r"teacher '.*moved\.pt' is not the network that the run in .* was started"
+    ):
+        train(make_config(method="advfunmatch", teacher=str(tmp_path / "moved.pt"), epochs=1, resume=True))
+    assert same(state_of(config.out), before)
+
+    # A student whose teacher's file has changed since says so; and a run that recorded no digests goes on.
+    path = Path(config.out) / "checkpoint.pt"
+    stored = torch.load(path, weights_only=True)
+    torch.save({**stored, "config": {**stored["config"], "teacher": str(tmp_path / "moved.pt")}}, path)
+    out = str(tmp_path / "figures.json")
+    capsys.readouterr()
+    command = [
+        "evaluate",
+        "--checkpoint",
+        str(path),
+        "--data",
+        "digits",
+        "--attacks",
+        "clean",
+        "--limit",
+        "20",
+    ]
+    assert run([*command, "--out", out]) == 0
+    assert "moved.pt' is no longer the network that this student was trained with" in capsys.readouterr().err
+    stored.pop("digests")
+    stored["config"].pop("validation")  # a setting that it did not have
+    torch.save(stored, path)
+    train(make_config(method="advfunmatch", teacher=str(tmp_path / "moved.pt"), epochs=1, resume=True))
+    assert "does not record which teacher and data it was started with" in capsys.readouterr().err

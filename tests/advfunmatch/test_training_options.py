@@ -370,7 +370,7 @@ def test_tensorboard_has_every_epoch_once_after_a_stop(
     (log,) = (Path(config.out) / "tensorboard").iterdir()
     board = EventAccumulator(str(log)).Reload()
     rows = [json.loads(row) for row in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
-    for name in ("loss", "clean"):
+    for name in ("loss", "train_clean"):
         shown = [(event.step, event.value) for event in board.Scalars(name)]
         assert shown == [(row["epoch"], pytest.approx(row[name])) for row in rows]
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import one_of
-from .dataset import as_float
+from ..errors import InputError, one_of
+from .dataset import ImageDataset, as_float
 
 CROP_PADDING = 4  # on 32 pixels, as everywhere on CIFAR; in proportion on other sizes
 CUTOUT_SHARE = 0.5  # of the image's side: 16 of 32 pixels (DeVries and Taylor, 2017)
@@ -89,13 +89,12 @@ def cutmix(images: Tensor) -> Tensor:
     return torch.where(box, images[torch.randperm(count, device=images.device)], images)
 
 
+POLICIES = ("autoaugment", "randaugment", "trivialaugment")  # whose colour operations know grey and RGB
 # What sees uint8 images, in the order given, and what sees float images after that.
 ON_STORED: dict[str, Callable[[Tensor], Tensor]] = {
     "crop": crop,
     "flip": flip,
-    "autoaugment": _policy("autoaugment"),
-    "randaugment": _policy("randaugment"),
-    "trivialaugment": _policy("trivialaugment"),
+    **{name: _policy(name) for name in POLICIES},
     "cutout": cutout,
 }
 MIXING: dict[str, Callable[[Tensor], Tensor]] = {"mixup": mixup, "cutmix": cutmix}
@@ -108,6 +107,26 @@ def parse_augmentation(text: str) -> list[str]:
         if name not in ON_STORED and name not in MIXING:
             raise one_of("augment", name, [*ON_STORED, *MIXING])
     return names
+
+
+def require_augmentable(names: list[str], data: ImageDataset) -> None:
+    """Find out before work begins whether images can be augmented so.
+
+    Raises:
+        InputError: an augmentation does not take images of that many channels.
+        ModuleNotFoundError: it needs torchvision, which is not installed.
+    """
+    for name in names:
+        if name not in POLICIES:
+            continue
+        import torchvision.transforms.v2  # noqa: F401
+
+        if data.in_channels not in (1, 3):
+            others = ", ".join(other for other in (*ON_STORED, *MIXING) if other not in POLICIES)
+            raise InputError(
+                f"augment {name!r} takes images of 1 or 3 channels, but data {data.name!r} has {data.in_channels}; "
+                f"any number goes with {others}"
+            )
 
 
 def augmented(images: Tensor, names: list[str]) -> Tensor:

@@ -36,12 +36,13 @@ def match_classes(
     places = {name: index for index, name in enumerate(have)}
     if len(places) != len(have) or sorted(have) != sorted(wanted):
         raise InputError(
-            f"{of_have} has the classes {_listed(have)}, but {of_wanted} has {_listed(wanted)}; they must be the same, "
+            f"{of_have} has the classes {listed(have)}, but {of_wanted} has {listed(wanted)}; they must be the same, "
             "in whatever order (an .npz archive names its classes in an array class_names)"
         )
     return torch.tensor([places[name] for name in wanted])
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Class names for a sentence, the first few of many."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(repr(name) for name in names[:SHOWN]) + more

@@ -82,9 +82,9 @@ class ImageDataset:
         )
         if order is None:
             return self
-        return replace(
-            self, labels=order.argsort().to(self.labels.device)[self.labels], class_names=other.class_names
-        )
+        places = order.argsort().to(self.labels.device)
+        labels = torch.where(self.labels < 0, self.labels, places[self.labels.clamp_min(0)])
+        return replace(self, labels=labels, class_names=other.class_names)
 
 
 def as_float(images: torch.Tensor | MappedImages) -> torch.Tensor:

@@ -21,10 +21,10 @@ def as_extra_images(extra: ImageDataset, train: ImageDataset) -> ImageDataset:
         InputError: it has a class that the training set does not have.
     """
     ours, theirs = train.class_names, extra.class_names
-    if theirs == tuple(str(number) for number in range(len(theirs))) and len(theirs) <= len(ours):
-        return replace(extra, class_names=ours)
     places = {name: place for place, name in enumerate(ours)}
     if not {*theirs} <= {*places}:
+        if theirs == tuple(str(number) for number in range(len(theirs))) and len(theirs) <= len(ours):
+            return replace(extra, class_names=ours)
         match_classes(theirs, ours, of_have=f"extra_data {extra.name!r}", of_wanted=f"data {train.name!r}")
     order = torch.tensor([places[name] for name in theirs], device=extra.labels.device)
     labels = torch.where(extra.labels == UNLABELLED, UNLABELLED, order[extra.labels.clamp(min=0)])

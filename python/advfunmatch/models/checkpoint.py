@@ -9,7 +9,8 @@ A dict of tensors and plain Python values, so that ``torch.load(path, weights_on
 * ``state_dict``: the weights that are evaluated.
 * ``config``: the resolved `TrainConfig` as a dict.
 * ``epoch``, ``step``: how many were completed.
-* ``training``: what only a continued run needs (the optimizer's state).
+* ``digests``, ``teacher_accuracy``: of the data and the teacher (absent in files of earlier versions).
+* ``training``: what only a continued run needs (the optimizer's state, the best epoch so far); not in best.pt.
 """
 
 from __future__ import annotations

@@ -51,13 +51,17 @@ def draw_demo(out: Path, result: dict[str, Any]) -> None:
 
     for name in names:
         rows = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
-        rows = [row for row in rows if "pgd10" in row]
+        rows = [row for row in rows if "train_pgd10" in row]
         epochs = [row["epoch"] for row in rows]
         curves.plot(
-            epochs, [row["pgd10"] for row in rows], color=colours[name], label=_title(name, result), lw=2
+            epochs,
+            [row["train_pgd10"] for row in rows],
+            color=colours[name],
+            label=_title(name, result),
+            lw=2,
         )
-        curves.plot(epochs, [row["clean"] for row in rows], color=colours[name], ls=":", lw=1.4)
-    curves.set(xlabel="epoch", ylabel="test accuracy, %", ylim=(-3, 103))
+        curves.plot(epochs, [row["train_clean"] for row in rows], color=colours[name], ls=":", lw=1.4)
+    curves.set(xlabel="epoch", ylabel="accuracy on training images, %", ylim=(-3, 103))
     curves.set_title("Learning curves: solid under PGD-10, dotted clean", loc="left", fontsize=11)
     curves.grid(alpha=0.25)
     curves.legend(loc="center right", frameon=True, framealpha=0.9, fontsize=9)

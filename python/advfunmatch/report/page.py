@@ -47,7 +47,10 @@ def write_report(folders: list[Path], out: Path) -> list[str]:
         examples += [picture] if picture else []
         left_out += missing
     tables = [figures(runs)]
-    sections = [_warnings(left_out), "<h2>Figures</h2>" + _table(tables[0], _best(runs)) + _notes(runs)]
+    sections = [
+        _warnings(left_out),
+        "<h2>Figures</h2>" + _table(tables[0], _best([run for run, _ in tables[0].rows])) + _notes(runs),
+    ]
     if evaluated := evaluations(runs):
         tables.append(evaluated)
         sections.append(
@@ -99,9 +102,12 @@ def _read(folder: Path, name: str, colour: str) -> Run:
     try:
         result = json.loads((folder / "result.json").read_text())
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for key, _, form in COLUMNS:
-            if key in (*REQUIRED, *result):
-                form.format(result[key])
+        best = result.get("best", {"epoch": result["epochs"]})
+        for shown in (result, result | best):
+            for key, _, form in COLUMNS:
+                if key in (*REQUIRED, *shown):
+                    form.format(shown[key])
+        int(best["epoch"])
         for key in ("data", "eps", "norm"):
             result["config"][key]
         for row in metrics:
@@ -115,7 +121,7 @@ def _read(folder: Path, name: str, colour: str) -> Run:
 
 
 def _best(runs: list[Run]) -> list[Run]:
-    """Of the runs on the same images, those with the highest accuracy under PGD-20."""
+    """Of the rows on the same images, those with the highest accuracy under PGD-20."""
     highest = {run.images: max(r.result["pgd20"] for r in runs if r.images == run.images) for run in runs}
     return [run for run in runs if run.result["pgd20"] == highest[run.images]]
 
@@ -133,7 +139,7 @@ def _table(table: Table, best: Sequence[Run] = ()) -> str:
 
 def _notes(runs: list[Run]) -> str:
     images = " or ".join(map(str, sorted({run.result["images"] for run in runs})))
-    note = f"<p>Accuracies on {images} test images, with the weights after the last epoch.</p>"
+    note = f"<p>Accuracies on {images} test images, after the last epoch unless a row says otherwise.</p>"
     return note + _warnings(
         [f"{run.name}: {text}" for run in runs for text in run.result.get("warnings", ())]
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,18 @@ class Table:
 
 
 def figures(runs: Sequence[Run]) -> Table:
-    """What result.json says of each run."""
-    rows = [
-        (run, [form.format(run.result[key]) if key in run.result else "–" for key, _, form in COLUMNS])
-        for run in runs
-    ]
+    """What result.json says of each run: of its last epoch, and of its best where validation images told it."""
+    rows = []
+    for run in runs:
+        shown = [run]
+        if best := run.result.get("best"):
+            shown = [
+                replace(run, name=f"{run.name}, last epoch"),
+                replace(run, name=f"{run.name}, best epoch: {best['epoch']}", result={**run.result, **best}),
+            ]
+        for each in shown:
+            cells = [form.format(each.result[key]) if key in each.result else "–" for key, _, form in COLUMNS]
+            rows.append((each, cells))
     return Table(["run", *(title for _, title, _ in COLUMNS)], rows)
 
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, ProcessLost
 
+SYNCHRONISED = (nn.BatchNorm1d, nn.BatchNorm2d)  # what `synchronise_batch_norm` can
 PATIENCE = timedelta(hours=2)  # the others wait that long while process 0 evaluates or writes
 
 
@@ -116,7 +117,7 @@ def synchronise_batch_norm(model: nn.Module, name: str) -> None:
         InputError: a layer has its own way of normalising; `name` is what the model is called.
     """
     for module in model.modules():
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        if type(module) in SYNCHRONISED:
             # Only its forward changes: parameters, names and the optimizer's references stay.
             module.__class__ = SynchronisedBatchNorm
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import importlib
 import math
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,20 @@ from torch import Tensor, nn
 
 from ..attacks import PGDAttack
 from ..config import TrainConfig
-from ..data import ImageDataset, as_extra_images, as_float, load_dataset, require_labels
+from ..data import ImageDataset
 from ..data.augment import augmented, parse_augmentation
 from ..environment import environment
 from ..errors import InputError, one_of
 from ..files import make_folder, remove_partial_files, write_json
 from ..lean import PreparedModel, prepare_for_attack
-from ..methods import Method, get_method, make_attack
-from ..models import create_model, load_network, require_forward
+from ..methods import Method, get_method, make_attack, unused_settings
+from ..models import ClassesReordered, create_model, load_network, require_forward
 from .averaging import WeightAverage
+from .digests import Digests, digests_of, require_same
 from .distributed import World, join_world, synchronise_batch_norm
+from .splits import Splits, load_splits
 from .state import TrainingState, checkpoint_to_resume
-
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from .trials import DTYPES, autocast, measure_teacher, require_trainable
 
 
 @dataclass(frozen=True)
@@ -39,28 +39,36 @@ class Run:
         method: what is trained for.
         world: the processes that share each batch.
         device: this process's.
-        train_set, test_set: the data, on the device.
-        extra_set: images that are mixed into each batch, or None.
+        splits: the data, on the device.
         state: the student and whatever else changes.
         teacher: the network to match, or None.
         attack: finds the adversarial examples; None where the method trains on clean images.
         lean_student, lean_teacher: copies of the networks that only the attack uses, where it can.
         made_with: versions, device and commit.
+        digests: of the teacher and the data, which a continued run must have too.
+        teacher_accuracy: how good the teacher is on a few images; None without one, and in processes that only follow.
+        remarks: what the user should know before training starts.
     """
 
     config: TrainConfig
     method: Method
     world: World
     device: torch.device
-    train_set: ImageDataset
-    test_set: ImageDataset
-    extra_set: ImageDataset | None
+    splits: Splits
     state: TrainingState
     teacher: nn.Module | None
     attack: PGDAttack | None
     lean_student: PreparedModel | None
     lean_teacher: PreparedModel | None
     made_with: dict[str, Any]
+    digests: Digests = field(default_factory=dict)
+    teacher_accuracy: dict[str, Any] | None = None
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def train_set(self) -> ImageDataset:
+        """The images that are trained on."""
+        return self.splits.train
 
     @property
     def student(self) -> nn.Module:
@@ -76,6 +84,11 @@ class Run:
     def checkpoint_path(self) -> Path:
         """Where the run can be continued from."""
         return self.out / "checkpoint.pt"
+
+    @property
+    def best_path(self) -> Path:
+        """Where the weights of the best epoch go, if there are validation images to tell it by."""
+        return self.out / "best.pt"
 
     @property
     def batch_size(self) -> int:
@@ -126,17 +139,16 @@ class Run:
         """Augmented images and labels of one batch, extra images included."""
         indices = indices.to(self.device)
         images, labels = self.train_set.images[indices], self.train_set.labels[indices]
-        if self.extra_set:
-            drawn = torch.randint(len(self.extra_set), (self.config.extra_images,), device=images.device)
-            images = torch.cat([images, self.extra_set.images[drawn]])
-            labels = torch.cat([labels, self.extra_set.labels[drawn]])
+        if extra := self.splits.extra:
+            drawn = torch.randint(len(extra), (self.config.extra_images,), device=images.device)
+            images = torch.cat([images, extra.images[drawn]])
+            labels = torch.cat([labels, extra.labels[drawn]])
         x = augmented(images, parse_augmentation(self.config.augment))
         return (x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x), labels
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic that `precision` asks for."""
-        dtype = DTYPES[self.config.precision]
-        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+        return autocast(self.config, self.device)
 
 
 def set_up(config: TrainConfig) -> Run:
@@ -152,7 +164,10 @@ def set_up(config: TrainConfig) -> Run:
         if world.leads:
             make_folder(run.out, "out")
             remove_partial_files(run.out)
-            write_json(run.out / "run.json", {"config": config.to_dict(), "environment": run.made_with})
+            if run.state.best is None:  # and none of a run that this one replaces
+                run.best_path.unlink(missing_ok=True)
+            record = {"config": config.to_dict(), "environment": run.made_with, "digests": run.digests}
+            write_json(run.out / "run.json", record | {"teacher_accuracy": run.teacher_accuracy})
     return run
 
 
@@ -173,23 +188,64 @@ def choose_device(name: str) -> torch.device:
 def _put_together(config: TrainConfig, world: World, device: torch.device) -> Run:
     if world.size > 1 and config.reduction == "sum":
         raise InputError("reduction is 'sum', but several processes need a mean: batchmean or mean")
-    train_set, test_set, extra_set = _load_data(config, device)
-    teacher = None
+    if config.tensorboard:
+        importlib.import_module("torch.utils.tensorboard")
+    splits, read = load_splits(config, device)
+    teacher, teacher_model = None, ""
     if config.teacher:
-        teacher, _ = load_network(config.teacher, config.teacher_model, train_set, "teacher")
+        teacher, stored = load_network(config.teacher, config.teacher_model, splits.train, "teacher")
+        teacher_model = stored["model"]
         if config.channels_last:
             teacher.to(memory_format=torch.channels_last)
-    student = _new_student(config, train_set, device)
+    student = _new_student(config, splits.train, device, world)
+    if teacher is not None:
+        _require_as_many_logits(student, teacher, splits.train, config)
     state = new_state(config, student, device)
-    _continue_or_begin(config, state)
-    return assemble(config, world, device, (train_set, test_set, extra_set), state, teacher)
+    digests = digests_of(read, teacher, teacher_model)
+    resumed = _continue_or_begin(config, state, digests, splits.train)
+    known = resumed.get("teacher_accuracy")
+    if teacher is not None and known is None and world.leads:
+        known = measure_teacher(teacher, splits.for_teacher(), config)
+    return replace(
+        assemble(config, world, device, splits, state, teacher),
+        digests=digests,
+        teacher_accuracy=known,
+        remarks=_remarks(config, resumed, teacher, known),
+    )
+
+
+def _remarks(
+    config: TrainConfig, resumed: dict[str, Any], teacher: nn.Module | None, accuracy: dict[str, Any] | None
+) -> list[str]:
+    """Sentences for the user, before training starts."""
+    said = []
+    if unused := unused_settings(config):
+        given = ", ".join(f"{name} = {getattr(config, name)}" for name in unused)
+        said.append(f"warning: method {config.method!r} does not use {given}")
+    if resumed and "digests" not in resumed:
+        said.append(
+            f"warning: the run in {config.out!r} does not record which teacher and data it was started with; these are "
+            "taken to be the same"
+        )
+    if isinstance(teacher, ClassesReordered):
+        said.append(
+            f"note: teacher {config.teacher!r} counts its classes in another order than data {config.data!r}; "
+            "matched by name"
+        )
+    if accuracy:
+        said.append(
+            f"teacher: clean {accuracy['clean']:.1f} %, PGD-10 {accuracy['pgd10']:.1f} % on {accuracy['images']} "
+            "training images"
+        )
+        said += [f"warning: {sentence}" for sentence in accuracy["warnings"]]
+    return said
 
 
 def assemble(
     config: TrainConfig,
     world: World,
     device: torch.device,
-    data: tuple[ImageDataset, ImageDataset, ImageDataset | None],
+    splits: Splits,
     state: TrainingState,
     teacher: nn.Module | None,
 ) -> Run:
@@ -198,15 +254,12 @@ def assemble(
     lean_student, lean_teacher = _prepare(config, method, state.student, teacher)
     if world.size > 1:  # after the attack's copies were made, which fold batch norm away
         synchronise_batch_norm(state.student, config.model)
-    train_set, test_set, extra_set = data
     return Run(
         config=config,
         method=method,
         world=world,
         device=device,
-        train_set=train_set,
-        test_set=test_set,
-        extra_set=extra_set,
+        splits=splits,
         state=state,
         teacher=teacher,
         attack=make_attack(config),
@@ -216,60 +269,26 @@ def assemble(
     )
 
 
-def _load_data(
-    config: TrainConfig, device: torch.device
-) -> tuple[ImageDataset, ImageDataset, ImageDataset | None]:
-    """The training, test and extra images, which must be of one kind."""
-    read = partial(load_dataset, resize=config.resize, crop=config.crop)
-    train_set = read(config.data, split="train", limit=config.limit, cache=config.data_cache).to(device)
-    test_set = read(config.data, split="test", limit=config.eval_limit).to(device)
-    _require_same_images(train_set, test_set)
-    test_set = test_set.with_classes_of(train_set)
-    if not config.extra_data:
-        return train_set, test_set, None
-    extra_set = read(
-        config.extra_data, split="train", cache=config.data_cache, unlabelled=True, what="extra_data"
-    ).to(device)
-    _require_same_images(train_set, extra_set)
-    method = get_method(config.method)
-    if method.needs_labels:
-        extra_set = as_extra_images(extra_set, train_set)
-    if method.attacks_labels:
-        require_labels(extra_set, f"method {config.method!r}")
-    return train_set, test_set, extra_set
-
-
-def _require_same_images(train_set: ImageDataset, other: ImageDataset) -> None:
-    for what, ours, theirs in (
-        ("images of shape", tuple(train_set.images.shape[1:]), tuple(other.images.shape[1:])),
-        ("values of type", train_set.images.dtype, other.images.dtype),
-    ):
-        if ours != theirs:
-            raise InputError(
-                f"data {train_set.name!r} has {what} {ours}, but {other.name!r} ({other.split}) has {theirs}"
-            )
-
-
-def _new_student(config: TrainConfig, data: ImageDataset, device: torch.device) -> nn.Module:
+def _new_student(config: TrainConfig, data: ImageDataset, device: torch.device, world: World) -> nn.Module:
     torch.manual_seed(config.seed)
     student = create_model(config.model, num_classes=data.num_classes, in_channels=data.in_channels)
     student.to(device)
     require_forward(student.eval(), data, f"model {config.model!r}")
-    _require_batches(student, data, config)
+    require_trainable(student, data, config, world)
     return student.to(memory_format=torch.channels_last) if config.channels_last else student
 
 
-def _require_batches(student: nn.Module, data: ImageDataset, config: TrainConfig) -> None:
-    """InputError if an epoch has a batch of one image and the student's batch norm cannot be trained on that."""
-    if config.extra_data or (len(data) % config.batch_size != 1 and config.batch_size != 1):
-        return
-    try:
-        copy.deepcopy(student).train()(as_float(data.images[:1]))
-    except ValueError as error:
+def _require_as_many_logits(
+    student: nn.Module, teacher: nn.Module, data: ImageDataset, config: TrainConfig
+) -> None:
+    """InputError unless the networks can be compared."""
+    ours = require_forward(student, data, f"model {config.model!r}")
+    theirs = require_forward(teacher, data, f"teacher {config.teacher!r}")
+    if ours != theirs:
         raise InputError(
-            f"batch_size is {config.batch_size}, which leaves a batch of one of the {len(data)} images, and the "
-            f"batch norm of {config.model!r} cannot be trained on that; choose another batch_size or limit"
-        ) from error
+            f"teacher {config.teacher!r} returns {theirs} logits, but model {config.model!r} {ours}, and only equal "
+            "numbers can be matched"
+        )
 
 
 def new_state(config: TrainConfig, student: nn.Module, device: torch.device) -> TrainingState:
@@ -288,16 +307,25 @@ def new_state(config: TrainConfig, student: nn.Module, device: torch.device) -> 
     return TrainingState(student, optimizer, scaler, average, loss_sum)
 
 
-def _continue_or_begin(config: TrainConfig, state: TrainingState) -> None:
-    """Restore the state of an interrupted run if that is wanted; InputError if a finished one would be lost."""
+def _continue_or_begin(
+    config: TrainConfig, state: TrainingState, digests: Digests, data: ImageDataset
+) -> dict[str, Any]:
+    """Restore the state of an interrupted run if that is wanted, and return its checkpoint; {} where a run begins.
+
+    Raises:
+        InputError: a finished run would be lost, or the run to continue was started otherwise.
+    """
     path = Path(config.out) / "checkpoint.pt"
-    if config.resume:
-        if stored := checkpoint_to_resume(path, config):
-            state.restore(stored)
-    elif path.exists() and not config.overwrite:
+    if config.resume and (stored := checkpoint_to_resume(path, config)):
+        if "digests" in stored:
+            require_same(stored, config, digests, data.class_names)
+        state.restore(stored)
+        return stored
+    if path.exists() and not config.overwrite:
         raise InputError(
             f"out {config.out!r} already holds a run; --resume continues it, and --overwrite replaces it"
         )
+    return {}
 
 
 def _prepare(

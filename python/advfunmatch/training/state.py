@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ class TrainingState:
         loss_sum: of the batches of the present epoch.
         metrics: the rows of metrics.jsonl.
         seconds: time spent in steps.
+        best: of the epoch with the highest accuracy under attack on validation images: ``epoch``, ``step``, what was
+            measured, and ``state_dict``, the weights that are evaluated. None without such images.
     """
 
     student: nn.Module
@@ -41,6 +43,7 @@ class TrainingState:
     step: int = 0
     metrics: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    best: dict[str, Any] | None = None
 
     @property
     def evaluated(self) -> nn.Module:
@@ -56,6 +59,8 @@ class TrainingState:
             "metrics": copy.deepcopy(self.metrics),
             "seconds": self.seconds,
         }
+        if self.best:
+            training["best"] = self.best
         if self.average:
             training |= {"average": self.average.state_dict(), "student": self.student.state_dict()}
         return {"state_dict": self.evaluated.state_dict(), "step": self.step, "training": training}
@@ -72,6 +77,7 @@ class TrainingState:
             self.loss_sum.copy_(training["loss_sum"])
             self.step = checkpoint["step"]
             self.metrics, self.seconds = training["metrics"], training["seconds"]
+            self.best = training.get("best")
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise InputError(
                 f"checkpoint to resume lacks what a continued run needs, or it does not fit: {error}"
@@ -83,11 +89,12 @@ def checkpoint_to_resume(path: Any, config: TrainConfig) -> dict[str, Any] | Non
     if not path.exists():
         return None
     checkpoint = read_checkpoint(path, "checkpoint to resume")
-    stored, wanted = checkpoint["config"], config.to_dict()
+    defaults = {setting.name: setting.default for setting in fields(TrainConfig)}
+    stored, wanted = defaults | checkpoint["config"], config.to_dict()  # an older run has fewer settings
     for name, value in wanted.items():
-        if name not in FREE_ON_RESUME and stored.get(name) != value:
+        if name not in FREE_ON_RESUME and stored[name] != value:
             raise InputError(
-                f"{name} is {value!r}, but the run in {str(path.parent)!r} was started with {stored.get(name)!r}; "
+                f"{name} is {value!r}, but the run in {str(path.parent)!r} was started with {stored[name]!r}; "
                 "a run can only be continued as it was started"
             )
     return checkpoint

@@ -28,16 +28,16 @@ from torch import Tensor, nn
 
 from ..attacks import PGDAttack
 from ..config import TrainConfig
-from ..data import ImageDataset, as_float, choose
+from ..data import ImageDataset, as_float
 from ..errors import TrainingDiverged
-from ..evaluation import evaluate
-from ..files import write_json, write_json_lines
+from ..files import write_json_lines
 from ..lean import PreparedModel
-from ..methods import Logits, Method, Network, unused_settings
+from ..methods import Logits, Method, Network
 from ..models import save_checkpoint
 from .averaging import refresh_batch_norm
 from .awp import perturbed_weights
 from .board import Board
+from .results import final_result, keep_best, monitor, sentence
 from .run import Run, set_up
 from .schedule import learning_rate
 
@@ -51,7 +51,7 @@ LEAST_SCALE = (
 
 
 def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -> dict[str, Any]:
-    """Train one network, and write DIR/checkpoint.pt, DIR/metrics.jsonl and DIR/result.json.
+    """Train one network, and write DIR/checkpoint.pt, DIR/metrics.jsonl and DIR/result.json; see Note [Splits].
 
     Everything that can be wrong with the configuration, the data and the teacher is found before DIR is touched. Under
     torchrun, the processes share each batch; see Note [Processes].
@@ -62,8 +62,9 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
         show: whether there is a progress bar.
 
     Returns:
-        What result.json holds: accuracies in percent on the test split, fidelity to the teacher, and the time taken.
-        Nothing in a process other than the first.
+        What result.json holds: accuracies in percent on the test split, fidelity to the teacher, and the time taken, of
+        the weights after the last epoch; with validation images those of the best epoch too, under ``best``. Nothing
+        in a process other than the first.
 
     Raises:
         InputError: a setting, the data, the teacher or DIR cannot be used.
@@ -73,9 +74,11 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
 
     run = set_up(config.resolve())
     config, state, leads = run.config, run.state, run.world.leads
-    if show and leads and (unused := unused_settings(config)):
-        given = ", ".join(f"{name} = {getattr(config, name)}" for name in unused)
-        print(f"warning: method {config.method!r} does not use {given}", file=sys.stderr)
+    for remark in run.remarks if show and leads else ():
+        print(remark, file=sys.stderr)
+    with run.world.together():
+        if leads:
+            save_best(run)  # where a run was stopped between its two files
     images = run.images_per_epoch
     progress = TrainingProgress(
         label or f"{config.method} {config.model}",
@@ -88,7 +91,8 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
             train_epoch(run, epoch, progress)
             measured = monitor(run, epoch)
             if measured:
-                progress.say(f"clean {measured['clean']:.1f} % · PGD-10 {measured['pgd10']:.1f} %")
+                progress.say(sentence(measured, run.splits.watched))
+                keep_best(run, epoch, measured)
             row = epoch_row(run, epoch) | measured
             board.show(row)
             state.metrics.append(row)
@@ -123,8 +127,9 @@ def train_epoch(run: Run, epoch: int, progress: TrainingProgress) -> None:
             started = time.perf_counter()
     if config.swa_start is not None and epoch >= config.swa_start and state.average:
         state.average.update(run.student)
-        parts = run.train_set.images.split(config.batch_size)
-        refresh_batch_norm(state.average.model, (as_float(images) for images in parts))
+        # In parts none of which is shorter than a batch: batch norm cannot be refreshed on one image.
+        parts = torch.arange(len(run.train_set)).tensor_split(max(1, len(run.train_set) // config.batch_size))
+        refresh_batch_norm(state.average.model, (as_float(run.train_set.images[part]) for part in parts))
     state.seconds += time.perf_counter() - started
 
 
@@ -291,17 +296,6 @@ def _diverged(run: Run, what: str) -> TrainingDiverged:
     return TrainingDiverged(f"{what} at learning rate {lr:g}; {kept}; {advice} usually helps")
 
 
-def monitor(run: Run, epoch: int) -> dict[str, float]:
-    """Accuracies on a few test images, where `eval_every` asks for them; only the leading process measures."""
-    config = run.config
-    due = config.eval_every and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs)
-    if not (due and run.world.leads):
-        return {}
-    few = run.test_set.subset(choose(len(run.test_set), config.monitor_images))
-    attacks = ["clean", "pgd10"]
-    return evaluate(run.state.evaluated, few, attacks, eps=config.eps, norm=config.norm).accuracies
-
-
 def epoch_row(run: Run, epoch: int) -> dict[str, Any]:
     """What metrics.jsonl says of an epoch, but for accuracies."""
     state = run.state
@@ -318,47 +312,33 @@ def epoch_row(run: Run, epoch: int) -> dict[str, Any]:
 def save(run: Run) -> None:
     """Replace metrics.jsonl and checkpoint.pt, unless the weights are no good. See Note [Checkpoint]."""
     require_finite_weights(run)
-    data = run.train_set
     with run.world.together():
         if not run.world.leads:
             return
         write_json_lines(run.out / "metrics.jsonl", run.state.metrics)
-        checkpoint = {
-            "model": run.config.model,
-            "num_classes": data.num_classes,
-            "in_channels": data.in_channels,
-            "image_size": list(data.image_size),
-            "class_names": list(data.class_names),
-            "config": run.config.to_dict(),
-            "environment": run.made_with,
-            "epoch": run.epochs_done,
-            **run.state.to_checkpoint(),
-        }
+        checkpoint = described(run) | {"epoch": run.epochs_done, **run.state.to_checkpoint()}
         save_checkpoint(run.checkpoint_path, checkpoint)
+        if run.state.best and run.state.best["step"] == run.state.step:
+            save_best(run)
 
 
-def final_result(run: Run) -> dict[str, Any]:
-    """Measure the trained network on the whole test split, and write result.json."""
-    config, state = run.config, run.state
-    measured = evaluate(
-        state.evaluated,
-        run.test_set,
-        ["clean", "pgd20"],
-        eps=config.eps,
-        norm=config.norm,
-        teacher=run.teacher,
-    )
-    result = {
-        **measured.to_dict(),
-        "method": config.method,
-        "model": config.model,
-        "data": config.data,
-        "epochs": config.epochs,
-        "train_images": len(run.train_set),
-        "seconds": round(state.seconds, 2),
-        "images_per_second": round(config.epochs * run.images_per_epoch / state.seconds, 1),
-        "config": config.to_dict(),
+def save_best(run: Run) -> None:
+    """Replace best.pt by the best epoch's weights, which checkpoint.pt holds too, so that the two cannot disagree."""
+    if run.state.best:
+        save_checkpoint(run.best_path, described(run) | run.state.best)
+
+
+def described(run: Run) -> dict[str, Any]:
+    """What a checkpoint says of its network, its data and its run."""
+    data = run.train_set
+    return {
+        "model": run.config.model,
+        "num_classes": data.num_classes,
+        "in_channels": data.in_channels,
+        "image_size": list(data.image_size),
+        "class_names": list(data.class_names),
+        "config": run.config.to_dict(),
         "environment": run.made_with,
+        "digests": run.digests,
+        "teacher_accuracy": run.teacher_accuracy,
     }
-    write_json(run.out / "result.json", result)
-    return result
