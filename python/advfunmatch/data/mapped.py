@@ -4,8 +4,8 @@ Note [Reading ahead]
 ~~~~~~~~~~~~~~~~~~~~
 A map that is left to itself reads megabytes around each image that is touched, because the kernel expects a file to be
 read in order: 360 ms for 128 images of 32×32 pixels that are not in the page cache. Told that the order is random, and
-which images are wanted before the first is touched, it reads just those, side by side: 7 ms (in memory: 0.3 ms;
-``python -m benchmarks.training.mapped``).
+which images are wanted before the first is touched, it reads just those, side by side: 3 to 7 ms; asked for a step
+before, 1 ms, as from memory (``python -m benchmarks.training.mapped``, on a virtual machine's disk).
 """
 
 from __future__ import annotations
