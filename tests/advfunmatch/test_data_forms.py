@@ -494,3 +494,13 @@ def test_a_set_in_a_cache_is_the_same_set(tmp_path: Path) -> None:
     assert torch.equal(few.images[:], load_dataset(f"npz:{path}", split="train", limit=9).images)
     np.savez(path, x_train=made["train"][0] + 1, y_train=made["train"][1])
     assert same(load(), (made["train"][0] + 1, made["train"][1]))
+
+
+def test_what_does_not_fit_into_memory_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = FORMS["cifar10_root"](tmp_path, make())
+    pages = {"SC_PHYS_PAGES": 7, "SC_PAGE_SIZE": 4096}  # 28 kB, and ten images are 30
+    monkeypatch.setattr("advfunmatch.data.loading.os.sysconf", pages.get)
+    with pytest.raises(InputError, match=r"\(train\) needs .* of memory; data_cache names a folder"):
+        load_dataset(name, split="train")
+    assert len(load_dataset(name, split="test")) == 5
+    assert len(load_dataset(name, split="train", cache=str(tmp_path / "cache"))) == 10

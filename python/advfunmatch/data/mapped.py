@@ -93,10 +93,6 @@ class MappedImages:
         """The same images, read onto another device."""
         return MappedImages(self.file, self.rows, device)
 
-    def tensor_split(self, sections: int) -> list[MappedImages]:
-        """All images in order, in that many sets of nearly one size."""
-        return [MappedImages(self.file, rows, self.device) for rows in self.rows.tensor_split(sections)]
-
     def split(self, size: int) -> list[MappedImages]:
         """All images in order, `size` a set."""
         return [MappedImages(self.file, rows, self.device) for rows in self.rows.split(size)]
