@@ -13,7 +13,7 @@ import advfunmatch.training.trainer
 import numpy as np
 import pytest
 import torch
-from advfunmatch import InputError, TrainConfig, load_dataset, train
+from advfunmatch import InputError, TrainConfig, train
 from advfunmatch.cli import run
 from advfunmatch.config import config_from, read_settings
 from advfunmatch.data.augment import MIXING, ON_STORED, augmented, parse_augmentation
@@ -382,27 +382,3 @@ def test_speedrun_runs(make_config: MakeConfig, teacher: str, tmp_path: Path) ->
     assert result["config"]["precision"] == "bf16"
     assert result["config"]["channels_last"]
     assert torch.isfinite(torch.tensor([result["clean"], result["kl_mismatched"]])).all()
-
-
-def test_cifar_as_torchvision_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pickle
-
-    import torchvision
-
-    with pytest.raises(InputError, match="does not hold cifar-10-batches-py"):
-        load_dataset(f"cifar10:{tmp_path}", split="train")
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    values = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
-    for name in ("test_batch", *(f"data_batch_{index}" for index in range(1, 6))):
-        (folder / name).write_bytes(pickle.dumps({"data": values, "labels": [3, 1, 0, 9]}))
-    (folder / "batches.meta").write_bytes(
-        pickle.dumps({"label_names": [f"class {index}" for index in range(10)]})
-    )
-    # torchvision knows the checksums of the real files only.
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
-    test = load_dataset(f"cifar10:{tmp_path}", split="test")
-    assert test.images.shape == (4, 3, 32, 32)
-    assert np.array_equal(test.images.numpy().reshape(4, -1), values)
-    assert test.labels.tolist() == [3, 1, 0, 9]
-    assert len(load_dataset(f"cifar10:{tmp_path}", split="train", limit=7)) == 7
