@@ -94,9 +94,9 @@ def read_cifar(wanted: Wanted) -> Contents:
         if found is not None:
             break
     else:
-        names = [name for form in FORMS[kind] for name in (form.folder, form.archive)]
+        usual = [name for form in FORMS[kind] for name in (form.folder, form.archive)]
         raise InputError(
-            f"data folder {wanted.path!r} does not hold {', '.join(names[:-1])} or {names[-1]}, nor is it one of them"
+            f"data folder {wanted.path!r} does not hold {', '.join(usual[:-1])} or {usual[-1]}, nor is it one of them"
         )
     missing = [name for name in files if name not in found]
     if missing:
