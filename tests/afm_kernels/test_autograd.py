@@ -324,13 +324,15 @@ def test_compile_by_inductor(device: torch.device) -> None:
     run = torch.compile(lambda s, t: softmax_kl_div(s, t, temperature=2.0), fullgraph=True)
     student, teacher = logits(device, 6, 9, dtype=torch.float32)
     wanted = torch.autograd.grad(softmax_kl_div(student, teacher, temperature=2.0), (student, teacher))
-    got = torch.autograd.grad(run(student, teacher), (student, teacher))
+    # Not what it takes to look for the widest vectors, and to prepare for many kernels.
+    with torch._inductor.config.patch({"cpp.simdlen": 1, "cpp_cache_precompile_headers": False}):
+        got = torch.autograd.grad(run(student, teacher), (student, teacher))
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.default_backend
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])  # the others divide by another number
 @pytest.mark.parametrize("name", ["kl", "distillation", "dkl"])
 def test_changing_batches_recompile_once(device: torch.device, name: str, reduction: str) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -346,7 +348,8 @@ def test_changing_batches_recompile_once(device: torch.device, name: str, reduct
 
 @pytest.mark.default_backend
 @pytest.mark.parametrize("transform", ["grad", "vmap", "vmap_grad", "jacrev"])
-@pytest.mark.parametrize("name", LOSSES)
+# One a Function: the divergences share theirs, and differ in a number that it is given.
+@pytest.mark.parametrize("name", ["kl", "distillation", "dkl"])
 def test_compiled_func_transforms_equal_eager(device: torch.device, name: str, transform: str) -> None:
     """torch.compile of torch.func.grad around an operator's Function has been seen to return zeros."""
     student, teacher = (x.detach() for x in logits(device, 3, 4, 5))

@@ -8,13 +8,23 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from forks import Host
 
-from afm_kernels import backend_info, ops, pgd_step, scale_shift_relu, use_backend
+from afm_kernels import (
+    backend_info,
+    distillation_loss,
+    dkl_loss,
+    ops,
+    pgd_step,
+    scale_shift_relu,
+    softmax_kl_div,
+    use_backend,
+)
 
 CAPABILITIES = ("portable", "avx2", "avx512")
 ROOT = Path(__file__).parents[2]
@@ -115,6 +125,31 @@ def test_bitwise_equal_for_any_number_of_threads() -> None:
             assert same(work(tensors), expected), f"{n} threads"
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["softmax_kl", "distillation", "dkl"])
+def test_losses_are_bitwise_equal_for_any_number_of_threads(name: str, recompute: bool) -> None:
+    generator = torch.Generator().manual_seed(8)
+    logits = [torch.randn(600, 1000, generator=generator).requires_grad_() for _ in range(2)]
+    labels = torch.randint(1000, (600,), generator=generator)
+    loss = {
+        "softmax_kl": partial(softmax_kl_div, *logits),
+        "distillation": partial(distillation_loss, *logits, labels, alpha=0.5, temperature=2.0),
+        "dkl": partial(dkl_loss, *logits),
+    }[name]
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            with use_backend("cpp"):
+                rows, mean = (loss(reduction=each, recompute=recompute) for each in ("none", "mean"))
+                results.append([rows.detach(), mean.detach(), *torch.autograd.grad(mean, logits)])
+    finally:
+        torch.set_num_threads(threads)
+    assert same(results[1], results[0])
+    assert same(results[2], results[0])
 
 
 def test_concurrent_calls_from_python_threads() -> None:
