@@ -50,9 +50,7 @@ def test_a_short_call_is_repeated():
 
 
 def test_budget_and_bounds():
-    start = time.perf_counter()
     times = interleave({"a": busy(10e-3)}, budget=0.1, min_rounds=3)
-    assert time.perf_counter() - start < 0.5
     assert 3 <= len(times["a"].values) <= 11
     assert len(interleave({"a": busy(1e-4)}, budget=5, max_rounds=4)["a"].values) == 4
 
