@@ -1,4 +1,4 @@
-"""The layers that stand for several of a network's own in its prepared copy. See Note [Folding] in ``lean``."""
+"""The layers that stand for several of a network's own in its prepared copy. See Note [Folding] in ``prepared``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,20 @@ from torch import Tensor, nn
 
 from afm_kernels import ops, scale_shift_relu
 
-__all__ = ["AdaptivePool", "BatchNormSource", "FoldedConv", "ScaleShiftReLU", "symmetric_padding"]
+__all__ = [
+    "AdaptivePool",
+    "BatchNormSource",
+    "FoldedConv",
+    "ScaleShiftReLU",
+    "being_exported",
+    "symmetric_padding",
+]
+
+
+def being_exported() -> bool:
+    """Whether the network is being written down for others (torch.export, ONNX, torch.jit.trace), which know PyTorch's
+    operators alone."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
 class FoldedConv(nn.Module):
@@ -23,10 +36,18 @@ class FoldedConv(nn.Module):
     shift: Tensor
     weight_dense_out: Tensor | None
 
-    def __init__(self, conv: nn.Conv2d, live: nn.Conv2d, bn: BatchNormSource | None, relu: bool) -> None:
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        live: nn.Conv2d,
+        bn: BatchNormSource | None,
+        relu: bool,
+        more_padding: tuple[int, int] = (0, 0),
+    ) -> None:
         super().__init__()
         self.relu = relu
-        self.stride, self.padding, self.dilation = conv.stride, symmetric_padding(conv), conv.dilation
+        self.stride, self.dilation = conv.stride, conv.dilation
+        self.padding = tuple(p + more for p, more in zip(symmetric_padding(conv), more_padding, strict=True))
         self.groups = conv.groups
         self._live = (live,)
         self._bn = bn
@@ -52,6 +73,8 @@ class FoldedConv(nn.Module):
             self.weight_dense_out = taps_first.permute(3, 2, 0, 1)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if being_exported():
+            return self._with_pytorchs_operators(x, residual)
         fits = residual is None or self._same_shape(x, residual)
         if self.weight_dense_out is not None and fits and _conv3x3_serves(x):
             return _Conv3x3.apply(x, self.weight, self.weight_dense_out, self.bias, residual, self.relu)
@@ -75,6 +98,9 @@ class FoldedConv(nn.Module):
             if residual is None or residual.shape == out.shape:
                 return scale_shift_relu(out, self.ones, self.shift, residual)
             return F.relu(out + self.bias.view(-1, 1, 1) + residual)
+        return self._with_pytorchs_operators(x, residual)
+
+    def _with_pytorchs_operators(self, x: Tensor, residual: Tensor | None) -> Tensor:
         out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         if residual is not None:
             out = out + residual
@@ -125,9 +151,10 @@ class ScaleShiftReLU(nn.Module):
         self.register_buffer("shift", torch.empty_like(shift))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if residual is not None and residual.shape != x.shape:
+        if being_exported() or (residual is not None and residual.shape != x.shape):
             per_channel = (-1, *[1] * (x.dim() - 2))
-            return F.relu(x * self.scale.view(per_channel) + self.shift.view(per_channel) + residual)
+            out = x * self.scale.view(per_channel) + self.shift.view(per_channel)
+            return F.relu(out if residual is None else out + residual)
         return scale_shift_relu(x, self.scale, self.shift, residual)
 
     def refresh_(self) -> None:

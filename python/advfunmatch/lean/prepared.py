@@ -37,7 +37,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .copies import Uncopied, copy_of
-from .layers import FoldedConv, ScaleShiftReLU
+from .layers import FoldedConv, ScaleShiftReLU, being_exported
 from .rewrite import Rewriter
 from .trace import first_line, has_own_call, hooks_of, trace
 from .wrappers import unwrap, wrapped_network
@@ -199,7 +199,7 @@ class PreparedModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self._require_assumed(x)
         x = x.to(dtype=self.dtype)
-        if x.dim() == 4:
+        if x.dim() == 4 and not being_exported():
             x = x.contiguous(memory_format=self.memory_format)
         if torch.is_autocast_enabled(x.device.type):
             # The precision was chosen in prepare_for_attack.

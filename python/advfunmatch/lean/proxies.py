@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from .effects import TensorWritten
+from .functions import applied_function
 
 __all__ = [
     "IN_PLACE_OPERATORS",
@@ -23,6 +25,19 @@ __all__ = [
 ]
 
 _AUGMENTED = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor")
+_NO_TENSORS = (
+    "shape",
+    "size",
+    "dim",
+    "ndim",
+    "numel",
+    "dtype",
+    "device",
+    "is_cuda",
+    "stride",
+    "item",
+    "tolist",
+)
 _FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "full", "empty", "arange", "linspace", "eye")
 # Operations whose output is memory of its own; of another, an operation in place may be a write to its input.
 # fmt: off
@@ -52,8 +67,17 @@ IN_PLACE_OPERATORS = {name: _augmented(name) for name in _AUGMENTED}
 class Proxy(fx.Proxy):
     """torch.fx's proxy, with augmented assignments: without, ``x += y`` would be x + y, which leaves the tensor x.
 
-    And without assignments to its attributes, which would reach no tensor.
+    And without assignments to its attributes, which would reach no tensor. A network's code that asks whether it is a
+    tensor is told so.
     """
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # what isinstance asks, after type(self)
+        asking = sys._getframe(1)
+        module = str(asking.f_globals.get("__name__"))
+        if module.startswith(_ASKING_OF_PROXIES):
+            return type(self)
+        return torch.Tensor if _is_tensor(self.node) else type(self)
 
     def __getattr__(self, name: str) -> _Attribute:
         return _Attribute(self, name)
@@ -87,6 +111,8 @@ class _Attribute(Proxy, fx.proxy.Attribute):
     """``x.name``: a node of its own only where it is not called."""
 
 
+# Whose code must know a proxy for what it is.
+_ASKING_OF_PROXIES = ("torch.", __package__)
 _PROXYS_OWN = ("tracer", "node", "root", "attr", "_node")
 
 
@@ -96,6 +122,16 @@ def _recorded(target: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
 
 for _name, _operator in IN_PLACE_OPERATORS.items():
     setattr(Proxy, f"__{_name}__", _recorded(_operator))
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Whether the node is a tensor, rather than a size, a dtype or what is computed from those."""
+    name, owner = attribute_or_method(node)
+    if owner is not None:
+        return name not in _NO_TENSORS
+    if node.op == "call_function" and getattr(node.target, "__module__", None) in ("_operator", "builtins"):
+        return any(_is_tensor(argument) for argument in node.args if isinstance(argument, fx.Node))
+    return True
 
 
 def attribute_or_method(node: Any) -> tuple[str, Any]:
@@ -136,14 +172,15 @@ def refuse_write(node: Any) -> None:
 
 @contextlib.contextmanager
 def torch_patched() -> Iterator[None]:
-    """For as long as it is open, a torch.autograd.Function raises when it is applied to a proxy, and the functions that
-    make tensors of sizes, devices and dtypes take proxies for these."""
+    """For as long as it is open, a torch.autograd.Function that is applied to a proxy is recorded, and the functions
+    that make tensors of sizes, devices and dtypes take proxies for these."""
     Function = torch.autograd.Function
     original = vars(Function)["apply"]
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(a, fx.Proxy) for a in (*args, *kwargs.values())):
-            raise RuntimeError(f"it applies the torch.autograd.Function {cls.__name__}")
+        for argument in tree_leaves((args, kwargs)):
+            if isinstance(argument, fx.Proxy):
+                return argument.tracer.create_proxy("call_function", applied_function(cls), args, kwargs)
         return original.__get__(None, cls)(*args, **kwargs)
 
     factories = {name: getattr(torch, name) for name in _FACTORIES}

@@ -7,7 +7,6 @@ or frozen, without an error. So a submodule is kept whole, and called as it is, 
 
     where it has hooks                                  they may do anything, at every call
     where it computes under no_grad or autocast         the graph has no such contexts
-    where it applies a torch.autograd.Function          its forward would be traced, its backward lost
     where it draws random numbers outside the graph     one draw would be served for ever
     where it does more than compute                     Note [Side effects] in ``effects``
     where it is TorchScript or an exported program      their operators are no modules, so nothing could be folded
@@ -15,9 +14,10 @@ or frozen, without an error. So a submodule is kept whole, and called as it is, 
 What is traced is a scratch copy: code that ran on proxies may leave some behind.
 
 Buffers are read at every call, as parameters are, so that what the code computes from them follows ``refresh_``. An
-augmented assignment is in place, as it is for a tensor. A module that forward makes, such as a pooling, is traced into
-where it holds no tensors. Questions that the images' place and kind answer (``x.is_cuda``, ``x.dim() == 4``) are
-answered; a prepared network asserts of its images what was taken for granted.
+augmented assignment is in place, as it is for a tensor. A torch.autograd.Function is called as it is. A module that
+forward makes, such as a pooling, is traced into where it holds no tensors. Questions that the images' place and kind
+answer (``x.is_cuda``, ``x.dim() == 4``) are answered; a prepared network asserts of its images what was taken for
+granted.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ class _Tracer(fx.Tracer):
         nodes_before = len(self.graph.nodes)
         depth = len(self.module_stack)
         path = self.path_of_module(m)
-        if path in self.whole:
-            self.untraced[path] = self.whole[path]
+        if (why := self.whole.get(path) or self.untraced.get(path)) is not None:
+            self.untraced[path] = why
             return self.create_proxy("call_module", path, args, kwargs)
         state = _random_state()
         leaf = self.is_leaf_module(m, path)

@@ -1,0 +1,344 @@
+"""What the forwards of official repositories do beside calling layers: folded all the same.
+
+Small networks, each with the constructs of one repository's, written anew: AdaAD and PeerAiD make modules in forward,
+google-deepmind's ask where the images are, keep statistics that are no buffers, apply a torch.autograd.Function and pad
+by hand, others compute with sizes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from advfunmatch.lean import PreparedModel, prepare_for_attack
+from stands_for import SEED, assert_near, assert_stands_for, out_and_gradient, settle
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    def __init__(self, act: Callable[[Tensor], Tensor] = F.relu) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.shortcut = nn.Sequential()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += self.shortcut(x)
+        return self.act(out)
+
+
+class Net(nn.Module):
+    """A stem, a block and a linear layer, around what is tried: ``before`` on the images, ``after`` on the features."""
+
+    def __init__(
+        self,
+        before: Callable[[Net, Tensor], Tensor] = lambda net, x: x,
+        after: Callable[[Net, Tensor], Tensor] = lambda net, x: x.mean((2, 3)),
+        act: Callable[[Tensor], Tensor] = F.relu,
+        features: int = 8,
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.layer1 = nn.Sequential(Block(act))
+        self.linear = nn.Linear(features, 5)
+        self.before, self.after, self.act = before, after, act
+        self.mean = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
+        self.std = torch.tensor([0.2471, 0.2435, 0.2616]).view(3, 1, 1)
+        self.mean_cuda = self.std_cuda = None
+        self.features = features
+        self.register_buffer("mu", torch.full((1, 3, 1, 1), 0.4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.bn1(self.conv1(self.before(self, x))))
+        return self.linear(self.after(self, self.layer1(out)))
+
+
+# ---- on the features
+
+
+def module_made_in_forward(net: Net, x: Tensor) -> Tensor:
+    x = nn.AdaptiveAvgPool2d((1, 1))(nn.ReLU()(x))
+    return x.view(x.size(0), -1)
+
+
+def modules_in_a_sequential_made_in_forward(net: Net, x: Tensor) -> Tensor:
+    return nn.Sequential(nn.AvgPool2d(4), nn.Flatten())(x)[:, : net.features]
+
+
+def pooled_by_a_function(net: Net, x: Tensor) -> Tensor:
+    return torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1)
+
+
+def pooled_by_keywords(net: Net, x: Tensor) -> Tensor:
+    return nn.functional.adaptive_avg_pool2d(input=x, output_size=1).squeeze(-1).squeeze(-1)
+
+
+def pooled_by_its_own_size(net: Net, x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, x.size()[2:]).view(-1, net.features)
+
+
+def pooled_by_its_last_size(net: Net, x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, x.shape[-1]).reshape(x.shape[0], x.size(1))
+
+
+def summed_over_its_sizes(net: Net, x: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    return x.view(batch, channels, height * width).sum(2) / (height * width)
+
+
+def asked_for_its_dimensions(net: Net, x: Tensor) -> Tensor:
+    if isinstance(x, (list, tuple)):
+        x = x[-1]
+    if not torch.is_tensor(x):
+        raise TypeError
+    return x.mean((2, 3)) if isinstance(x, torch.Tensor) and not isinstance(x.shape, torch.Tensor) else x[0]
+
+
+def zeros_of_its_size(net: Net, x: Tensor) -> Tensor:
+    more = torch.zeros(x.size(0), 8, x.size(2), x.size(3), device=x.device, dtype=x.dtype)
+    return torch.cat([x, more + 1], 1).mean((2, 3))
+
+
+# ---- on the images
+
+
+def statistics_where_the_images_are(net: Net, x: Tensor) -> Tensor:
+    if x.is_cuda:
+        if net.mean_cuda is None:
+            net.mean_cuda, net.std_cuda = net.mean.cuda(), net.std.cuda()
+        return (x - net.mean_cuda) / net.std_cuda
+    return (x - net.mean) / net.std
+
+
+def statistics_moved_when_needed(net: Net, x: Tensor) -> Tensor:
+    if net.mean.device != x.device:
+        net.mean, net.std = net.mean.to(x.device), net.std.to(x.device)
+    return x.sub(net.mean).div(net.std)
+
+
+def statistics_like_the_images(net: Net, x: Tensor) -> Tensor:
+    return (x - net.mean.to(x)) / net.std.type_as(x)
+
+
+def statistics_moved_for_good(net: Net, x: Tensor) -> Tensor:
+    net.mean = net.mean.to(x.device)
+    return x - net.mean
+
+
+def statistics_made_in_forward(net: Net, x: Tensor) -> Tensor:
+    mean = torch.tensor([0.5, 0.4, 0.3], dtype=x.dtype, device=x.device).view(1, 3, 1, 1)
+    std = x.new_tensor([0.2, 0.3, 0.2]).view(1, 3, 1, 1)
+    return (x - mean) / std
+
+
+def statistics_in_a_buffer(net: Net, x: Tensor) -> Tensor:
+    return (x - net.mu.to(x.device)) / 0.25
+
+
+def channels_one_by_one(net: Net, x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, 0] = (x[:, 0] - 0.5) / 0.25
+    x[:, 1:] -= 0.4
+    return x
+
+
+def dimensions_asked(net: Net, x: Tensor) -> Tensor:
+    if x.dim() == 3:
+        x = x.unsqueeze(0)
+    if len(x.shape) != 4 or x.ndim != 4 or not x.is_floating_point():
+        raise ValueError("images are wanted")
+    return x * 2 - 1
+
+
+def each_image_standardised(net: Net, x: Tensor) -> Tensor:
+    mean, std = x.mean(dim=(1, 2, 3), keepdim=True), x.std(dim=(1, 2, 3), keepdim=True)
+    least = torch.ones_like(std) / (x.shape[1] * x.shape[2] * x.shape[3]) ** 0.5
+    return (x - mean) / torch.max(std, least)
+
+
+AFTER = {
+    module_made_in_forward: 8,
+    modules_in_a_sequential_made_in_forward: 8,
+    pooled_by_a_function: 8,
+    pooled_by_keywords: 8,
+    pooled_by_its_own_size: 8,
+    pooled_by_its_last_size: 8,
+    summed_over_its_sizes: 8,
+    asked_for_its_dimensions: 8,
+    zeros_of_its_size: 16,
+}
+BEFORE = [
+    statistics_where_the_images_are,
+    statistics_moved_when_needed,
+    statistics_like_the_images,
+    statistics_moved_for_good,
+    statistics_made_in_forward,
+    statistics_in_a_buffer,
+    channels_one_by_one,
+    dimensions_asked,
+    each_image_standardised,
+]
+
+
+def name_of(function: Callable[..., object]) -> str:
+    return function.__name__
+
+
+def assert_folded(network: nn.Module, x: Tensor, folded: list[str]) -> PreparedModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared = assert_stands_for(network, x)
+    assert (sorted(prepared.folded), prepared.left) == (folded, [])
+    return prepared
+
+
+@pytest.mark.parametrize("after", AFTER, ids=name_of)
+def test_what_is_done_to_features(after: Callable[[Net, Tensor], Tensor]) -> None:
+    network = Net(after=after, features=AFTER[after])
+    assert_folded(network, torch.rand(2, 3, 8, 8), ["bn1", "layer1.0.bn1", "layer1.0.bn2"])
+
+
+@pytest.mark.parametrize("before", BEFORE, ids=name_of)
+def test_what_is_done_to_images(before: Callable[[Net, Tensor], Tensor]) -> None:
+    network = Net(before)
+    assert_folded(network, torch.rand(2, 3, 8, 8), ["bn1", "layer1.0.bn1", "layer1.0.bn2"])
+    assert network.mean_cuda is None
+
+
+def test_a_normalisation_in_front_that_keeps_no_buffers() -> None:
+    class Normalization(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean, self.sigma = (torch.rand(1, 3, 1, 1) + 0.1 for _ in range(2))
+            self.mean_cuda, self.sigma_cuda = None, None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.is_cuda:
+                if self.mean_cuda is None:
+                    self.mean_cuda, self.sigma_cuda = self.mean.cuda(), self.sigma.cuda()
+                return (x - self.mean_cuda) / self.sigma_cuda
+            return (x - self.mean) / self.sigma
+
+    network = nn.Sequential(Normalization(), Net())
+    assert_folded(network, torch.rand(2, 3, 8, 8), ["1.bn1", "1.layer1.0.bn1", "1.layer1.0.bn2"])
+
+
+class _Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate = torch.sigmoid(x)
+        return grad * (gate * (1 + x * (1 - gate)))
+
+
+class _HalvesInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x.mul_(0.5)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+def test_a_function_of_its_own_runs_forward_and_backward() -> None:
+    """One that only computes leaves the network in channels-last; one that may change its input does not."""
+    network = Net(act=lambda x: _Swish.apply(x))
+    prepared = assert_folded(network, torch.rand(2, 3, 8, 8), ["bn1", "layer1.0.bn1", "layer1.0.bn2"])
+    assert prepared.memory_format == torch.channels_last
+    network = Net(act=lambda x: _HalvesInPlace.apply(x + 1))
+    prepared = assert_folded(network, torch.rand(2, 3, 8, 8), ["bn1", "layer1.0.bn1", "layer1.0.bn2"])
+    assert prepared.memory_format == torch.contiguous_format
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("relu", [False, True])
+def test_zeros_padded_by_hand_are_the_convolutions_own(stride: int, relu: bool) -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 8, 3, stride), nn.BatchNorm2d(8)
+            self.again, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+            self.zeros = nn.ZeroPad2d((1, 1, 0, 0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.bn(self.conv(F.pad(x, (1, 1, 1, 1) if stride == 1 else (0, 1, 0, 1))))
+            out = F.relu(out) if relu else out
+            out = self.again(self.zeros(out))
+            return self.fc(F.pad(out, [2, 2, 1, 1]).mean((2, 3)))
+
+    prepared = assert_folded(Padded(), torch.rand(2, 3, 8, 8), ["bn"])
+    pads = [n for n in prepared.network.graph.nodes if n.target is F.pad or "zeros" in str(n.target)]
+    assert len(pads) == (1 if stride == 1 else 2)  # what no convolution reads, and what is not even
+
+
+def test_what_was_taken_for_granted_is_asserted() -> None:
+    prepared = prepare_for_attack(settle(Net(dimensions_asked)))
+    with pytest.raises(ValueError, match=r"x must be images \(N, C, H, W\).* got \(3, 8, 8\)"):
+        prepared(torch.rand(3, 8, 8))
+    prepared = prepare_for_attack(settle(Net(statistics_where_the_images_are)))
+    with pytest.raises(ValueError, match=r"x is on meta, but the network was on cpu when it was prepared"):
+        prepared(torch.rand(1, 3, 8, 8, device="meta"))
+
+
+def test_statistics_that_are_gathered_are_still_gathered() -> None:
+    """A list that grows is an effect: the activation is called as it is, around it all is folded."""
+
+    class Gathering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gathered: list[float] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.gathered.append(x.abs().mean().item())
+            return F.relu(x)
+
+    network = settle(Net().double())
+    network.layer1[0].act = Gathering()
+    with pytest.warns(UserWarning, match=r"layer1.0.act, which torch.fx cannot trace"):
+        prepared = prepare_for_attack(network)
+    assert set(prepared.folded) == {"bn1", "layer1.0.bn1", "layer1.0.bn2"}
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    for got, want in zip(out_and_gradient(prepared, x), out_and_gradient(network, x), strict=True):
+        assert_near(got, want, 1e-10)
+    (gathering,) = (m for m in prepared.modules() if isinstance(m, Gathering))
+    assert len(gathering.gathered) == len(network.layer1[0].act.gathered) == 2
+
+
+@pytest.mark.parametrize("written_down", ["torch.export", "torch.jit.trace"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_what_is_written_down_for_others_holds_pytorchs_operators_alone(written_down: str) -> None:
+    """ONNX exporters start from either; a scale_shift_relu, a Winograd convolution or oneDNN's would stop them."""
+
+    def pre_activation(net: Net, x: Tensor) -> Tensor:
+        return F.relu(net.pre(x.tanh()) + x).mean((2, 3))
+
+    network = Net(after=pre_activation)
+    network.pre = nn.BatchNorm2d(8)
+    prepared = prepare_for_attack(settle(network))
+    assert prepared.fused == ["pre"]
+    x = torch.rand(2, 3, 32, 32)
+    if written_down == "torch.export":
+        program = torch.export.export(prepared, (x,))
+        calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+        assert {call.namespace for call in calls} == {"aten"}
+        again = program.module()
+    else:
+        again = torch.jit.trace(prepared, x)
+        kinds = {node.kind().partition("::")[0] for node in again.inlined_graph.nodes()}
+        assert kinds <= {"aten", "prim"}
+    assert_near(again(x), prepared(x), 1e-5)
