@@ -133,8 +133,8 @@ def test_links(colour_folder: Path) -> None:
 
 def test_val_stands_for_test(colour_folder: Path) -> None:
     os.rename(colour_folder / "test", colour_folder / "val")
-    (colour_folder / "test").mkdir()  # unlabelled images, as ImageNet's
-    grey().save(colour_folder / "test/0.png")
+    (colour_folder / "test/images").mkdir(parents=True)  # unlabelled, as Tiny-ImageNet's
+    grey().save(colour_folder / "test/images/0.png")
     assert len(load_dataset(f"folder:{colour_folder}", split="test")) == 6
 
 

@@ -80,13 +80,13 @@ def _read(file: Encoded, look: Callable[[Image.Image], Result]) -> Result:
             return look(image)
     except InputError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises many kinds for a file that is damaged
         raise InputError(f"image {_name(file)!r} cannot be read: {error}") from error
 
 
 def _has_colour(image: Image.Image) -> bool:
     if image.mode in ("P", "PA"):
-        palette = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+        palette = np.array(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)
         return bool((palette != palette[:, :1]).any())
     return image.mode not in GREY_MODES
 

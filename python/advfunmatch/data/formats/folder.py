@@ -105,9 +105,17 @@ def _listed(root: Path, wanted: Wanted) -> dict[str, ClassFiles]:
 
 
 def _split_folder(root: Path, split: str) -> Path | None:
-    """Where a split lies: the first of its usual names that has class folders, or that is there at all."""
+    """Where a split lies: the first of its usual names that shares a class with train/, or that is there at all.
+
+    Published sets often have a test/ without classes beside a val/ with them.
+    """
     there = [root / name for name in SPLIT_NAMES[split] if os.path.isdir(root / name)]
-    with_classes = [folder for folder in there if any(entry.is_dir() for entry in _visible(folder))]
+    known = {entry.name for entry in _visible(root / "train")} if os.path.isdir(root / "train") else set()
+    with_classes = [
+        folder
+        for folder in there
+        if any(entry.is_dir() and entry.name in known for entry in _visible(folder))
+    ]
     return next(iter(with_classes or there), None)
 
 
