@@ -13,6 +13,7 @@ from afm_kernels.functional import (
     pgd_start,
     pgd_step,
     scale_shift_relu,
+    softmax_kl_direction,
     softmax_kl_div,
     softmax_kl_div_grad,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "pgd_start",
     "pgd_step",
     "scale_shift_relu",
+    "softmax_kl_direction",
     "softmax_kl_div",
     "softmax_kl_div_grad",
     "use_backend",

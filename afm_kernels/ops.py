@@ -36,6 +36,10 @@ What every backend may assume, because ``functional`` has checked it, and must d
   backward. They have their logits' dtype, shape and, where those are dense and non-overlapping, strides
   (``torch.empty_like``). A gradient that was not asked for (``wrt_student``, ``wrt_teacher``) is an empty
   tensor of shape (0,).
+* softmax_kl_direction: the gradients of each row's KL divided by exp(``log_scale``), one number a row (accumulation
+  dtype, contiguous), so that the largest entry of those asked for is at least 1/2 and at most 1. A row whose gradients
+  are exactly 0 has a log_scale of -inf; one that has none, NaN. Note [Direction of a row] in
+  reference/softmax_kl_direction.py.
 * pgd_step, pgd_start: ``x_adv``, ``x``, ``out`` of one dtype, ``grad`` and ``noise`` of any; one shape and device,
   any strides. ``norm``: an index into ``NORMS``. ``out`` may be one of the inputs. The semantics, those of NaN, 0
   and infinity included: Note [PGD step] in reference/pgd_step.py.
@@ -95,6 +99,9 @@ SCHEMAS = {
     " -> (Tensor grad_student, Tensor grad_teacher)",
     "softmax_kl_grad_out": f"({_KL}float temperature, int divergence, float beta, float scale, "
     "Tensor(a!)? grad_student, Tensor(b!)? grad_teacher) -> ()",
+    # KL's gradients, each row divided by exp(log_scale)
+    "softmax_kl_direction": f"(Tensor student, Tensor teacher, float temperature, {_WRT})"
+    " -> (Tensor grad_student, Tensor grad_teacher, Tensor log_scale)",
     # (1 - alpha) * cross_entropy(student, labels) + alpha * T^2 * KL(teacher || student)
     "distillation_forward": f"({_DISTILLATION}{_MIX}int reduction, float scale) -> (Tensor loss, Tensor row_stats)",
     "distillation_backward": "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor labels, Tensor? row_weight, "
@@ -179,6 +186,10 @@ def _fake_grad(student: torch.Tensor, teacher: torch.Tensor, *args: Any) -> Any:
     return _fake_grads(student, teacher, *args[-2:])
 
 
+def _fake_direction(student: torch.Tensor, teacher: torch.Tensor, *args: Any) -> Any:
+    return *_fake_grads(student, teacher, *args[-2:]), _fake_loss(student, teacher, 0)
+
+
 def _fake_nothing(*args: Any) -> None:
     return None
 
@@ -218,6 +229,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "softmax_kl_forward_backward": _fake_forward_backward,
     "softmax_kl_grad": _fake_grad,
     "softmax_kl_grad_out": _fake_nothing,
+    "softmax_kl_direction": _fake_direction,
     "distillation_forward": _fake_forward,
     "distillation_backward": _fake_backward,
     "distillation_forward_grad": _fake_forward_grad,

@@ -5,6 +5,7 @@ from afm_kernels.functional.dkl import dkl_loss
 from afm_kernels.functional.pgd_step import pgd_start, pgd_step
 from afm_kernels.functional.scale_shift_relu import scale_shift_relu
 from afm_kernels.functional.softmax_kl import softmax_kl_div, softmax_kl_div_grad
+from afm_kernels.functional.softmax_kl_direction import softmax_kl_direction
 
 __all__ = [
     "distillation_loss",
@@ -12,6 +13,7 @@ __all__ = [
     "pgd_start",
     "pgd_step",
     "scale_shift_relu",
+    "softmax_kl_direction",
     "softmax_kl_div",
     "softmax_kl_div_grad",
 ]

@@ -46,7 +46,7 @@ from afm_kernels.functional.checks import (
 from afm_kernels.functional.loss import fused_loss, quick_gradients, quick_loss, remember
 from afm_kernels.functional.out import check_memory, check_not_recorded, write
 
-_SIDES = ("student", "teacher")
+SIDES = ("student", "teacher")
 
 
 def softmax_kl_div(
@@ -140,7 +140,7 @@ def softmax_kl_div_grad(
     temperature: float = 1.0,
     row_weight: Tensor | None = None,
     dim: int = -1,
-    wrt: Sequence[str] = _SIDES,
+    wrt: Sequence[str] = SIDES,
     out: Sequence[Tensor] | None = None,
     divergence: str = "kl",
     beta: float = 0.5,
@@ -174,7 +174,7 @@ def softmax_kl_div_grad(
     may_be_quick = (
         row_weight is None
         and out is None
-        and wrt is _SIDES
+        and wrt is SIDES
         and dim == -1
         and not torch.compiler.is_compiling()
     )
@@ -190,7 +190,7 @@ def softmax_kl_div_grad(
     beta = beta if kind == 3 else 0.5
     if row_weight is not None:
         row_weight = check_row_weight(row_weight, logits)
-    wrt_student, wrt_teacher = (True, True) if wrt is _SIDES else _sides(wrt)
+    wrt_student, wrt_teacher = (True, True) if wrt is SIDES else sides_of(wrt)
     if forward_ad._current_level >= 0 and torch._C._are_functorch_transforms_active():
         refuse_forward_mode()  # no Function below that would
     student, teacher = logits.student, logits.teacher
@@ -202,7 +202,7 @@ def softmax_kl_div_grad(
 
         if not _are_writable(out, len(wrt), student.device):
             check()
-        to_student, to_teacher = out if wrt is _SIDES else _by_side(wrt, out)
+        to_student, to_teacher = out if wrt is SIDES else _by_side(wrt, out)
         if dim != -1:
             to_student = to_student if to_student is None else to_student.movedim(dim, -1)
             to_teacher = to_teacher if to_teacher is None else to_teacher.movedim(dim, -1)
@@ -227,9 +227,9 @@ def softmax_kl_div_grad(
     return (to_student,) if wrt_student else (to_teacher,)
 
 
-def _sides(wrt: Sequence[str]) -> tuple[bool, bool]:
+def sides_of(wrt: Sequence[str]) -> tuple[bool, bool]:
     sides = tuple(wrt) if isinstance(wrt, (tuple, list)) else ()
-    if not sides or any(side not in _SIDES for side in sides) or len(set(sides)) != len(sides):
+    if not sides or any(side not in SIDES for side in sides) or len(set(sides)) != len(sides):
         raise ValueError(
             f"wrt is {wrt!r}; allowed: ('student', 'teacher'), ('student',), ('teacher',) or reversed"
         )

@@ -22,6 +22,7 @@ from afm_kernels.reference.softmax_kl import (
     softmax_kl_grad,
     softmax_kl_grad_out,
 )
+from afm_kernels.reference.softmax_kl_direction import softmax_kl_direction
 
 __all__ = [
     "conv3x3_forward",
@@ -40,6 +41,7 @@ __all__ = [
     "scale_shift_relu_backward_vectors",
     "scale_shift_relu_forward",
     "softmax_kl_backward",
+    "softmax_kl_direction",
     "softmax_kl_forward",
     "softmax_kl_forward_backward",
     "softmax_kl_forward_grad",

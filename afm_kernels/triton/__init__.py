@@ -9,6 +9,7 @@ SERVES = {
     "softmax_kl_forward_grad": "softmax_kl",
     "softmax_kl_grad": "softmax_kl",
     "softmax_kl_grad_out": "softmax_kl",
+    "softmax_kl_direction": "softmax_kl_direction",
     "distillation_forward": "distillation",
     "distillation_backward": "distillation",
     "distillation_forward_grad": "distillation",

@@ -28,7 +28,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from afm_kernels.triton import distillation, dkl, launch, pgd_step, scale_shift_relu, softmax_kl
+from afm_kernels.triton import (
+    distillation,
+    dkl,
+    launch,
+    pgd_step,
+    scale_shift_relu,
+    softmax_kl,
+    softmax_kl_direction,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -229,6 +237,14 @@ def _kl(what: str, rows: int, classes: int, dtype: torch.dtype, divergence: str 
     return Call(name, run, classes, size * (2 if what == "forward" else 4))
 
 
+def _direction(rows: int, classes: int, dtype: torch.dtype) -> Call:
+    def run() -> object:
+        return softmax_kl_direction.softmax_kl_direction(*_logits(rows, classes, dtype), 2.0, True, True)
+
+    name = f"softmax_kl_direction, {rows} × {classes} {str(dtype).split('.')[1]}"
+    return Call(name, run, classes, 4 * classes * torch.empty((), dtype=dtype).element_size())
+
+
 def _distillation(rows: int, classes: int, dtype: torch.dtype) -> Call:
     def run() -> object:
         labels = torch.empty(rows, dtype=torch.int64)
@@ -325,6 +341,10 @@ MORE_CALLS = (
     _kl("forward_grad", 4096, 21843, FLOAT),
     _kl("forward_grad", 8192, 32000, BFLOAT, "jeffreys"),
     _kl("forward_grad", 1024, 32000, torch.float64),
+    _direction(128, 10, FLOAT),
+    _direction(1024, 1000, FLOAT),
+    _direction(1024, 32000, BFLOAT),
+    _direction(128, 100, torch.float64),
     _distillation(128, 10, FLOAT),
     _distillation(1024, 1000, FLOAT),
     _distillation(4096, 8192, BFLOAT),

@@ -47,6 +47,10 @@ template <>
 struct Words<4> {
   using type = unsigned;
 };
+template <>
+struct Words<2> {
+  using type = unsigned short;
+};
 
 // N consecutive elements of a row, in registers.
 template <typename T, int N>

@@ -5,7 +5,7 @@
 #include <limits>
 #include <utility>
 
-#include "cuda/operators.h"
+#include "cuda/row_tensors.h"
 #include "cuda/softmax_kl.h"
 #include "cuda/softmax_kl_plan.h"
 #include "cuda/sum.h"
@@ -52,14 +52,6 @@ PairKind kind_of(DType student, DType teacher) {
   return exact ? PairKind::kMixedDouble : PairKind::kMixed;
 }
 
-// The kernels count the classes of a row in 32 bits.
-constexpr int64_t kMaxClasses = int64_t(1) << 30;
-
-bool in_place(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  return tensor.stride(last) == 1 || tensor.size(last) == 1;
-}
-
 // Everything an operator was called with; the result is assembled from `loss`, `stats` and
 // `grad_*`.
 struct Call {
@@ -75,40 +67,6 @@ struct Call {
     return exact ? ScalarType::Double : ScalarType::Float;
   }
 };
-
-int64_t rows_of(const Tensor& logits) {
-  int64_t rows = 1;
-  for (int64_t dim = 0; dim + 1 < logits.dim(); ++dim) rows *= logits.size(dim);
-  return rows;
-}
-
-// A gradient as the kernels write it: the output itself, or a contiguous stand-in that is copied to
-// an output whose class stride is not 1.
-struct Gradient {
-  Tensor output;
-  Tensor written;
-  bool wanted = false;
-  bool stand_in = false;
-
-  void write_aside() {
-    std::vector<int64_t> sizes(output.dim());
-    for (int64_t dim = 0; dim < output.dim(); ++dim) sizes[dim] = output.size(dim);
-    written = new_empty(output, sizes, output.scalar_type());
-    stand_in = true;
-  }
-};
-
-Gradient gradient_into(const Tensor& output) {
-  Gradient gradient{output, output, true, false};
-  if (!in_place(output)) gradient.write_aside();
-  return gradient;
-}
-
-void set_view(RowsView& view, const Tensor& tensor, const std::vector<int64_t>& strides) {
-  view.data = static_cast<char*>(tensor.data_ptr());
-  view.dtype = dtype_of(tensor);
-  for (size_t i = 0; i < strides.size(); ++i) view.strides[i] = strides[i];
-}
 
 // By how many classes rows may start behind a 16-byte boundary: 0 where every row starts on one.
 int head_of(const RowsView& view, int row_dims, int vector) {
@@ -130,37 +88,9 @@ void run(Call& call, std::optional<Tensor> loss, bool sum, const Tensor* stats_i
     if (loss && sum) torch::stable::zero_(*loss);
     return;
   }
-  if (classes > kMaxClasses) {
-    throw std::invalid_argument("afm_kernels: " + std::to_string(classes) +
-                                " classes; the CUDA kernels take at most 2^30");
-  }
   const Place place(call.student);
 
-  Tensor student = in_place(call.student) ? call.student : torch::stable::contiguous(call.student);
-  Tensor teacher = in_place(call.teacher) ? call.teacher : torch::stable::contiguous(call.teacher);
-  std::vector<const Tensor*> tensors = {&student, &teacher};
-  if (grad_student.wanted) tensors.push_back(&grad_student.written);
-  if (grad_teacher.wanted) tensors.push_back(&grad_teacher.written);
-  Walk walk = merge_dimensions(tensors, student.dim() - 1);
-  if (walk.sizes.size() > kMaxRowDims) {
-    // Strides of five or more kinds: rare enough to copy.
-    student = torch::stable::contiguous(student);
-    teacher = torch::stable::contiguous(teacher);
-    for (Gradient* gradient : {&grad_student, &grad_teacher}) {
-      if (gradient->wanted && !gradient->written.is_contiguous()) gradient->write_aside();
-    }
-    walk = merge_dimensions(tensors, student.dim() - 1);
-  }
-  problem.classes = static_cast<int>(classes);
-  problem.row_dims = static_cast<int>(std::max<size_t>(1, walk.sizes.size()));
-  for (size_t i = 0; i < walk.sizes.size(); ++i) problem.row_sizes[i] = walk.sizes[i];
-  set_view(problem.student, student, walk.strides[0]);
-  set_view(problem.teacher, teacher, walk.strides[1]);
-  size_t next = 2;
-  if (grad_student.wanted)
-    set_view(problem.grad_student, grad_student.written, walk.strides[next++]);
-  if (grad_teacher.wanted)
-    set_view(problem.grad_teacher, grad_teacher.written, walk.strides[next++]);
+  const RowTensors kept = lay_out(problem, call.student, call.teacher, grad_student, grad_teacher);
   if (call.swapped) {
     std::swap(problem.student, problem.teacher);
     std::swap(problem.grad_student, problem.grad_teacher);
@@ -204,11 +134,8 @@ void run(Call& call, std::optional<Tensor> loss, bool sum, const Tensor* stats_i
     launch_sum(accumulation == ScalarType::Double,
                {partial_losses->data_ptr(), plan.partial_losses, loss->data_ptr()}, place.stream());
   }
-  for (Gradient* gradient : {&grad_student, &grad_teacher}) {
-    if (gradient->wanted && gradient->stand_in) {
-      torch::stable::copy_(gradient->output, gradient->written);
-    }
-  }
+  grad_student.finish();
+  grad_teacher.finish();
 }
 
 Tensor new_loss(const Call& call, int64_t reduction) {
@@ -219,15 +146,6 @@ Tensor new_loss(const Call& call, int64_t reduction) {
     }
   }
   return new_empty(call.student, sizes, call.accumulation());
-}
-
-Gradient new_gradient(const Tensor& logits, bool wanted) {
-  if (!wanted) {
-    Gradient gradient;
-    gradient.output = new_empty(logits, {0}, logits.scalar_type());
-    return gradient;
-  }
-  return gradient_into(torch::stable::empty_like(logits));
 }
 
 Call divergence_call(const Tensor& student, const Tensor& teacher,

@@ -32,7 +32,13 @@ def host() -> Iterator[Host]:
         yield host
 
 
-SUITES = ("test_softmax_kl.py", "test_distillation.py", "test_pgd_step.py", "test_scale_shift_relu.py")
+SUITES = (
+    "test_softmax_kl.py",
+    "test_softmax_kl_direction.py",
+    "test_distillation.py",
+    "test_pgd_step.py",
+    "test_scale_shift_relu.py",
+)
 
 
 def test_suites_of_every_backend(host: Host) -> None:

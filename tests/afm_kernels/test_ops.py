@@ -21,6 +21,9 @@ OPCHECKED = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 def arguments_of(op: str, sample: Sample) -> tuple[Any, ...]:
     """Arguments of a loss operator for a sample."""
     student, teacher = sample.class_last()
+    if op == "softmax_kl_direction":
+        # Rows of weight 0 may hold anything, and a NaN is not equal to itself.
+        return student.nan_to_num(0, 0, 0), teacher.nan_to_num(0, 0, 0), 2.0, True, False
     weight = sample.operator_row_weight()
     labels = sample.labels()
     classes = torch.rand(student.shape, device=student.device).to(ops.accumulation_dtype(student, teacher))

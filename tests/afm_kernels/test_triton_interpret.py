@@ -78,6 +78,19 @@ RUNS = {
         {**_SMALL, "programs_per_multiprocessor": 80},
         7,
     ),
+    "direction": Run(
+        ("test_softmax_kl_direction.py",),
+        "(test_equals_exact and 25.0) or test_rows_of or test_is_the or test_equal_sides or test_logits_up or 130",
+        {},
+        30,
+    ),
+    # rows of more than one block
+    "direction_blocks": Run(
+        ("test_softmax_kl_direction.py",),
+        "(test_is_the and (classes_10 or hard_rows)) or 130",
+        {"on_chip_more": 32},
+        3,
+    ),
     "distillation": Run(
         ("test_distillation.py",),
         "(test_rows_and_gradients and (classes_10- or hard_rows or weighted)) or test_ends or test_table_by_hand"
@@ -146,6 +159,7 @@ def test_shared_tests(interpreter: Host, run: str) -> None:
 def test_all_shared_tests(interpreter: Host, limits: str) -> None:
     everything = (
         "test_softmax_kl.py",
+        "test_softmax_kl_direction.py",
         "test_distillation.py",
         "test_dkl.py",
         "test_pgd_step.py",

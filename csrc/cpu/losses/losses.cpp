@@ -81,6 +81,8 @@ Tensor LossCall::new_stats(int64_t columns) const {
   return empty(2, sizes, is_double);
 }
 
+Tensor LossCall::new_row_numbers() const { return empty(layout.dims - 1, layout.sizes, is_double); }
+
 namespace {
 
 // In double precision and in an order of its own, so that threads do not show in the result: eight

@@ -35,6 +35,7 @@ struct LossCall {
   void put_gradients(std::optional<Tensor> to_student, std::optional<Tensor> to_teacher);
   void give_grad_loss(const Tensor& tensor);
   Tensor new_stats(int64_t columns) const;
+  Tensor new_row_numbers() const;                 // accumulation type, of the rows' shape
   double* row_values() const { return values_; }  // null where no loss is wanted
 
   Tensor take_loss();

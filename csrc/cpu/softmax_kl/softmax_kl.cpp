@@ -62,13 +62,15 @@ struct SoftmaxKlCall : LossCall {
       rows_builder.add(*grad_teacher, Layout(*grad_teacher).strides,
                        reverse ? params.grad_student : params.grad_teacher);
     rows_builder.finish(params.shape);
-    params.stream = gradients_outgrow_caches();
+    params.stream = params.log_scales == nullptr && gradients_outgrow_caches();
     params.grad_loss = grad_loss, params.grad_loss_stride = grad_loss_stride;
     params.row_values = row_values();
 
     static const auto kl_float = AFM_KERNEL(softmax_kl_rows_float);
     static const auto kl_double = AFM_KERNEL(softmax_kl_rows_double);
-    run_rows(is_double ? kl_double : kl_float, params, softmax_kl_scratch(classes));
+    run_rows(is_double ? kl_double : kl_float, params,
+             params.log_scales != nullptr ? softmax_kl_direction_scratch(classes)
+                                          : softmax_kl_scratch(classes));
   }
 };
 
@@ -143,6 +145,18 @@ void softmax_kl_grad_out(Tensor student, Tensor teacher, std::optional<Tensor> r
   call.run();
 }
 
+std::tuple<Tensor, Tensor, Tensor> softmax_kl_direction(Tensor student, Tensor teacher,
+                                                        double temperature, bool wrt_student,
+                                                        bool wrt_teacher) {
+  SoftmaxKlCall call(student, teacher, std::nullopt, temperature,
+                     static_cast<int64_t>(Divergence::kKl), 0.5, 1);
+  call.want_gradients(wrt_student, wrt_teacher);
+  Tensor log_scale = call.new_row_numbers();
+  call.params.log_scales = log_scale.data_ptr();
+  call.run();
+  return std::tuple_cat(call.take_gradients(), std::tuple<Tensor>(std::move(log_scale)));
+}
+
 // Distillation: (1 - alpha) * cross-entropy + alpha * T^2 * KL.
 
 constexpr auto kKl = static_cast<int64_t>(Divergence::kKl);
@@ -197,6 +211,7 @@ STABLE_TORCH_LIBRARY_IMPL(afm_kernels, CPU, m) {
   m.impl("softmax_kl_forward_backward", TORCH_BOX(&afm::cpu::softmax_kl_forward_backward));
   m.impl("softmax_kl_grad", TORCH_BOX(&afm::cpu::softmax_kl_grad));
   m.impl("softmax_kl_grad_out", TORCH_BOX(&afm::cpu::softmax_kl_grad_out));
+  m.impl("softmax_kl_direction", TORCH_BOX(&afm::cpu::softmax_kl_direction));
   m.impl("distillation_forward", TORCH_BOX(&afm::cpu::distillation_forward));
   m.impl("distillation_backward", TORCH_BOX(&afm::cpu::distillation_backward));
   m.impl("distillation_forward_grad", TORCH_BOX(&afm::cpu::distillation_forward_grad));

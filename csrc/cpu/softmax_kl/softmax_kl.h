@@ -54,6 +54,8 @@ struct SoftmaxKlParams {
   double expected_grad_loss = 1;
   bool as_backward = false;  // the bits of a backward, which has row_stats instead of the sums
 
+  // Present: the gradients are directions, and this is what they have been divided by.
+  void* log_scales = nullptr;    // out, accumulation type, one a row
   double* row_values = nullptr;  // out: weighted loss of each row
   void* row_stats = nullptr;     // out of a forward, into a backward; accumulation type
   bool stats_are_given = false;  // a backward
@@ -71,6 +73,10 @@ constexpr int64_t softmax_kl_block_scratch(int64_t classes) {
 }
 constexpr int64_t softmax_kl_scratch(int64_t classes) {
   return softmax_kl_row_scratch(classes) + softmax_kl_block_scratch(classes);
+}
+// Directions keep two rows more, and six of doubles, which are up to two elements each.
+constexpr int64_t softmax_kl_direction_scratch(int64_t classes) {
+  return softmax_kl_scratch(classes) + (2 + 2 * 6) * ((classes + 15) / 16 * 16);
 }
 
 // Rows [begin, end). Rows do not depend on each other, so that any split among workers gives the

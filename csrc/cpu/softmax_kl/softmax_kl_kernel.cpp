@@ -7,6 +7,7 @@
 
 #include "cpu/softmax_kl/softmax_kl.h"
 
+#include "cpu/softmax_kl/direction.h"
 #include "cpu/softmax_kl/js_terms.h"
 #include "cpu/losses/kl_sweeps.h"
 #include "cpu/layout/lane_tiles.h"
@@ -71,6 +72,7 @@ struct Worker {
   T *student_tile, *teacher_tile, *grad_student_tile, *grad_teacher_tile;  // kTile each
   RowPointer student, teacher, grad_student, grad_teacher;                 // the present row
   RowPointer next_student{}, next_teacher{};  // the row after it; null where there is none
+  double* direction_rows = nullptr;           // DirectionJob<T>::kRows of them
   int64_t present = 0, probed = -1;           // rows: the present one, and the one that was probed
   Probe<T> probe;
 
@@ -855,6 +857,52 @@ struct Worker {
     else
       write_gradients<RowKind::kGeneral, false>(row, scale, hard);
   }
+
+  // The row's direction. Its gradients pass through two rows of `kept`, for their largest entry is
+  // known last.
+  void run_direction(int64_t i, T* kept) {
+    const RowPointer to_student = grad_student, to_teacher = grad_teacher;
+    T *const by_student = kept, *const by_teacher = kept + (params.classes + 15) / 16 * 16;
+    const auto aside = [](T* row, const RowPointer& to) {
+      return RowPointer{to.data == nullptr ? nullptr : reinterpret_cast<char*>(row), kNative<T>, 1};
+    };
+    grad_student = aside(by_student, to_student), grad_teacher = aside(by_teacher, to_teacher);
+    run(i);
+    grad_student = to_student, grad_teacher = to_teacher;
+    T largest = 0;
+    if (to_student.data) largest = largest_entry(by_student, params.classes);
+    if (to_teacher.data) {
+      const T other = largest_entry(by_teacher, params.classes);
+      largest = other > largest ? other : largest;
+    }
+    double log_scale;
+    if (is_ordinary(largest)) {
+      const int power = power_of(largest);
+      const T factor = static_cast<T>(scaled_by_power(1.0, -power));
+      log_scale = power * 0.69314718055994530942;
+      for (int64_t j = 0; j < params.classes; j += kTile) {
+        const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+        const auto pass_on = [&](const RowPointer& to, const T* from, T* tile) {
+          if (to.data == nullptr) return;
+          T* out = to.writable(j, tile);
+          scale_row(from + j, n, factor, out);
+          to.write(j, n, out);
+        };
+        pass_on(to_student, by_student, grad_student_tile);
+        pass_on(to_teacher, by_teacher, grad_teacher_tile);
+      }
+    } else {
+      log_scale = direction_job().run();
+    }
+    static_cast<T*>(params.log_scales)[i] = static_cast<T>(log_scale);
+  }
+
+  DirectionJob<T> direction_job() const {
+    return {student,        teacher,
+            grad_student,   grad_teacher,
+            params.classes, params.temperature,
+            direction_rows, (params.classes + 15) / 16 * 16};
+  }
 };
 
 // Short rows side by side. What lanes do not serve (hard values, masked rows, a badly centred one)
@@ -966,14 +1014,51 @@ struct LaneWorker {
         tiles.student_part[ce.labels[i + r] * kLanes + r] -= off_label[r];
       }
     }
+    if (params.log_scales != nullptr) turn_into_directions(tiles, i, count);
+  }
+
+  // The gradients in the tiles.
+  void turn_into_directions(const LaneTiles<T>& tiles, int64_t i, int count) const {
+    V largest(T(0));
+    for (int64_t j = 0; j < classes; ++j) {
+      if (wants_student) largest = max(abs(V::load(tiles.student_part + j * kLanes)), largest);
+      if (wants_teacher) largest = max(abs(V::load(tiles.gap + j * kLanes)), largest);
+    }
+    T largest_of[kLanes], factors[kLanes];
+    largest.store(largest_of);
+    for (int r = 0; r < kLanes; ++r) {
+      factors[r] = T(1);
+      if (r >= count) continue;
+      double log_scale;
+      if (is_ordinary(largest_of[r])) {
+        const int power = power_of(largest_of[r]);
+        factors[r] = static_cast<T>(scaled_by_power(1.0, -power));
+        log_scale = power * 0.69314718055994530942;
+      } else {
+        place(tiles, r);
+        log_scale = worker.direction_job().run();
+      }
+      static_cast<T*>(params.log_scales)[i + r] = static_cast<T>(log_scale);
+    }
+    const V factor = V::load(factors);
+    const auto scale = [&](T* at) { (V::load(at) * factor).store(at); };
+    for (int64_t j = 0; j < classes; ++j) {
+      if (wants_student) scale(tiles.student_part + j * kLanes);
+      if (wants_teacher) scale(tiles.gap + j * kLanes);
+    }
   }
 
   // Row i, lane r of the tiles.
   void run_alone(const LaneTiles<T>& tiles, int64_t i, int r) const {
+    place(tiles, r);
+    worker.run(i);
+  }
+
+  // Lane r of the tiles is the worker's row.
+  void place(const LaneTiles<T>& tiles, int r) const {
     worker.student = lane_of(tiles.student, r), worker.teacher = lane_of(tiles.teacher, r);
     worker.grad_student = lane_of<T>(tiles.student_part, r, wants_student);
     worker.grad_teacher = lane_of<T>(tiles.gap, r, wants_teacher);
-    worker.run(i);
   }
 
   void run(int64_t begin, int64_t end, T* scratch) const {
@@ -998,13 +1083,16 @@ template <class T>
 AFM_INLINE void run_rows(const SoftmaxKlParams& params, int64_t begin, int64_t end, void* scratch) {
   Worker<T> worker(params, scratch);
   T* extra = static_cast<T*>(scratch) + softmax_kl_row_scratch(params.classes);
+  T* kept = extra + softmax_kl_block_scratch(params.classes);
+  worker.direction_rows = reinterpret_cast<double*>(kept + 2 * ((params.classes + 15) / 16 * 16));
   if (LaneWorker<T>::serves(params)) return LaneWorker<T>{params, worker}.run(begin, end, extra);
   const RowSlot slots[] = {{params.student, worker.student, &worker.next_student, false},
                            {params.teacher, worker.teacher, &worker.next_teacher, false},
                            {params.grad_student, worker.grad_student, nullptr, true},
                            {params.grad_teacher, worker.grad_teacher, nullptr, true}};
-  for_rows(params.shape, params.classes, slots, extra, begin, end,
-           [&](int64_t i) { worker.run(i); });
+  for_rows(params.shape, params.classes, slots, extra, begin, end, [&](int64_t i) {
+    params.log_scales == nullptr ? worker.run(i) : worker.run_direction(i, kept);
+  });
   end_of_streams();
 }
 
