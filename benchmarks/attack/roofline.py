@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from advfunmatch.attacks.pgd import PGDAttack, Target
+from advfunmatch.attacks.gradient import ScaledBackward
+from advfunmatch.attacks.pgd import PGDAttack
+from advfunmatch.attacks.target import Target
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,7 +28,7 @@ GROUPS = {
     "conv3x3_input_grad": "3×3 Winograd, input gradient",
     "addmm": "linear",
     "mm": "linear",
-    "softmax_kl_grad": "objective and update",
+    "softmax_kl_direction": "objective and update",
     "pgd_step": "objective and update",
 }
 OTHER = "ReLU, pooling, copies"
@@ -123,7 +125,8 @@ def profile_step(student: nn.Module, teacher: nn.Module, x: Tensor, repeats: int
     target, timer = Target(student, teacher), StepTimer(x.device)
 
     def step() -> None:
-        attack._step(x, attack._input_gradient(target, x), x)
+        leaf, z_s, z_t = target.forward(x, teacher_moves=True)
+        attack._step(x, ScaledBackward(leaf, attack.objective)(leaf, z_s, z_t, None), x)
 
     for _ in range(2):
         step()

@@ -12,6 +12,7 @@ from advfunmatch.attacks.objectives import (
     Margin,
     Mismatch,
     create_objective,
+    divergence_score,
 )
 
 SEED = 0
@@ -29,20 +30,28 @@ def kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torc
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
+def gradients_of(objective: object, *known: torch.Tensor | None) -> list[torch.Tensor]:
+    """An objective's directions times what it says they have been divided by."""
+    directions = objective(*known)
+    scale = objective.log_scale(*known).exp().unsqueeze(1)
+    return [d * scale for d in (directions if isinstance(directions, tuple) else (directions,))]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_mismatch_is_the_gradient_of_the_kl_on_both_sides(temperature: float) -> None:
     student, teacher, _ = logits()
-    got = Mismatch(temperature)(student, teacher, None)
+    got = gradients_of(Mismatch(temperature), student, teacher, None)
     leaves = student.clone().requires_grad_(), teacher.clone().requires_grad_()
     want = torch.autograd.grad(kl(*leaves, temperature), leaves)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(got, list(want), rtol=1e-10, atol=1e-12)
 
 
 def test_mismatch_without_the_teachers_gradient_moves_the_student_only() -> None:
     student, teacher, _ = logits()
     objective = Mismatch(teacher_gradient=False)
     assert objective.teacher == "detached"
-    torch.testing.assert_close(objective(student, teacher, None), Mismatch()(student, teacher, None)[0])
+    (got,) = gradients_of(objective, student, teacher, None)
+    torch.testing.assert_close(got, gradients_of(Mismatch(), student, teacher, None)[0])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -50,9 +59,8 @@ def test_fixed_teacher_is_the_students_gradient_of_the_kl(temperature: float) ->
     student, teacher, _ = logits()
     leaf = student.clone().requires_grad_()
     (want,) = torch.autograd.grad(kl(leaf, teacher, temperature), leaf)
-    torch.testing.assert_close(
-        FixedTeacher(temperature)(student, teacher, None), want, rtol=1e-10, atol=1e-12
-    )
+    (got,) = gradients_of(FixedTeacher(temperature), student, teacher, None)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("targeted", [False, True])
@@ -61,16 +69,40 @@ def test_cross_entropy_is_the_gradient_of_the_cross_entropy(targeted: bool) -> N
     leaf = student.clone().requires_grad_()
     loss = F.cross_entropy(leaf, labels, reduction="sum")
     (want,) = torch.autograd.grad(-loss if targeted else loss, leaf)
-    torch.testing.assert_close(CrossEntropy(targeted)(student, None, labels), want, rtol=1e-10, atol=1e-12)
+    (got,) = gradients_of(CrossEntropy(targeted), student, None, labels)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
-def test_cross_entropy_keeps_the_labels_entry_where_p_minus_one_rounds_to_zero() -> None:
-    student = torch.tensor([[30.0, 0.0, -1.0]])
-    gradient = CrossEntropy()(student, None, torch.tensor([0]))
-    want = student.double().softmax(1)
-    want = torch.cat([-want[:, 1:].sum(1, keepdim=True), want[:, 1:]], 1).float()
-    torch.testing.assert_close(gradient, want, rtol=1e-5, atol=0.0)
-    assert F.softmax(student, 1)[0, 0] - 1 == 0  # what the obvious form would have given
+@pytest.mark.parametrize("name", ["mismatch", "fixed_teacher", "cross_entropy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_as_large_where_everything_is_certain(name: str, dtype: torch.dtype) -> None:
+    """p - onehot and q - p are 0 here in any dtype: what the obvious forms would have given."""
+    student = torch.tensor([[3e30, 0.0, -1e30, 1e30]]).to(dtype)
+    teacher = torch.tensor([[3e30, 1e30, -1e30, 0.0]]).to(dtype)
+    directions = create_objective(name)(student, teacher, torch.tensor([0]))
+    directions = torch.stack(directions if isinstance(directions, tuple) else (directions,))
+    assert directions.isfinite().all()
+    assert directions.abs().max() >= 0.5
+    assert not directions.float().sum(-1).any()
+    if name == "cross_entropy":
+        assert directions[0].tolist() == [[-1.0, 0.0, 0.0, 1.0]]  # the softmax over the other classes
+
+
+def test_one_class_has_no_gradient() -> None:
+    labels = torch.tensor([0])
+    assert CrossEntropy()(torch.zeros(1, 1), None, labels).tolist() == [[0.0]]
+    assert CrossEntropy()(torch.tensor([[1.0, -torch.inf]]), None, labels).tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("gap", [1.0, 30.0, 3000.0, 1e30])
+def test_scores_tell_divergences_apart_that_underflow(gap: float) -> None:
+    """The farther the runner-ups are below the class that both are certain of, the smaller the KL."""
+    student = torch.tensor([[4.0, 1.0, 0.0], [4.0, 1.5, 0.0], [4.0, 2.0, 0.0], [4.0, 2.0, 0.0]]) * gap
+    teacher = torch.tensor([[4.0, 0.0, 1.0], [4.0, 0.0, 1.5], [4.0, 0.0, 2.0], [4.0, 2.0, 0.0]]) * gap
+    score = divergence_score(student, teacher)
+    assert score[0] < score[1] < score[2]
+    assert score[3] == (0 if gap < 1e3 else -torch.inf) or score[3] == -torch.inf
+    assert divergence_score(student.double(), teacher.double()).argsort()[-1] == 2
 
 
 @pytest.mark.parametrize("targeted", [False, True])

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from .objectives import OBJECTIVES, CrossEntropy, FixedTeacher, Margin, Mismatch, Objective, create_objective
-from .pgd import BN_MODES, INITS, NORMS, PGDAttack, input_gradient
+from .arguments import INITS, NORMS, radius_warnings
+from .objectives import (
+    OBJECTIVES,
+    CrossEntropy,
+    FixedTeacher,
+    Margin,
+    Mismatch,
+    Objective,
+    create_objective,
+    divergence_score,
+)
+from .pgd import PGDAttack, input_gradient
+from .target import BN_MODES
 
 __all__ = [
     "BN_MODES",
@@ -17,5 +28,7 @@ __all__ = [
     "Objective",
     "PGDAttack",
     "create_objective",
+    "divergence_score",
     "input_gradient",
+    "radius_warnings",
 ]

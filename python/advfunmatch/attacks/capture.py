@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CapturedAttack", "GraphCache", "capture_graph", "capture_key"]
+from ..lean import PreparedModel
+
+__all__ = ["CapturedAttack", "GraphCache", "capture_graph", "capture_key", "is_captured"]
 
 
 class GraphCache:
@@ -41,6 +43,18 @@ class GraphCache:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def is_captured(cuda_graph: bool | None, networks: tuple[nn.Module | None, ...], x: Tensor) -> bool:
+    """Whether an attack on these networks is captured, as ``cuda_graph`` says; None: where all are prepared."""
+    if cuda_graph is None:
+        prepared = all(
+            model is None or (isinstance(model, PreparedModel) and model.traced) for model in networks
+        )
+        return x.is_cuda and prepared
+    if cuda_graph and not x.is_cuda:
+        raise ValueError(f"cuda_graph=True needs images on a CUDA device, got {x.device}")
+    return cuda_graph
 
 
 def capture_key(networks: tuple[nn.Module | None, ...], inputs: tuple[Tensor | None, ...]) -> tuple[Any, ...]:

@@ -8,17 +8,24 @@ gradient has the shape and dtype of its logits; None means that side does not mo
 graph is made, and a built-in objective reads nothing back from the device, so a whole attack can be one CUDA graph.
 
 An attack's step uses only the direction of each image's gradient (its sign, or the gradient divided by its own
-norm), so a row may be scaled by any positive factor. Where that matters (float16, whose smallest number is 6e-8),
-the attack scales each row to at most 1.
+norm), so a row of both sides may be divided by any positive number. The built-in objectives return directions: rows
+whose largest entry is about 1, made so that nothing underflows first. With logits a thousand units apart a softmax is
+1 and 0, and p - onehot or q - p exactly zero, where the direction is as well defined as ever: softmax over the other
+classes against the label, and `softmax_kl_direction`. The attack scales the rows of every objective in the same way
+(Note [Gradient scales] in ``gradient``), where they are not zero already.
 
 Attributes, all optional on a user's own callable:
 
 * ``teacher``: what the attack evaluates the teacher on. "moving": on x_adv, with its gradient (the default where a
   teacher is given); "detached": on x_adv, its gradient unused; "clean": on x, once; "none": never.
 * ``needs_labels``: a missing ``labels`` is refused at the door (default False).
+* ``log_scale(student_logits, teacher_logits, labels)``: the logarithm of what each row was divided by; without it
+  nothing was. Only looked at where images share a gradient, through their batch's statistics (``bn``), and so their
+  rows have to be weighed against each other.
 * ``score(student_logits, teacher_logits, labels)``: a value for each row, larger is better, by which restarts keep the
   best; required for restarts.
 * ``success(student_logits, teacher_logits, labels)``: a bool for each row; required for early stopping.
+* ``keep``: "best" if the iterate with the best score is what the attack is after, rather than the last (default).
 """
 
 from __future__ import annotations
@@ -30,9 +37,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afm_kernels import softmax_kl_div, softmax_kl_div_grad
+from afm_kernels import softmax_kl_direction, softmax_kl_div
 
-__all__ = ["OBJECTIVES", "CrossEntropy", "FixedTeacher", "Margin", "Mismatch", "create_objective"]
+__all__ = [
+    "OBJECTIVES",
+    "CrossEntropy",
+    "FixedTeacher",
+    "Margin",
+    "Mismatch",
+    "create_objective",
+    "divergence_score",
+]
 
 LogitGradients = Tensor | tuple[Tensor | None, Tensor | None]
 Objective = Callable[[Tensor, Any, Any], LogitGradients]
@@ -50,6 +65,7 @@ class Mismatch:
     """
 
     needs_labels = False
+    keep = "best"
 
     def __init__(self, temperature: float = 1.0, teacher_gradient: bool = True) -> None:
         self.temperature = temperature
@@ -59,11 +75,18 @@ class Mismatch:
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None
     ) -> LogitGradients:
         wrt = ("student", "teacher") if self.teacher == "moving" else ("student",)
-        gradients = softmax_kl_div_grad(student_logits, teacher_logits, temperature=self.temperature, wrt=wrt)
-        return (gradients[0], gradients[1]) if self.teacher == "moving" else gradients[0]
+        to_student, to_teacher, _ = softmax_kl_direction(
+            student_logits, teacher_logits, temperature=self.temperature, wrt=wrt
+        )
+        assert to_student is not None  # it is always asked for
+        return (to_student, to_teacher) if self.teacher == "moving" else to_student
+
+    def log_scale(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
+        wrt = ("student", "teacher") if self.teacher == "moving" else ("student",)
+        return softmax_kl_direction(student_logits, teacher_logits, temperature=self.temperature, wrt=wrt)[2]
 
     def score(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
-        return softmax_kl_div(student_logits, teacher_logits, temperature=self.temperature, reduction="none")
+        return divergence_score(student_logits, teacher_logits, self.temperature)
 
 
 class FixedTeacher:
@@ -84,12 +107,36 @@ class FixedTeacher:
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None
     ) -> LogitGradients:
-        return softmax_kl_div_grad(
+        to_student, _, _ = softmax_kl_direction(
             student_logits, teacher_logits, temperature=self.temperature, wrt=("student",)
-        )[0]
+        )
+        assert to_student is not None  # it is asked for
+        return to_student
+
+    def log_scale(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
+        return softmax_kl_direction(
+            student_logits, teacher_logits, temperature=self.temperature, wrt=("student",)
+        )[2]
 
     def score(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
-        return softmax_kl_div(student_logits, teacher_logits, temperature=self.temperature, reduction="none")
+        return divergence_score(student_logits, teacher_logits, self.temperature)
+
+
+# A KL that is smaller has lost digits, or all of them, in float64.
+_LEAST_KL = 1e-290
+
+
+def divergence_score(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """A float64 value for each row that orders rows as KL(teacher ‖ student) does, where that underflows too.
+
+    It is the KL where that is above 1e-290; below, where both sides are as certain of one class, the logarithm of the
+    largest entry of its gradient, a negative number, which is the KL's own but for a logarithm of it. Equal sides are
+    -inf.
+    """
+    student, teacher = student_logits.double(), teacher_logits.double()
+    kl = softmax_kl_div(student, teacher, temperature=temperature, reduction="none")
+    _, _, log_scale = softmax_kl_direction(student, teacher, temperature=temperature)
+    return torch.where(kl <= _LEAST_KL, log_scale.clamp(max=0.0), kl)
 
 
 class _Labelled:
@@ -104,8 +151,9 @@ class _Labelled:
     def score(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
         # The margin for both objectives: it is positive exactly where the attack has succeeded, so restarts never
         # trade a broken image for an unbroken one, which the highest cross-entropy could.
-        own = student_logits.gather(1, _label_column(student_logits, labels)).squeeze(1)
-        best_other = _other_logits(student_logits, labels).amax(1)
+        # float64, so that the difference of large logits is not infinite.
+        own = student_logits.gather(1, _label_column(student_logits, labels)).squeeze(1).double()
+        best_other = _other_logits(student_logits, labels).amax(1).double()
         return own - best_other if self.targeted else best_other - own
 
     def success(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
@@ -117,6 +165,8 @@ class _Labelled:
 class CrossEntropy(_Labelled):
     """Cross-entropy to the labels: PGD as in Madry et al. (2018), and ARD's, IAD's and MART's attack.
 
+    Its direction: -1 for the label, and for the others their softmax without it.
+
     Args:
         targeted: the labels are targets, and the attack lowers their cross-entropy.
     """
@@ -125,12 +175,18 @@ class CrossEntropy(_Labelled):
         self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
     ) -> LogitGradients:
         column = _label_column(student_logits, labels)
-        # p − onehot, with the label's entry as −Σ of the others: p − 1 rounds to 0 for a confident network, and the
-        # gradient would then lose the one class that matters.
+        # (1 − p_y)·(softmax over the other classes − onehot) is p − onehot, and the first factor is what underflows.
         wide = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-        others = student_logits.softmax(1, dtype=wide).scatter(1, column, 0.0)
-        gradient = others.scatter(1, column, -others.sum(1, keepdim=True)).to(student_logits.dtype)
+        others = _other_logits(student_logits, labels)
+        alone = (others == -torch.inf).all(1, keepdim=True)  # the label has all there is, and no gradient
+        gradient = others.softmax(1, dtype=wide).masked_fill(alone, 0)
+        gradient = gradient.scatter(1, column, alone.to(wide) - 1).to(student_logits.dtype)
         return gradient.neg_() if self.targeted else gradient
+
+    def log_scale(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
+        # log(1 − p_y)
+        others = _other_logits(student_logits, labels).double()
+        return others.logsumexp(1) - student_logits.double().logsumexp(1)
 
 
 class Margin(_Labelled):

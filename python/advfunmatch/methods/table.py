@@ -64,6 +64,7 @@ class Method:
         source: the paper, and the code that the defaults were read in.
         reads: those of `SETTINGS` that the loss looks at; None does not say.
         defaults: settings that this method fills in.
+        keep: which iterate its attack returns, as `PGDAttack` takes it; None: what the objective says.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Method:
     source: str
     reads: tuple[str, ...] | None = None
     defaults: Mapping[str, Default] = field(default_factory=dict)
+    keep: str | None = None
 
     @property
     def attacks_labels(self) -> bool:
@@ -265,6 +267,7 @@ METHODS: dict[str, Method] = {
                 "attack_init": Default("gaussian", ADAAD_ATTACK),
                 "attack_bn": Default("eval", ADAAD_ATTACK),
             },
+            keep="last",  # as its code does
         ),
         Method(
             "advfunmatch",
@@ -300,7 +303,8 @@ def get_method(name: str) -> Method:
 
 def make_attack(config: TrainConfig) -> PGDAttack | None:
     """The training attack of a resolved configuration, or None for a method that trains on clean images."""
-    objective: Any = get_method(config.method).objective
+    method = get_method(config.method)
+    objective: Any = method.objective
     if objective is None:
         return None
     if objective == "mismatch":
@@ -316,4 +320,5 @@ def make_attack(config: TrainConfig) -> PGDAttack | None:
         init=config.attack_init,
         bn=config.attack_bn,
         clip=(0.0, 1.0),
+        keep=method.keep,
     )

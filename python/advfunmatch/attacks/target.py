@@ -1,0 +1,111 @@
+"""What is attacked: both networks, and what is known of the clean images."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..lean import PreparedModel
+
+BN_MODES = ("eval", "batch", "train")
+
+
+class Target(NamedTuple):
+    """The networks, and what is known of the clean images."""
+
+    student: nn.Module
+    teacher: nn.Module | None = None
+    labels: Tensor | None = None
+    teacher_logits: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Target:
+        """The same for some of the images."""
+        return self._replace(
+            labels=None if self.labels is None else self.labels[index],
+            teacher_logits=None if self.teacher_logits is None else self.teacher_logits[index],
+        )
+
+    def in_its_format(self, x: Tensor) -> Tensor:
+        """x in the memory format of the prepared networks, so that it is converted once and not at every step."""
+        formats = {m.memory_format for m in (self.student, self.teacher) if isinstance(m, PreparedModel)}
+        if x.dim() == 4 and torch.channels_last in formats:
+            return x.contiguous(memory_format=torch.channels_last)
+        return x
+
+    def forward(
+        self, x_adv: Tensor, teacher_moves: bool, side: torch.cuda.Stream | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A fresh leaf at x_adv, the student's logits there, and the teacher's (with a graph where it moves).
+
+        ``side``: a stream for the teacher to run on.
+        """
+        leaf = x_adv.detach().requires_grad_(True)
+        if self.teacher is None:
+            return leaf, logits_of(self.student, leaf), self.teacher_logits
+        if side is None:
+            z_s = logits_of(self.student, leaf)
+            with torch.set_grad_enabled(teacher_moves):
+                return leaf, z_s, logits_of(self.teacher, leaf)
+        here = torch.cuda.current_stream(leaf.device)
+        side.wait_stream(here)
+        with torch.cuda.stream(side), torch.set_grad_enabled(teacher_moves):
+            z_t = logits_of(self.teacher, leaf)
+        z_s = logits_of(self.student, leaf)
+        here.wait_stream(side)
+        # Allocated on the side stream and used on this one: its memory must not be reused before this one is done.
+        z_t.record_stream(here)
+        leaf.record_stream(side)
+        return leaf, z_s, z_t
+
+
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """The network's logits, if it returns such."""
+    logits = model(x)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{type(model).__name__} must return a tensor of logits, got {type(logits).__name__}")
+    if logits.dim() != 2 or len(logits) != len(x):
+        raise ValueError(
+            f"{type(model).__name__} must return logits (N, C) with N = {len(x)}, got {tuple(logits.shape)}"
+        )
+    return logits
+
+
+def in_format_of(result: Tensor, x: Tensor) -> Tensor:
+    """The result with the strides of x."""
+    if result.stride() == x.stride():
+        return result
+    return torch.empty_like(x).copy_(result)
+
+
+def batch_norms(model: nn.Module) -> Iterator[nn.Module]:
+    """The BatchNorm modules of a network."""
+    return (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+
+
+@contextlib.contextmanager
+def eval_modes(student: nn.Module, teacher: nn.Module | None, bn: str) -> Iterator[None]:
+    """Both networks in eval mode but for the student's BatchNorm as ``bn`` says; afterwards all is as it was."""
+    changed: list[tuple[nn.Module, str, bool]] = []
+
+    def switch(module: nn.Module, flag: str, value: bool) -> None:
+        # What was frozen in TorchScript has no modes any more.
+        if getattr(module, flag, value) != value:
+            changed.append((module, flag, getattr(module, flag)))
+            setattr(module, flag, value)
+
+    try:
+        for model, mode in ((student, bn), (teacher, "eval")):
+            for module in () if model is None else model.modules():
+                is_bn = isinstance(module, nn.modules.batchnorm._BatchNorm)
+                switch(module, "training", is_bn and mode != "eval")
+                if is_bn and mode == "batch":
+                    # With nothing tracked, one in training mode neither reads nor writes running statistics.
+                    switch(module, "track_running_stats", False)
+        yield
+    finally:
+        for module, flag, value in reversed(changed):
+            setattr(module, flag, value)
