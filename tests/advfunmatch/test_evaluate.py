@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from advfunmatch import InputError, evaluate, load_dataset, load_model
-from advfunmatch.evaluation.evaluate import ATTACKS, masking_warnings
+from advfunmatch.evaluation.evaluate import ATTACKS, margin_warnings, masking_warnings
 from pyautoattack import AutoAttack
 
 EPS = 0.1
@@ -289,3 +289,56 @@ def test_a_network_without_gradients_is_flagged(small_test) -> None:  # type: ig
     assert any("masked" in warning or "zero gradient" in warning for warning in result.warnings), (
         result.warnings
     )
+
+
+class Certain(torch.nn.Module):
+    """The nearest mean in a unit that leaves nothing uncertain; blind to the images that are darker than ``blind``."""
+
+    def __init__(self, unit: float, blind: float = 0.0) -> None:
+        super().__init__()
+        self.network, self.unit, self.blind = nearest_mean_classifier(), unit, blind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = x.flatten(1).mean(1).detach() >= self.blind
+        return self.network(torch.where(seen.view(-1, 1, 1, 1), x, x.detach())) * self.unit
+
+
+def test_robust_accuracy_does_not_depend_on_the_unit_of_the_logits(small_test) -> None:  # type: ignore[no-untyped-def]
+    attacks = ["pgd20", "cw"]
+    found = [evaluate(Certain(unit), small_test, attacks, eps=0.08) for unit in (10.0, 1e6)]
+    assert 0 < found[0].accuracies["pgd20"] < 100
+    for name in attacks:
+        assert found[1].accuracies[name] == pytest.approx(found[0].accuracies[name], abs=4.5)  # an image
+    assert not found[1].warnings
+    assert not found[1].zero_gradients
+
+
+def test_images_without_a_gradient_are_counted_and_said(small_test) -> None:  # type: ignore[no-untyped-def]
+    model = Certain(1.0, blind=0.3)
+    x = small_test.images.flatten(1).float() / 255
+    result = evaluate(model, small_test, ["clean", "fgsm"], eps=1e-3)
+    blind = int((x.mean(1) < 0.3).sum())
+    assert 0 < blind < len(x)
+    assert result.to_dict()["zero_gradients"] == {"fgsm": blind}
+    assert f"fgsm: the gradient of {blind} of {len(x)} images was exactly zero" in result.warnings[0]
+
+
+def test_no_image_ends_below_its_own_divergence(small_test) -> None:  # type: ignore[no-untyped-def]
+    """Certain networks that agree: steps overshoot, and the last iterate was often worse than the image."""
+    student, teacher = Certain(300.0), Certain(200.0)
+    result = evaluate(student, small_test, ["clean"], eps=0.005, teacher=teacher)
+    assert result.kl_mismatched >= result.kl_clean > 0
+
+
+def test_what_only_the_margin_breaks_is_said() -> None:
+    standing = {"pgd20": torch.ones(40, dtype=torch.bool), "cw": torch.arange(40) >= 3}
+    assert margin_warnings(standing)[0].startswith("cw breaks 7.5 % of the images that pgd20 leaves")
+    standing["cw"] = torch.arange(40) >= 2  # 5 %
+    assert not margin_warnings(standing)
+    assert not margin_warnings({"cw": standing["cw"]})
+
+
+def test_a_radius_of_the_other_norm_is_pointed_out(small_test, recwarn) -> None:  # type: ignore[no-untyped-def]
+    result = evaluate(Certain(1.0), small_test, ["pgd10"], eps=8 / 255, norm="l2")
+    assert "0.5 = 128/255 is usual" in result.warnings[0]
+    assert not [w for w in recwarn if "radius of linf" in str(w.message)]  # said once

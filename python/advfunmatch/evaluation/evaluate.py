@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from afm_kernels import softmax_kl_div
 
-from ..attacks import PGDAttack
+from ..attacks import PGDAttack, radius_warnings
 from ..config import NORMS, check_radius, check_seed, parse_integer, parse_number
 from ..data import ImageDataset, as_float
 from ..errors import InputError, one_of
@@ -26,6 +27,7 @@ from ..models import require_forward
 
 BATCH_SIZE = 500
 MISMATCH_STEPS = 20
+MARGIN_FINDS_MORE = 5.0  # percent of the images that only the margin attack breaks, beyond which it is said
 MASKING_MARGIN = 1.0  # percentage points by which a weak attack may beat a strong one by chance
 
 
@@ -43,6 +45,8 @@ class Evaluation:
         settings: eps, norm, seed and the attacks' parameters.
         per_class: attack name to class name to accuracy in percent.
         attack_seconds: time for each attack.
+        zero_gradients: attack name to the number of images whose gradient was exactly zero at every step, so that the
+            attack says nothing of them; attacks without such images are left out.
         warnings: what suggests that the figures flatter the model: AutoAttack's own checks, and `masking_warnings`.
     """
 
@@ -55,6 +59,7 @@ class Evaluation:
     kl_mismatched: float | None = None
     per_class: dict[str, dict[str, float]] = field(default_factory=dict)
     attack_seconds: dict[str, float] = field(default_factory=dict)
+    zero_gradients: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,6 +98,23 @@ def _clean(model: nn.Module, images: Tensor, labels: Tensor, settings: AttackSet
     return images
 
 
+class Attacked(NamedTuple):
+    """What an attack made of the images, and of how many it never had a gradient."""
+
+    images: Tensor
+    zero_gradients: int
+
+
+def _run_pgd(
+    attack: PGDAttack, networks: tuple[nn.Module, nn.Module | None], parts: Iterable[tuple[Tensor, ...]]
+) -> Attacked:
+    x_adv, zero_gradients = [], []
+    for part in parts:
+        x_adv.append(attack(*networks, *part))
+        zero_gradients.append(attack.zero_gradients)
+    return Attacked(torch.cat(x_adv), int(torch.stack(zero_gradients).sum()))  # type: ignore[arg-type]
+
+
 def _pgd(
     steps: int,
     *,
@@ -100,8 +122,8 @@ def _pgd(
     fraction: float = 1 / 4,
     init: str = "uniform",
     restarts: int = 1,
-) -> Callable[[nn.Module, Tensor, Tensor, AttackSettings], Tensor]:
-    def run(model: nn.Module, images: Tensor, labels: Tensor, settings: AttackSettings) -> Tensor:
+) -> Callable[[nn.Module, Tensor, Tensor, AttackSettings], Attacked]:
+    def run(model: nn.Module, images: Tensor, labels: Tensor, settings: AttackSettings) -> Attacked:
         attack = PGDAttack(
             objective,
             norm=settings.norm,
@@ -113,8 +135,7 @@ def _pgd(
             seed=settings.seed,
         )
         parts = zip(images.split(settings.batch_size), labels.split(settings.batch_size), strict=True)
-        prepared = prepare_for_attack(model)
-        return torch.cat([attack(prepared, None, x, y) for x, y in parts])
+        return _run_pgd(attack, (prepare_for_attack(model), None), parts)
 
     return run
 
@@ -140,8 +161,8 @@ def _auto_attack(model: nn.Module, images: Tensor, labels: Tensor, settings: Att
     return x_adv
 
 
-# name -> (what it is, the function that returns the attacked images)
-ATTACKS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor, AttackSettings], Tensor]]] = {
+# name -> (what it is, the function that returns the attacked images, and what it knows of their gradients)
+ATTACKS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor, AttackSettings], Tensor | Attacked]]] = {
     "clean": ("no attack", _clean),
     "fgsm": ("one step of eps up the cross-entropy", _pgd(1, fraction=1.0, init="zero")),
     "pgd10": ("PGD on cross-entropy, 10 steps of eps/4, uniform start", _pgd(10)),
@@ -209,8 +230,9 @@ def evaluate(
     images, labels = as_float(data.images), data.labels
     described: dict[str, Any] = {"eps": settings.eps, "norm": norm, "seed": settings.seed}
     described["attacks"] = {name: ATTACKS[name][0] for name in attacks}
-    result = Evaluation({}, len(data), described)
-    with _frozen(model), _frozen(teacher), _autoattack_warnings(result.warnings):
+    result = Evaluation({}, len(data), described, warnings=radius_warnings(norm, settings.eps))
+    standing: dict[str, Tensor] = {}
+    with _frozen(model), _frozen(teacher), _autoattack_warnings(result.warnings), _radius_is_said():
         ours = require_forward(model, data, "model")
         if teacher is not None and (theirs := require_forward(teacher, data, "teacher")) != ours:
             raise InputError(
@@ -218,18 +240,53 @@ def evaluate(
             )
         for name in attacks:
             started = time.perf_counter()
-            x_adv = ATTACKS[name][1](model, images, labels, settings)
+            x_adv = _take_images(result, name, ATTACKS[name][1](model, images, labels, settings))
             logits = _logits(model, x_adv, settings.batch_size)
             if broken := int((~logits.isfinite().all(1)).sum()):
                 result.warnings.append(f"{name}: the logits of {broken} images are not finite")
             correct = logits.argmax(1) == labels
+            standing[name] = correct
             result.accuracies[name] = _percent(correct)
             result.per_class[name] = _per_class(correct, labels, data.class_names)
             result.attack_seconds[name] = round(time.perf_counter() - started, 3)
         if teacher is not None:
             _measure_fidelity(result, model, teacher, images, settings)
     result.warnings = list(dict.fromkeys(result.warnings)) + masking_warnings(result.accuracies)
+    result.warnings += margin_warnings(standing)
     return result
+
+
+def _take_images(result: Evaluation, name: str, attacked: Tensor | Attacked) -> Tensor:
+    """The attacked images, with a note of those that were not attacked at all."""
+    if not isinstance(attacked, Attacked):
+        return attacked
+    if attacked.zero_gradients:
+        result.zero_gradients[name] = attacked.zero_gradients
+        result.warnings.append(
+            f"{name}: the gradient of {attacked.zero_gradients} of {result.images} images was exactly zero at every "
+            "step, so they have not been attacked"
+        )
+    return attacked.images
+
+
+def margin_warnings(standing: dict[str, Tensor]) -> list[str]:
+    """Sentences about margin PGD breaking many images that cross-entropy PGD leaves.
+
+    ``standing``: attack name to a bool for each image, whether it is still classified correctly.
+
+    >>> margin_warnings({"pgd20": torch.tensor([True, True]), "cw": torch.tensor([True, False])})
+    ['cw breaks 50 % of the images that pgd20 leaves: cross-entropy PGD is not what this network is weakest against']
+    """
+    weak = next((name for name in ("pgd100", "pgd20", "pgd10") if name in standing), None)
+    if weak is None or "cw" not in standing:
+        return []
+    more = _percent(standing[weak] & ~standing["cw"])
+    if more <= MARGIN_FINDS_MORE:
+        return []
+    return [
+        f"cw breaks {more:g} % of the images that {weak} leaves: cross-entropy PGD is not what this network is weakest "
+        "against"
+    ]
 
 
 def masking_warnings(accuracies: dict[str, float]) -> list[str]:
@@ -279,33 +336,56 @@ def attack_images(
     data = data.to(_device_of(model, data))
     with _frozen(model), _autoattack_warnings([]):
         require_forward(model, data, "model")
-        return ATTACKS[name][1](model, as_float(data.images), data.labels, settings)
+        attacked = ATTACKS[name][1](model, as_float(data.images), data.labels, settings)
+        return attacked.images if isinstance(attacked, Attacked) else attacked
 
 
 def mismatched_examples(
     model: nn.Module, teacher: nn.Module, images: Tensor, *, eps: float, norm: str, seed: int, batch_size: int
 ) -> Tensor:
-    """Images in the ball on which KL(teacher ‖ model) is largest, as far as PGD finds them."""
-    attack = PGDAttack("mismatch", norm=norm, eps=eps, step_size=eps / 4, steps=MISMATCH_STEPS, seed=seed)
-    prepared = prepare_for_attack(model), prepare_for_attack(teacher)
-    return torch.cat([attack(*prepared, x) for x in images.split(batch_size)])
+    """Images in the ball on which KL(teacher ‖ model) is largest, as far as PGD finds them: of each image's iterates,
+    its start and itself the best."""
+    return _mismatched(model, teacher, images, AttackSettings(eps, norm, seed, batch_size)).images
+
+
+def _mismatched(model: nn.Module, teacher: nn.Module, images: Tensor, settings: AttackSettings) -> Attacked:
+    attack = PGDAttack(
+        "mismatch",
+        norm=settings.norm,
+        eps=settings.eps,
+        step_size=settings.eps / 4,
+        steps=MISMATCH_STEPS,
+        seed=settings.seed,
+    )
+    networks = prepare_for_attack(model), prepare_for_attack(teacher)
+    return _run_pgd(attack, networks, ((x,) for x in images.split(settings.batch_size)))
 
 
 def _measure_fidelity(
     result: Evaluation, model: nn.Module, teacher: nn.Module, images: Tensor, settings: AttackSettings
 ) -> None:
-    mismatched = mismatched_examples(model, teacher, images, **asdict(settings))
+    mismatched = _take_images(result, "mismatched", _mismatched(model, teacher, images, settings))
     result.settings["mismatched"] = (
-        f"PGD on KL(teacher ‖ student), {MISMATCH_STEPS} steps of eps/4, gaussian start"
+        f"PGD on KL(teacher ‖ student), {MISMATCH_STEPS} steps of eps/4, gaussian start, each image's best iterate"
     )
-    for suffix, x in (("clean", images), ("mismatched", mismatched)):
+    agrees, kl = [], []
+    for x in (images, mismatched):
         ours, theirs = _logits(model, x, settings.batch_size), _logits(teacher, x, settings.batch_size)
-        agreement = _percent(ours.argmax(1) == theirs.argmax(1))
-        kl = float(softmax_kl_div(ours.double(), theirs.double()))
-        if suffix == "clean":
-            result.agreement, result.kl_clean = agreement, kl
-        else:
-            result.agreement_mismatched, result.kl_mismatched = agreement, kl
+        agrees.append(ours.argmax(1) == theirs.argmax(1))
+        kl.append(softmax_kl_div(ours.double(), theirs.double(), reduction="none"))
+    # Which is best was decided by the prepared networks; by these an image itself may be better by a rounding.
+    clean_is_best = kl[0] > kl[1]
+    result.agreement, result.kl_clean = _percent(agrees[0]), float(kl[0].mean())
+    result.agreement_mismatched = _percent(torch.where(clean_is_best, agrees[0], agrees[1]))
+    result.kl_mismatched = float(torch.where(clean_is_best, kl[0], kl[1]).mean())
+
+
+@contextmanager
+def _radius_is_said() -> Iterator[None]:
+    """The attacks' own warnings about their radius are among the result's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="eps=.* is a radius of linf attacks")
+        yield
 
 
 def _check_arguments(model: nn.Module, data: ImageDataset, teacher: nn.Module | None = None) -> None:
