@@ -290,6 +290,33 @@ def attack_quality(folder: Path) -> str:
     return f"{markdown(head, rows)}\n\n{note}"
 
 
+def attack_units(folder: Path) -> str:
+    """What attacks leave standing as the unit of the logits grows, by attack and dtype."""
+    path = folder / "attack-units.json"
+    if not path.exists():
+        raise MissingResults(f"there are no results at {path}")
+    content = json.loads(path.read_text())
+    units = sorted({row["unit"] for row in content["rows"]})
+    cells: dict[tuple[str, str], dict[float, str]] = {}
+    for row in content["rows"]:
+        cells.setdefault((row["attack"], row["dtype"]), {})[row["unit"]] = f"{row['left']:.1f}"
+    names = list(dict.fromkeys(attack for attack, _ in cells))
+    head = ("attack", "dtype", *(f"unit {unit:g}" for unit in units))
+    rows = [
+        (name, dtype, *(found.get(unit, "–") for unit in units))
+        for name in names
+        for (attack, dtype), found in cells.items()
+        if attack == name
+    ]
+    missing = f" Not installed: {', '.join(content['missing'])}." if content["missing"] else ""
+    note = (
+        f"<sub>% of {content['images']} test digits left, linf ε = {content['eps']}, {content['steps']} steps: "
+        "of labels, for mismatch of agreement with the teacher, for fixed_teacher of its clean classes. "
+        f"–: the logits themselves overflow.{missing}</sub>"
+    )
+    return f"{markdown(head, rows)}\n\n{note}"
+
+
 def demo(folder: Path) -> str:
     """The demo's table."""
     path = folder / "demo.json"
@@ -473,6 +500,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
     "attack": attack,
     "attack-quality": attack_quality,
+    "attack-units": attack_units,
     "training": training,
     "demo": demo,
     "limits": limits,
