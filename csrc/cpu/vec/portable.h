@@ -130,7 +130,7 @@ struct Half {
 #endif
   AFM_MEMBER static Halves lower(Words x) { return upper(x << 16); }
   AFM_MEMBER static Words join(Words lower, Words upper) { return lower | (upper & 0xffff0000); }
-  AFM_MEMBER static Words rounded(Words x) { return rounded_to_upper(x); }
+  AFM_MEMBER static Words rounded(Words x) { return x + 0x7fff + ((x >> 16) & 1); }
   AFM_MEMBER static Registers<float>::Lanes from_float16(Halves x) {
     return float_of_float16<Registers<float>::Lanes>(widen(x));
   }

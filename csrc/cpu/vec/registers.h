@@ -47,12 +47,6 @@ AFM_INLINE void store_first_halves(void* p, int n, Halves x) {
   memcpy(p, &x, static_cast<size_t>(n) * 2);
 }
 
-// Rounds each number to its upper 16 bits, to nearest, ties to even; the lower ones are left over.
-template <class Words>
-AFM_INLINE Words rounded_to_upper(Words x) {
-  return x + 0x7fff + ((x >> 16) & 1);
-}
-
 // What x86 calls by one name at every size. Its max and min give the second of two numbers where
 // one is NaN.
 #if AFM_CAPABILITY_AVX512 || AFM_CAPABILITY_AVX2
