@@ -10,6 +10,7 @@ started, all end with that code, and the first one says why.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import io
 import os
@@ -174,6 +175,8 @@ def evaluate(
     corrupted = is_corrupted_set(data)
     attacks = ("clean" if corrupted else "clean,pgd20") if attacks is None else attacks
     names = check_attacks(name.strip() for name in attacks.split(",") if name.strip())
+    if "autoattack" in names:
+        importlib.import_module("pyautoattack")  # before the other attacks have taken their time
     settings = dataclasses.asdict(attack_settings(eps, norm, seed, batch_size))
     check_teacher_model(teacher_model, teacher)
     if corrupted and teacher is not None:

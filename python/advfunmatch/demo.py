@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Sequence
@@ -43,6 +44,8 @@ def run_demo(out: Path, *, seed: int = 0, epochs: int = EPOCHS) -> dict[str, Any
     Returns:
         What ``demo.json`` holds.
     """
+    for package in ("matplotlib", "pyautoattack"):  # needed after the training
+        importlib.import_module(package)
     started = time.perf_counter()
     teacher_checkpoint = out / "teacher" / "checkpoint.pt"
     runs = {}

@@ -61,9 +61,8 @@ def test_test_images_are_measured_once_at_the_end(
         }
 
 
-@pytest.mark.parametrize("average", [{}, {"ema": 0.5}])
-def test_the_best_epoch_is_kept_beside_the_last(  # type: ignore[no-untyped-def]
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], average
+def test_the_best_epoch_is_kept_beside_the_last(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scores, saved, save = (10.0, 30.0, 30.0, 20.0), {}, trainer.save_checkpoint
 
@@ -74,7 +73,7 @@ def test_the_best_epoch_is_kept_beside_the_last(  # type: ignore[no-untyped-def]
         save(path, checkpoint)
         saved[path.name, checkpoint["epoch"]] = torch.load(path, weights_only=True)
 
-    config = make_config(epochs=4, validation=40, **average)
+    config = make_config(epochs=4, validation=40, ema=0.5)
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "monitor", scripted)
         patch.setattr(trainer, "save_checkpoint", recorded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from advfunmatch import InputError, TrainConfig, load_dataset, train
+from advfunmatch.cli import run
 from advfunmatch.data.augment import MIXING, ON_STORED, POLICIES, augmented
 from advfunmatch.training.distributed import World
 from advfunmatch.training.trials import is_chance, require_trainable
@@ -158,3 +160,31 @@ def test_what_counts_as_chance() -> None:
     assert is_chance([100.0, 0.0], uneven), "90 % right, by the commonest class"
     assert not is_chance([95.0, 80.0], uneven)
     assert not is_chance([100.0], torch.zeros(5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("missing", "command"),
+    [
+        ("tensorboard", "train --data digits --model small_cnn-4 --method ce --tensorboard"),
+        ("torchvision", "train --data digits --model small_cnn-4 --method ce --augment randaugment"),
+        ("pyautoattack", "evaluate --data digits --checkpoint TEACHER --attacks clean,autoattack"),
+        ("pyautoattack", "demo"),
+        ("matplotlib", "demo"),
+    ],
+)
+def test_a_package_that_is_needed_later_is_missed_at_once(
+    missing: str,
+    command: str,
+    teacher: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    arguments = command.replace("TEACHER", teacher).split()
+    assert run([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert f"{missing}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
