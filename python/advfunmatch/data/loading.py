@@ -68,12 +68,14 @@ class Contents:
         labels: (N,), int64.
         class_names: one for each class.
         sized: whether `parts` has applied `resize` and `crop` already.
+        files: what the images are read from; None for all that lies at the source's path.
     """
 
     parts: Parts
     labels: np.ndarray
     class_names: tuple[str, ...]
     sized: bool = False
+    files: Sequence[Path] | None = None
 
 
 def in_parts(images: np.ndarray) -> Parts:
@@ -117,7 +119,11 @@ def assemble(wanted: Wanted, contents: Contents) -> ImageDataset:
             yield _resized(part, wanted) if resized else part
 
     count = len(kept)
-    images = _in_memory(parts(), count, wanted) if wanted.cache is None else _in_cache(parts, count, wanted)
+    images = (
+        _in_memory(parts(), count, wanted)
+        if wanted.cache is None
+        else _in_cache(parts, count, wanted, contents.files)
+    )
     labels = torch.from_numpy(contents.labels)[kept]
     return ImageDataset(wanted.name, wanted.split, images, labels, contents.class_names)
 
@@ -164,13 +170,15 @@ def _require_memory(needed: int, wanted: Wanted) -> None:
         )
 
 
-def _in_cache(parts: Callable[[], Iterator[np.ndarray]], count: int, wanted: Wanted) -> MappedImages:
+def _in_cache(
+    parts: Callable[[], Iterator[np.ndarray]], count: int, wanted: Wanted, files: Sequence[Path] | None
+) -> MappedImages:
     """The images mapped from the cache, into which they are written first if they are not there."""
     assert wanted.cache is not None
     folder = Path(wanted.cache)
     make_folder(folder, "data_cache")
     try:
-        stored = folder / f"{_digest(wanted)}.npy"
+        stored = folder / f"{_digest(wanted, files)}.npy"
         with open(stored.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of a run want the same file; one writes it
             if not stored.exists():
@@ -196,16 +204,23 @@ def _write(stored: Path, parts: Iterator[np.ndarray], count: int) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _digest(wanted: Wanted) -> str:
-    """A name for the images that are wanted, which changes with their source."""
+def _digest(wanted: Wanted, files: Sequence[Path] | None) -> str:
+    """A name for the images that are wanted, which changes with what they are read from."""
     kind, colon, _ = wanted.name.partition(":")
-    path = wanted.path if os.path.exists(wanted.path) else wanted.path.rpartition("@")[0]
-    source = Path(path).resolve()
-    below = sorted(file for file in source.rglob("*") if file.is_file()) if colon else []
-    files = [source] if source.is_file() else below
+    if files is None:
+        path = wanted.path if os.path.exists(wanted.path) else wanted.path.rpartition("@")[0]
+        files = _below(path) if colon else []
     asked = (kind, os.path.abspath(wanted.path), wanted.split, wanted.limit, wanted.resize, wanted.crop)
     digest = hashlib.blake2b(repr(asked).encode(), digest_size=16)
     for file in files:
-        status = file.stat()
-        digest.update(f"{file.relative_to(source)} {status.st_size} {status.st_mtime_ns}\n".encode())
+        status = os.stat(file)
+        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def _below(path: str) -> list[Path]:
+    """A file, or all files in a folder and those below it, in order."""
+    if os.path.isfile(path):
+        return [Path(path)]
+    found = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+    return sorted(file for file in found if file.is_file())

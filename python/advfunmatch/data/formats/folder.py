@@ -85,7 +85,8 @@ def _contents(wanted: Wanted, by_split: dict[str, ClassFiles]) -> Contents:
         colour = any_colour(file for one in by_split.values() for group in one.values() for file in group)
         return decoded_parts((files[index][0] for index in kept), colour, wanted)
 
-    return Contents(parts, np.array([label for _, label in files], np.int64), classes, sized=True)
+    labels = np.array([label for _, label in files], np.int64)
+    return Contents(parts, labels, classes, sized=True, files=[file for file, _ in files])
 
 
 def _listed(root: Path, wanted: Wanted) -> dict[str, ClassFiles]:
@@ -120,7 +121,7 @@ def _split_folder(root: Path, split: str) -> Path | None:
 
 
 def _visible(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    return [folder / name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
 
 
 def _class_files(folder: Path) -> ClassFiles:
