@@ -138,6 +138,17 @@ def test_val_stands_for_test(colour_folder: Path) -> None:
     assert len(load_dataset(f"folder:{colour_folder}", split="test")) == 6
 
 
+def test_a_folder_in_a_cache_is_read_anew_when_a_file_changes(colour_folder: Path, tmp_path: Path) -> None:
+    def load() -> torch.Tensor:
+        return load_dataset(f"folder:{colour_folder}", split="train", cache=str(tmp_path / "cache")).images[:]
+
+    before = load()
+    assert torch.equal(before, load_dataset(f"folder:{colour_folder}", split="train").images)
+    Image.new("RGB", (5, 4), (1, 2, 3)).save(colour_folder / "train/dog/2.png")
+    assert load()[5, :, 0, 0].tolist() == [1, 2, 3]
+    assert torch.equal(load()[:5], before[:5])
+
+
 @pytest.mark.parametrize(
     ("shape", "wanted"),
     [
