@@ -354,8 +354,8 @@ def tiny_imagenet(root: Path) -> Path:
 
 
 def test_tiny_imagenet_as_it_is_shipped(tmp_path: Path) -> None:
-    root = tiny_imagenet(tmp_path / "tiny")
-    train = load_dataset(f"tiny_imagenet:{root}", split="train")
+    root = tiny_imagenet(tmp_path / "tiny-imagenet-200")
+    train = load_dataset(f"tiny_imagenet:{tmp_path}", split="train")
     test = load_dataset(f"tiny_imagenet:{root}", split="test")
     assert train.class_names == test.class_names == ("n01", "n02")
     assert train.images.shape == (6, 3, 64, 64)
@@ -444,6 +444,7 @@ def test_pickles_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ki
         ("npz:{}/array.npy", r"is a single array.*cifar10\.1: and cifar10c: read those"),
         ("folder:{}/train.beton", "is a file of ffcv, whose form is not read"),
         ("tiny_imagenet:{}", "has no folder 'train'"),
+        ("imagenet:{}/cut.tar.gz", "is not a folder; if it is an archive, unpack it first"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path: Path, name: str, message: str) -> None:

@@ -17,6 +17,7 @@ from ...errors import InputError, one_of
 from ..arrays import as_class_numbers
 from ..loading import Contents, Wanted
 from .cifar import CIFAR10_CLASSES, load_array, require_cifar_images
+from .folder import require_folder
 
 SEVERITIES = (1, 2, 3, 4, 5)
 LABELS = "labels"
@@ -93,8 +94,7 @@ class Selection:
 
 def corruption_names(path: str) -> tuple[str, ...]:
     """The corruptions that lie in a folder, in alphabetical order; InputError if there is none."""
-    if not os.path.isdir(path):
-        raise InputError(f"data folder {path!r} does not exist or is not a folder")
+    require_folder(path)
     names = sorted(file.stem for file in Path(path).glob("*.npy") if file.stem != LABELS)
     if not names or not (Path(path) / f"{LABELS}.npy").is_file():
         raise InputError(f"data folder {path!r} needs labels.npy and a NAME.npy for each corruption")

@@ -15,6 +15,7 @@ from ..loading import SPLIT_NAMES, Contents, Wanted
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 IMAGENET_RESIZE, IMAGENET_CROP = 256, 224  # torchvision's for evaluation
+TINY_IMAGENET = "tiny-imagenet-200"  # the folder that its archive holds
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's: file name, class, box
 
 ClassFiles = dict[str, list[Path]]
@@ -48,6 +49,8 @@ def read_imagenet(wanted: Wanted) -> Contents:
 def read_tiny_imagenet(wanted: Wanted) -> Contents:
     """Tiny-ImageNet-200 as it is shipped: train/<class>/images, and val/images with their classes in a table."""
     root = _root(wanted)
+    if (root / TINY_IMAGENET).is_dir():
+        root = root / TINY_IMAGENET
     if not (root / "val" / ANNOTATIONS).is_file():
         return _contents(wanted, _listed(root, wanted))  # sorted into class folders by its user
     if not (root / "train").is_dir():
@@ -65,9 +68,15 @@ def read_tiny_imagenet(wanted: Wanted) -> Contents:
 
 
 def _root(wanted: Wanted) -> Path:
-    if not os.path.isdir(wanted.path):
-        raise InputError(f"data folder {wanted.path!r} does not exist or is not a folder")
+    require_folder(wanted.path)
     return Path(wanted.path)
+
+
+def require_folder(path: str) -> None:
+    """InputError if there is no such folder; an archive is to be unpacked first."""
+    if not os.path.isdir(path):
+        more = "; if it is an archive, unpack it first" if os.path.isfile(path) else ""
+        raise InputError(f"data folder {path!r} does not exist or is not a folder{more}")
 
 
 def _contents(wanted: Wanted, by_split: dict[str, ClassFiles]) -> Contents:
