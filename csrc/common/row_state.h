@@ -22,6 +22,16 @@
 //
 // have no negative term, and an error c of `center` reaches them as c^2/2 only. For any center,
 // log E_p[exp y] = log1p(u) with u = E_p[f(y)] + E_p[y], which is what `center` was off by.
+//
+// Note [Certain rows]
+// ~~~~~~~~~~~~~~~~~~~
+// Where a side has nearly all of its mass on one class, the gradient that reaches it is next to
+// nothing, and at the peak it is the difference of two numbers that are not: a slope and its mean,
+// or a probability and 1. What rounding leaves there is larger than the whole gradient. The other
+// classes keep their digits, and the gradients of a row sum to 0: so the peak's is minus the sum of
+// the others. KL needs it of the teacher, and of the student where both sides have the same peak;
+// JS of both sides; a cross-entropy where its label is the peak. (Jeffreys is taken around the
+// maxima, where nothing is left at a peak of both sides; with a peak each, nothing of it is small.)
 
 #pragma once
 
@@ -54,6 +64,13 @@ AFM_HD float exp2_of(float x) {
 #endif
 }
 AFM_HD double exp2_of(double x) { return ::exp2(x); }
+
+// 2^x where it is multiplied with something else that is at most 1: down to the smallest subnormal
+// number all digits, which exp2_of has not.
+template <typename A>
+AFM_HD A exp2_times(A x, A factor) {
+  return exp2_of(x + A(24)) * (factor * A(5.9604644775390625e-8));
+}
 
 AFM_HD float abs_of(float x) { return ::fabsf(x); }
 AFM_HD double abs_of(double x) { return ::fabs(x); }
@@ -113,6 +130,13 @@ AFM_HD A series_limit() {
 template <typename A>
 AFM_HD A centred_below() {
   return A(0.25);
+}
+
+// A side with a larger probability is certain. Below, the rounding at the peak is 4e-6 of the
+// gradient.
+template <typename A>
+AFM_HD bool is_certain(A probability) {
+  return probability > A(0.98);
 }
 
 // What the classes share: the temperature and the subtrahends of the differences.
@@ -221,8 +245,8 @@ struct Class {
 template <typename A>
 AFM_HD Class<A> class_of(const RowStats<A>& stats, const Base<A>& base, A s, A t) {
   Class<A> c;
-  c.q = exp2_of((s - stats.max_s) * base.exponent_scale) * stats.inv_zs;
-  c.p = exp2_of((t - stats.max_t) * base.exponent_scale) * stats.inv_zt;
+  c.q = exp2_times((s - stats.max_s) * base.exponent_scale, stats.inv_zs);
+  c.p = exp2_times((t - stats.max_t) * base.exponent_scale, stats.inv_zt);
   c.difference = base.difference(s, t);
   c.y = c.difference - stats.center;
   c.live = s > -infinity<A>() && t > -infinity<A>();
@@ -280,41 +304,63 @@ AFM_HD void add_jeffreys(RowTerms<A>& terms, const Class<A>& c) {
   terms.second += near ? c.q * expm1_minus_x(-c.y) : (c.p - c.q) + qy;
 }
 
-// log(m / p) and log(q / m), m = beta p + (1 - beta) q, for any y in [-inf, inf].
+// The weights of p and q in m, and of KL(p||m) and KL(q||m) in JS. They sum to 1; the smaller one
+// would have few digits as 1 less the other.
+template <typename A>
+struct Weights {
+  A beta, gamma;
+};
+
+// log(m / p) and log(q / m), m = beta p + gamma q, for any y in [-inf, inf].
 template <typename A>
 struct MixtureLogs {
   A m_over_p, q_over_m;
 };
 
+// With P the larger of p and q, S the smaller, a = |y|, w the weight of S and v that of P:
+// log(m / P) = log1p(w expm1(-a)). A small v is not to be lost beside w: then it is log(v + w
+// exp(-a)); and where m is nearly S, log(m / S) is next to nothing and taken first.
 template <typename A>
-AFM_HD MixtureLogs<A> mixture_logs(A y, A beta) {
-  const A v = expm1_of(-abs_of(y));
-  const A low = log1p_of((y <= A(0) ? A(1) - beta : beta) * v);
+AFM_HD MixtureLogs<A> mixture_logs(A y, const Weights<A>& weights) {
+  const A a = abs_of(y);
+  const bool p_is_larger = y <= A(0);
+  const A w = p_is_larger ? weights.gamma : weights.beta;
+  const A v = p_is_larger ? weights.beta : weights.gamma;
+  A m_over_larger, m_over_smaller;
+  const A excess = v < A(0.25) && a < A(80) ? v * expm1_of(a) : A(1);
+  if (excess < A(1)) {
+    m_over_smaller = log1p_of(excess);
+    m_over_larger = m_over_smaller - a;
+  } else {
+    m_over_larger = v < A(0.25) ? log_of(v + w * exp2_of(-a * A(1.4426950408889634074)))
+                                : log1p_of(w * expm1_of(-a));
+    m_over_smaller = a + m_over_larger;
+  }
   MixtureLogs<A> logs;
-  logs.m_over_p = y <= A(0) ? low : y + low;
-  logs.q_over_m = y <= A(0) ? y - low : -low;
+  logs.m_over_p = p_is_larger ? m_over_larger : m_over_smaller;
+  logs.q_over_m = -(p_is_larger ? m_over_smaller : m_over_larger);
   return logs;
 }
 
 // JS: first = KL(p||m) = sum p (h - log1p h), h = m/p - 1; second = KL(q||m) likewise.
 template <typename A>
-AFM_HD void add_js(RowTerms<A>& terms, const Class<A>& c, A beta) {
-  const A gamma = A(1) - beta;
+AFM_HD void add_js(RowTerms<A>& terms, const Class<A>& c, const Weights<A>& weights) {
   if (abs_of(c.y) < A(0.0625)) {
-    terms.first += c.p * x_minus_log1p(gamma * expm1_of(c.y));
-    terms.second += c.q * x_minus_log1p(beta * expm1_of(-c.y));
+    terms.first += c.p * x_minus_log1p(weights.gamma * expm1_of(c.y));
+    terms.second += c.q * x_minus_log1p(weights.beta * expm1_of(-c.y));
   } else {
-    const MixtureLogs<A> logs = mixture_logs(c.y, beta);
-    terms.first += gamma * (c.q - c.p) - (c.p > A(0) ? c.p * logs.m_over_p : A(0));
-    terms.second += beta * (c.p - c.q) + (c.q > A(0) ? c.q * logs.q_over_m : A(0));
+    const MixtureLogs<A> logs = mixture_logs(c.y, weights);
+    terms.first += weights.gamma * (c.q - c.p) - (c.p > A(0) ? c.p * logs.m_over_p : A(0));
+    terms.second += weights.beta * (c.p - c.q) + (c.q > A(0) ? c.q * logs.q_over_m : A(0));
   }
 }
 
 template <typename A>
-AFM_HD void add_symmetric(RowTerms<A>& terms, const Class<A>& c, Divergence divergence, A beta) {
+AFM_HD void add_symmetric(RowTerms<A>& terms, const Class<A>& c, Divergence divergence,
+                          const Weights<A>& weights) {
   terms.excess += probability_gap(c);
   if (divergence == Divergence::kJs) {
-    add_js(terms, c, beta);
+    add_js(terms, c, weights);
   } else {
     add_jeffreys(terms, c);
   }
@@ -331,12 +377,10 @@ AFM_HD void finish_symmetric(RowStats<A>& stats, const RowTerms<A>& terms, Diver
 
 // The divergence of the row.
 template <typename A>
-AFM_HD A row_value(const RowStats<A>& stats, Divergence divergence, A beta) {
+AFM_HD A row_value(const RowStats<A>& stats, Divergence divergence, const Weights<A>& weights) {
   if (divergence == Divergence::kJeffreys) return stats.value + stats.other;
-  if (divergence == Divergence::kJs) {
-    const A value = beta * stats.value + (A(1) - beta) * stats.other;
-    return value;
-  }
+  if (divergence == Divergence::kJs)
+    return weights.beta * stats.value + weights.gamma * stats.other;
   return stats.value;
 }
 
@@ -362,12 +406,12 @@ AFM_HD ClassGradient<A> kl_gradient(const RowStats<A>& stats, const Class<A>& c)
 
 template <typename A>
 AFM_HD ClassGradient<A> symmetric_gradient(const RowStats<A>& stats, const Class<A>& c,
-                                           Divergence divergence, A beta) {
+                                           Divergence divergence, const Weights<A>& weights) {
   ClassGradient<A> g;
   if (divergence == Divergence::kJs) {
-    const MixtureLogs<A> logs = mixture_logs(c.y, beta);
-    g.teacher = c.p > A(0) ? -beta * c.p * (logs.m_over_p + stats.value) : A(0);
-    g.student = c.q > A(0) ? (A(1) - beta) * c.q * (logs.q_over_m - stats.other) : A(0);
+    const MixtureLogs<A> logs = mixture_logs(c.y, weights);
+    g.teacher = c.p > A(0) ? -weights.beta * c.p * (logs.m_over_p + stats.value) : A(0);
+    g.student = c.q > A(0) ? weights.gamma * c.q * (logs.q_over_m - stats.other) : A(0);
   } else {
     const A gap = probability_gap(c);
     g.student = gap + (c.live && c.q > A(0) ? c.q * (c.y - stats.other) : A(0));

@@ -144,6 +144,11 @@ struct Access {
     chunk.store(reinterpret_cast<T*>(row), column, classes, aligned);
   }
 
+  template <typename A>
+  static __device__ __forceinline__ void store_element(char* row, DType, int column, A value) {
+    reinterpret_cast<T*>(row)[column] = Convert<T>::from(value);
+  }
+
   static __device__ __forceinline__ float element(const char* row, DType, int column, float) {
     return to_float(reinterpret_cast<const T*>(row)[column]);
   }
@@ -194,6 +199,20 @@ struct Access<AnyOf<A>, N> {
         return Access<float, N>::store(row, dtype, column, classes, aligned, values);
       default:
         return Access<A, N>::store(row, dtype, column, classes, aligned, values);
+    }
+  }
+
+  static __device__ __forceinline__ void store_element(char* row, DType dtype, int column,
+                                                       A value) {
+    switch (dtype) {
+      case DType::kFloat16:
+        return Access<__half, N>::store_element(row, dtype, column, value);
+      case DType::kBFloat16:
+        return Access<__nv_bfloat16, N>::store_element(row, dtype, column, value);
+      case DType::kFloat32:
+        return Access<float, N>::store_element(row, dtype, column, value);
+      default:
+        return Access<A, N>::store_element(row, dtype, column, value);
     }
   }
 

@@ -37,9 +37,11 @@ struct RowsProblem {
   int splits = 1;
   void* partials = nullptr;  // rows x splits x kPartial
   void* terms = nullptr;     // rows x splits x kRowTerms, kSymmetric only
+  double* others = nullptr;  // rows x splits x kOthers, where gradients are wanted
 
   Divergence divergence = Divergence::kKl;
-  double temperature = 1, beta = 0.5, scale = 1;
+  double temperature = 1, scale = 1;
+  double beta = 0.5, gamma = 0.5;  // of JS
 
   const int64_t* labels = nullptr;  // kDistillation
   int64_t ignore_index = -100;
@@ -48,5 +50,6 @@ struct RowsProblem {
 
 constexpr int kRowStats = 8;  // ROW_STATS of afm_kernels/ops.py
 constexpr int kPartial = 10;  // scalars of a split, see softmax_kl_stream.cuh
+constexpr int kOthers = 4;    // likewise: Others of softmax_kl_row.cuh
 
 }  // namespace afm::cuda

@@ -37,6 +37,7 @@ struct Launcher {
     }
     if (gradients) {
       launch(stream_finish_kernel<Pair, kVariant>, parts, Pair::kStreamThreads, problem, stream);
+      if (plan.splits > 1) launch(stream_settle_kernel<Pair>, problem.rows, kWarp, problem, stream);
     } else {
       launch(stream_finish_kernel<Pair, kVariant>, problem.rows, kWarp, problem, stream);
     }

@@ -111,7 +111,7 @@ void run(Call& call, std::optional<Tensor> loss, bool sum, const Tensor* stats_i
   }
 
   const ScalarType accumulation = call.accumulation();
-  std::optional<Tensor> partial_losses, partials, terms;
+  std::optional<Tensor> partial_losses, partials, terms, others;
   if (loss) {
     problem.loss = loss->data_ptr();
     if (sum && plan.partial_losses > 1) {
@@ -128,6 +128,10 @@ void run(Call& call, std::optional<Tensor> loss, bool sum, const Tensor* stats_i
       terms = new_empty(call.student, {problem.rows * plan.splits * kRowTerms}, accumulation);
       problem.terms = terms->data_ptr();
     }
+  }
+  if (plan.splits > 1 && (grad_student.wanted || grad_teacher.wanted)) {
+    others = new_empty(call.student, {problem.rows * plan.splits * kOthers}, ScalarType::Double);
+    problem.others = static_cast<double*>(others->data_ptr());
   }
   launch_of(kind)(call.variant, problem, plan, place.stream());
   if (partial_losses) {
@@ -155,6 +159,7 @@ Call divergence_call(const Tensor& student, const Tensor& teacher,
   call.problem.divergence = static_cast<Divergence>(divergence);
   call.problem.temperature = temperature;
   call.problem.beta = beta;
+  call.problem.gamma = 1 - beta;
   call.problem.scale = scale;
   call.swapped = call.problem.divergence == Divergence::kReverseKl;
   if (call.swapped) call.problem.divergence = Divergence::kKl;

@@ -175,6 +175,11 @@ __device__ __forceinline__ typename Pair::A label_logit(const RowsProblem& probl
                                       static_cast<int>(label), A(0));
 }
 
+template <typename A>
+__device__ __forceinline__ Weights<A> weights_of(const RowsProblem& problem) {
+  return {static_cast<A>(problem.beta), static_cast<A>(problem.gamma)};
+}
+
 // The value of a row, without weight and scale. `entropy`: its cross-entropy (kDistillation).
 template <Variant kVariant, typename A>
 __device__ __forceinline__ A value_of(const RowsProblem& problem, const RowStats<A>& stats,
@@ -187,7 +192,7 @@ __device__ __forceinline__ A value_of(const RowsProblem& problem, const RowStats
     if (labelled) value += (A(1) - alpha) * entropy;
     return value;
   } else if constexpr (kVariant == Variant::kSymmetric) {
-    return row_value(stats, problem.divergence, static_cast<A>(problem.beta));
+    return row_value(stats, problem.divergence, weights_of<A>(problem));
   } else {
     return stats.value;
   }
@@ -233,6 +238,65 @@ __device__ __forceinline__ Factors<A> factors_of(const RowsProblem& problem, int
   return factors;
 }
 
+// The gradients of a row but those of its peaks, and where these are: -1 where there is none. See
+// Note [Certain rows].
+template <typename A>
+struct Others {
+  A student = A(0), teacher = A(0);
+  int student_peak = -1, teacher_peak = -1;
+
+  __device__ __forceinline__ void add_student(A gradient, bool is_peak, int column) {
+    is_peak ? void(student_peak = column) : void(student += gradient);
+  }
+  __device__ __forceinline__ void add_teacher(A gradient, bool is_peak, int column) {
+    is_peak ? void(teacher_peak = column) : void(teacher += gradient);
+  }
+};
+
+// Whether a row may have a peak. The largest class of a side has the probability 1 / Z.
+template <Variant kVariant, typename A>
+__device__ __forceinline__ bool may_have_peaks(const RowsProblem& problem,
+                                               const RowStats<A>& stats) {
+  if constexpr (kVariant == Variant::kSymmetric) {
+    return problem.divergence == Divergence::kJs &&
+           (is_certain(stats.inv_zs) || is_certain(stats.inv_zt));
+  } else if constexpr (kVariant == Variant::kDistillation) {
+    return is_certain(stats.inv_zt) || is_certain(stats.inv_label);
+  } else {
+    return is_certain(stats.inv_zt);
+  }
+}
+
+// Writes the peaks that this thread has come by, from the sums of the whole row.
+template <class Pair>
+__device__ __forceinline__ void write_peaks(const RowsProblem& problem, const RowPlace& place,
+                                            const Others<typename Pair::A>& others) {
+  using A = typename Pair::A;
+  if (others.student_peak >= 0 && problem.grad_student.data != nullptr) {
+    Pair::StudentAccess::store_element(place.grad_student.data, problem.student.dtype,
+                                       others.student_peak, A(0) - others.student);
+  }
+  if (others.teacher_peak >= 0 && problem.grad_teacher.data != nullptr) {
+    Pair::TeacherAccess::store_element(place.grad_teacher.data, problem.teacher.dtype,
+                                       others.teacher_peak, A(0) - others.teacher);
+  }
+}
+
+// Settles a row whose threads have written all of its gradients. Every lane of a warp takes part.
+template <class Pair, int kGroup>
+__device__ __forceinline__ void settle(const RowsProblem& problem, const RowPlace& place,
+                                       bool may_have_peaks, Others<typename Pair::A>& others,
+                                       typename Pair::A* shared) {
+  using A = typename Pair::A;
+  if constexpr (kGroup <= kWarp) may_have_peaks = __any_sync(kFullMask, may_have_peaks);
+  if (!may_have_peaks) return;
+  A sums[2] = {others.student, others.teacher};
+  reduce_in_group<kGroup, SumOf>(sums, shared);
+  others.student = sums[0];
+  others.teacher = sums[1];
+  write_peaks<Pair>(problem, place, others);
+}
+
 // Writes the gradients of one vector of classes.
 template <class Pair, Variant kVariant>
 __device__ __forceinline__ void write_gradients(const RowsProblem& problem, const RowPlace& place,
@@ -240,7 +304,8 @@ __device__ __forceinline__ void write_gradients(const RowsProblem& problem, cons
                                                 const RowStats<typename Pair::A>& stats,
                                                 const Factors<typename Pair::A>& factors,
                                                 int64_t label, const typename Pair::StudentChunk& s,
-                                                const typename Pair::TeacherChunk& t, int column) {
+                                                const typename Pair::TeacherChunk& t, int column,
+                                                Others<typename Pair::A>& others) {
   using A = typename Pair::A;
   constexpr int kN = Pair::kN;
   A student[kN], teacher[kN];
@@ -249,8 +314,12 @@ __device__ __forceinline__ void write_gradients(const RowsProblem& problem, cons
     const A s_i = s.template get<A>(i), t_i = t.template get<A>(i);
     const Class<A> c = class_of(stats, base, s_i, t_i);
     ClassGradient<A> g;
+    bool teacher_peak = is_certain(c.p), student_peak = teacher_peak && is_certain(c.q);
     if constexpr (kVariant == Variant::kSymmetric) {
-      g = symmetric_gradient(stats, c, problem.divergence, static_cast<A>(problem.beta));
+      g = symmetric_gradient(stats, c, problem.divergence, weights_of<A>(problem));
+      const bool is_js = problem.divergence == Divergence::kJs;
+      student_peak = is_js && is_certain(c.q);
+      teacher_peak = is_js && teacher_peak;
     } else {
       g = kl_gradient(stats, c);
     }
@@ -261,15 +330,20 @@ __device__ __forceinline__ void write_gradients(const RowsProblem& problem, cons
       student[i] = factors.divergence == A(0) ? A(0) : g.student * factors.divergence;
       teacher[i] = factors.divergence == A(0) ? A(0) : g.teacher * factors.divergence;
       if (factors.entropy != A(0)) {
-        const A own = exp2_of((s_i - stats.max_s) * A(1.4426950408889634074)) * stats.inv_label;
+        const A own = exp2_times((s_i - stats.max_s) * A(1.4426950408889634074), stats.inv_label);
         const A wanted = column + i == label ? even + (A(1) - smoothing) : even;
         student[i] += factors.entropy * (own - wanted);
+        student_peak = student_peak || (column + i == label && is_certain(own));
       }
     } else {
       student[i] = g.student * factors.divergence;
       teacher[i] = g.teacher * factors.divergence;
     }
     if (factors.silent) student[i] = teacher[i] = A(0);
+    if (column + i >= 0 && column + i < problem.classes) {
+      others.add_student(student[i], student_peak, column + i);
+      others.add_teacher(teacher[i], teacher_peak, column + i);
+    }
   }
   if (problem.grad_student.data != nullptr) {
     Pair::StudentAccess::store(place.grad_student.data, problem.student.dtype, column,

@@ -100,7 +100,7 @@ __device__ __forceinline__ RowStats<typename Pair::A> reduce_row(
     for (int i = 0; i < kN; ++i) {
       const Class<A> c = class_of(stats, base, s[k].template get<A>(i), t[k].template get<A>(i));
       if constexpr (kVariant == Variant::kSymmetric) {
-        add_symmetric(terms, c, problem.divergence, static_cast<A>(problem.beta));
+        add_symmetric(terms, c, problem.divergence, weights_of<A>(problem));
       } else if (near) {
         add_kl(terms, c);
       } else {
@@ -193,17 +193,21 @@ __global__ void __launch_bounds__(rows_block_threads(kGroup), kGroup > 4 ? Pair:
     }
   }
 
-  if (mine && (problem.grad_student.data != nullptr || problem.grad_teacher.data != nullptr)) {
+  if (problem.grad_student.data != nullptr || problem.grad_teacher.data != nullptr) {
+    __shared__ A shared_others[2 * rows_block_threads(kGroup) / kWarp];
     const Factors<A> factors = factors_of<kVariant>(problem, row, weight, stats, label.active);
+    Others<A> others;
     next_pass(s, t);
 #pragma unroll
     for (int k = 0; k < kVecs; ++k) {
       const int column = (k * kGroup + lane) * kN - place.head;
-      if (column < problem.classes) {
+      if (mine && column < problem.classes) {
         write_gradients<Pair, kVariant>(problem, place, base, stats, factors, label.label, s[k],
-                                        t[k], column);
+                                        t[k], column, others);
       }
     }
+    settle<Pair, kGroup>(problem, place, may_have_peaks<kVariant>(problem, stats), others,
+                         shared_others);
   }
 }
 

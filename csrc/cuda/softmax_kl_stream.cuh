@@ -7,6 +7,7 @@
 //   stream_terms     (Jeffreys, JS) the second reduction over the same parts
 //   stream_finish    combines the partials of its row in a fixed order (every block by itself: a
 //                    few hundred bytes) and writes loss, stats, and the gradients of its part
+//   stream_settle    the gradients at the peaks of certain rows that several blocks shared
 //
 // Jeffreys and JS need the normalisers before their terms can be summed, so their loss alone reads
 // twice (4Ne); KL and the distillation loss read once (2Ne), see StreamState.
@@ -248,7 +249,7 @@ __device__ __forceinline__ RowTerms<typename Pair::A> reduce_terms(
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       const Class<A> c = class_of(stats, base, s.template get<A>(i), t.template get<A>(i));
-      add_symmetric(terms, c, problem.divergence, static_cast<A>(problem.beta));
+      add_symmetric(terms, c, problem.divergence, weights_of<A>(problem));
     }
   }
   A all[kRowTerms] = {terms.first, terms.second, terms.excess};
@@ -256,9 +257,29 @@ __device__ __forceinline__ RowTerms<typename Pair::A> reduce_terms(
   return {all[0], all[1], all[2]};
 }
 
+// What a split leaves for stream_settle_kernel. Columns as they are in memory.
+template <typename A>
+__device__ __forceinline__ void store_others(const RowsProblem& problem, int64_t row, int split,
+                                             bool may_have_peaks, const Others<A>& others,
+                                             A* shared) {
+  double* to = problem.others + (row * problem.splits + split) * kOthers;
+  if (threadIdx.x == 0) to[2] = to[3] = -1;
+  if (!may_have_peaks) return;
+  A sums[2] = {others.student, others.teacher};
+  reduce_in_block<SumOf>(sums, shared);  // also a barrier: the peaks come after what is no peak
+  if (threadIdx.x == 0) {
+    to[0] = sums[0];
+    to[1] = sums[1];
+  }
+  if (others.student_peak >= 0) to[2] = others.student_peak;
+  if (others.teacher_peak >= 0) to[3] = others.teacher_peak;
+}
+
+// The gradients of a part. Where the part is the row it is settled here, else by
+// stream_settle_kernel.
 template <class Pair, Variant kVariant>
 __device__ __forceinline__ void write_part(const RowsProblem& problem, const RowPlace& place,
-                                           const Part& part, int64_t row,
+                                           const Part& part, int64_t row, int split,
                                            const RowStats<typename Pair::A>& stats,
                                            const LabelTerm<typename Pair::A>& label) {
   using A = typename Pair::A;
@@ -267,13 +288,20 @@ __device__ __forceinline__ void write_part(const RowsProblem& problem, const Row
       Base<A>::of(A(1) / static_cast<A>(problem.temperature), stats.max_s, stats.max_t);
   const Factors<A> factors =
       factors_of<kVariant>(problem, row, weight_of<A>(problem, row), stats, label.active);
+  Others<A> others;
   for (int vector = part.last - 1 - static_cast<int>(threadIdx.x); vector >= part.first;
        vector -= blockDim.x) {
     const int column = vector * kN - place.head;
     write_gradients<Pair, kVariant>(problem, place, base, stats, factors, label.label,
                                     load_student<Pair>(problem, place, column),
-                                    load_teacher<Pair>(problem, place, column), column);
+                                    load_teacher<Pair>(problem, place, column), column, others);
   }
+  __shared__ A shared_others[2 * Pair::kStreamThreads / kWarp];
+  const bool has_peaks = may_have_peaks<kVariant>(problem, stats);
+  if (problem.splits == 1)
+    settle<Pair, Pair::kStreamThreads>(problem, place, has_peaks, others, shared_others);
+  else
+    store_others(problem, row, split, has_peaks, others, shared_others);
 }
 
 // Cross-entropy, loss and stats of a complete row; one thread writes.
@@ -326,7 +354,7 @@ __global__ void __launch_bounds__(Pair::kStreamThreads, Pair::kMinBlocks)
   finish_row<Pair, kVariant>(problem, place, row, partial, reference, label, stats,
                              threadIdx.x == 0);
   if (problem.grad_student.data != nullptr || problem.grad_teacher.data != nullptr) {
-    write_part<Pair, kVariant>(problem, place, whole, row, stats, label);
+    write_part<Pair, kVariant>(problem, place, whole, row, 0, stats, label);
   }
 }
 
@@ -404,9 +432,37 @@ __global__ void __launch_bounds__(Pair::kStreamThreads, Pair::kMinBlocks)
                                split == 0 && threadIdx.x == 0);
   }
   if (gradients) {
-    write_part<Pair, kVariant>(problem, place, part_of<Pair::kN>(problem, place, split), row, stats,
-                               label);
+    write_part<Pair, kVariant>(problem, place, part_of<Pair::kN>(problem, place, split), row, split,
+                               stats, label);
   }
+}
+
+// The peaks of rows whose gradients are complete: a warp for each row.
+template <class Pair>
+__global__ void __launch_bounds__(kWarp) stream_settle_kernel(const RowsProblem problem) {
+  using A = typename Pair::A;
+  const int64_t row = blockIdx.x;
+  const double* from = problem.others + row * problem.splits * kOthers;
+  double peaks[2] = {-1, -1};
+  for (int split = threadIdx.x; split < problem.splits; split += kWarp) {
+    peaks[0] = max_of(peaks[0], from[split * kOthers + 2]);
+    peaks[1] = max_of(peaks[1], from[split * kOthers + 3]);
+  }
+  reduce_in_warp<kWarp, MaxOf>(peaks);
+  if (peaks[0] < 0 && peaks[1] < 0) return;
+  double sums[2] = {0, 0};
+  for (int split = threadIdx.x; split < problem.splits; split += kWarp) {
+    sums[0] += from[split * kOthers];
+    sums[1] += from[split * kOthers + 1];
+  }
+  reduce_in_warp<kWarp, SumOf>(sums);
+  if (threadIdx.x != 0) return;
+  Others<A> others;
+  others.student = static_cast<A>(sums[0]);
+  others.teacher = static_cast<A>(sums[1]);
+  others.student_peak = static_cast<int>(peaks[0]);
+  others.teacher_peak = static_cast<int>(peaks[1]);
+  write_peaks<Pair>(problem, locate<Pair>(problem, row), others);
 }
 
 }  // namespace afm::cuda

@@ -240,8 +240,8 @@ void test_softmax_kl(const Kernels& kernels, const Case& c, Divergence divergenc
   params.shape.sizes[0] = c.rows;
   params.classes = c.classes;
   in.student.view(params.student), in.teacher.view(params.teacher);
-  params.divergence = divergence, params.beta = 0.3, params.temperature = c.temperature,
-  params.scale = 0.7;
+  params.divergence = divergence, params.beta = 0.7, params.gamma = 0.3,
+  params.temperature = c.temperature, params.scale = 0.7;
   params.row_weight = in.is_double ? static_cast<void*>(weights.data()) : float_weights.data();
   params.stream = stream;
   if (labelled) {

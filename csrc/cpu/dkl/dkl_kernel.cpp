@@ -3,6 +3,7 @@
 
 #include "cpu/dkl/dkl.h"
 
+#include "cpu/losses/certain_rows.h"
 #include "cpu/losses/kl_sweeps.h"
 #include "cpu/layout/lane_tiles.h"
 #include "cpu/layout/row_tiles.h"
@@ -15,7 +16,7 @@ constexpr double kInfinity = __builtin_inf(), kNotANumber = __builtin_nan("");
 
 // Columns of row_stats.
 enum Stat : int {
-  kKind,
+  kKind,  // RowKind, and what is certain
   kStudentShift,
   kTeacherShift,
   kStudentSum,
@@ -25,8 +26,11 @@ enum Stat : int {
   kGap
 };
 
+constexpr int kStudentCertain = 8, kWeightsCertain = 16;  // added to kKind
+
 struct RowSummary {
   RowKind kind = RowKind::kNan;
+  bool student_certain = false, weights_certain = false;  // see Note [Certain rows]
   double student_shift = 0, teacher_shift = 0;
   double gap = 0;                           // s - t where the weight is, or 0; see coarse_gap
   double student_sum = 1, teacher_sum = 1;  // of the exponentials at `temperature`
@@ -40,7 +44,7 @@ struct Worker {
   using V = Vec<T>;
   const DklParams& params;
   const double inv_t;
-  const ScaledExp<T> exp, weight_exp;
+  const RowExp<T> exp, weight_exp;
   const bool own_weights;
   T *student_tile, *teacher_tile, *weight_tile, *grad_student_tile, *grad_teacher_tile;
   RowPointer student, teacher, class_weight, grad_student, grad_teacher;  // the present row
@@ -144,7 +148,8 @@ struct Worker {
       mean += products.sum(), missing_sum += missing.sum();
     });
     row.student_sum = student_sum, row.teacher_sum = teacher_sum;
-    const double value = __builtin_log(student_sum) - mean / teacher_sum * inv_t;
+    row.student_certain = kRaise > kCertain * student_sum;
+    const double value = __builtin_log(student_sum) - kLogRaise - mean / teacher_sum * inv_t;
     row.value += params.alpha * (missing_sum > 0 ? kInfinity : value);
   }
 
@@ -153,7 +158,7 @@ struct Worker {
   double sum_weights(RowSummary& row, double& missing) const {
     const Gaps g = gaps(row);
     const V excluded(-Float<T>::infinity), zero(T(0)), one(T(1));
-    double products = 0;
+    double products = 0, top = 0;
     row.weight_sum = missing = 0;
     for_tiles([&](const T* s, const T* t, const T* w, int64_t, int64_t n) {
       Accumulator<T> weight, product, lost;
@@ -164,7 +169,9 @@ struct Worker {
         lost.add(u, select(c.missing, one, zero));
       });
       row.weight_sum += weight.sum(), products += product.sum(), missing += lost.sum();
+      top = larger(top, weight.largest());
     });
+    row.weights_certain = top > kCertain * row.weight_sum;
     return row.weight_sum == 0 ? 0 : products / row.weight_sum;
   }
 
@@ -198,7 +205,29 @@ struct Worker {
     row.value += params.beta / 2 * total * total * (variance > 0 ? variance : 0);
   }
 
+  // The class of a certain side: the only number above a limit.
+  int64_t peak_of(const RowPointer& numbers, double limit) const {
+    for (int64_t j = 0; j < params.classes; j += kTile) {
+      const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+      const int64_t at = first_above(numbers.read(j, n, weight_tile), n, static_cast<T>(limit));
+      if (at >= 0) return j + at;
+    }
+    return -1;
+  }
+
+  int64_t student_peak(const RowSummary& row) const {
+    return peak_of(student, row.student_shift - params.temperature);
+  }
+  int64_t weights_peak(const RowSummary& row) const {
+    return own_weights ? peak_of(teacher, row.teacher_shift - params.weight_temperature)
+                       : peak_of(class_weight, row.weight_sum / 2);
+  }
+
   void write_gradients(const RowSummary& row, double scale) const {
+    Peak by_student, by_teacher;
+    if (row.weights_certain && params.beta != 0) by_teacher.at = weights_peak(row);
+    if (params.symmetric) by_student.at = by_teacher.at;
+    if (row.student_certain && params.alpha != 0) by_student.at = student_peak(row);
     const Gaps g = gaps(row);
     const double square = params.beta == 0 || row.weight_sum == 0 ? 0
                           : own_weights                           ? params.beta / row.weight_sum
@@ -215,21 +244,23 @@ struct Worker {
       T* to_teacher = grad_teacher.data ? grad_teacher.writable(j0, grad_teacher_tile) : nullptr;
       sweep<V>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
         const V a = access.load(s + j, excluded), b = access.load(t + j, excluded);
-        V by_teacher = zero, by_student = zero;
+        V to_t = zero, to_s = zero;
         if (has_square) {
           const Weighted c = weighted(access, a, b, w, j, g);
-          by_teacher = per_weight * c.weight * (c.d - mean);
-          by_student = symmetric ? zero - by_teacher : zero;
+          to_t = per_weight * c.weight * (c.d - mean);
+          to_s = symmetric ? zero - to_t : zero;
         }
         if (has_soft && to_student != nullptr)
-          by_student =
-              by_student + fma(exp(a - s_shift), per_student, exp(b - t_shift) * per_teacher);
-        if (to_student != nullptr) access.store(to_student + j, by_student);
-        if (to_teacher != nullptr) access.store(to_teacher + j, by_teacher);
+          to_s = to_s + fma(exp(a - s_shift), per_student, exp(b - t_shift) * per_teacher);
+        if (to_student != nullptr) access.store(to_student + j, to_s);
+        if (to_teacher != nullptr) access.store(to_teacher + j, to_t);
       });
-      if (to_student) grad_student.write(j0, n, to_student);
-      if (to_teacher) grad_teacher.write(j0, n, to_teacher);
+      if (to_student)
+        by_student.settle<T>(j0, n, to_student), grad_student.write(j0, n, to_student);
+      if (to_teacher)
+        by_teacher.settle<T>(j0, n, to_teacher), grad_teacher.write(j0, n, to_teacher);
     });
+    by_student.close<T>(grad_student), by_teacher.close<T>(grad_teacher);
   }
 
   void fill(const RowPointer& grad, T* tile, T value) const {
@@ -246,7 +277,9 @@ struct Worker {
     if (params.row_stats == nullptr) return;
     T* stats = static_cast<T*>(params.row_stats) + i * kDklRowStats;
     for (int k = 0; k < kDklRowStats; ++k) stats[k] = T(0);
-    stats[kKind] = static_cast<T>(static_cast<int>(row.kind));
+    stats[kKind] =
+        static_cast<T>(static_cast<int>(row.kind) + (row.student_certain ? kStudentCertain : 0) +
+                       (row.weights_certain ? kWeightsCertain : 0));
     stats[kStudentShift] = static_cast<T>(row.student_shift),
     stats[kTeacherShift] = static_cast<T>(row.teacher_shift);
     stats[kStudentSum] = static_cast<T>(row.student_sum),
@@ -258,7 +291,10 @@ struct Worker {
   RowSummary restore(int64_t i) const {
     const T* stats = static_cast<const T*>(params.row_stats) + i * kDklRowStats;
     RowSummary row;
-    row.kind = static_cast<RowKind>(static_cast<int>(stats[kKind]));
+    const int kind = static_cast<int>(stats[kKind]);
+    row.kind = static_cast<RowKind>(kind % kStudentCertain);
+    row.student_certain = (kind & kStudentCertain) != 0;
+    row.weights_certain = (kind & kWeightsCertain) != 0;
     row.student_shift = stats[kStudentShift], row.teacher_shift = stats[kTeacherShift];
     row.student_sum = stats[kStudentSum], row.teacher_sum = stats[kTeacherSum];
     row.weight_sum = stats[kWeightSum], row.mean = stats[kMean], row.gap = stats[kGap];
@@ -339,9 +375,29 @@ struct LaneWorker {
       dkl_gradient_lanes<kWeights, true, false>(tiles, classes, sums.mean, by);
     else if (wants_teacher)
       dkl_gradient_lanes<kWeights, false, true>(tiles, classes, sums.mean, by);
+    settle<kWeights>(tiles, sums);
     value.store(values);
     for (int r = 0; r < count; ++r)
       if (!worker.take_short(i + r, values[r])) run_alone(tiles, i + r, r);
+  }
+
+  // See Note [Certain rows].
+  template <DklWeights kWeights>
+  void settle(const DklTiles<T>& tiles, const DklSums<T>& sums) const {
+    const V zero(T(0));
+    const bool has_soft = params.alpha != 0, is_given = kWeights == DklWeights::kGiven;
+    const T* numbers = is_given ? tiles.weight : tiles.teacher;
+    const V top = is_given ? sums.weight_max : sums.teacher_max;
+    auto weights = is_given ? V(T(kCertain)) * sums.weight_sum < sums.weight_max
+                            : certain_lanes(sums.weight_sum);
+    if (params.beta == 0) weights = zero < zero;
+    if (wants_teacher && any(weights))
+      settle_lanes(numbers, top, classes, weights, tiles.difference);
+    if (wants_student && params.symmetric && any(weights))
+      settle_lanes(numbers, top, classes, weights, tiles.student_exp);
+    const auto student = certain_lanes(sums.student_sum);
+    if (wants_student && has_soft && any(student))
+      settle_lanes(tiles.student, sums.student_max, classes, student, tiles.student_exp);
   }
 
   // Row i, lane r of the tiles.

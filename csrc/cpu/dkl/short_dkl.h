@@ -37,18 +37,20 @@ struct DklSums {
   Vec<T> variance;            // of d under the weights; NaN: a row that lanes do not serve
   Vec<T> mean;                // of d under the weights
   Vec<T> student_sum, teacher_sum, weight_sum;
+  Vec<T> student_max, teacher_max;
+  Vec<T> weight_max;  // where weights are kGiven
 };
 
 template <DklWeights kWeights, class T>
-AFM_LOOP DklSums<T> sum_dkl_lanes(const DklTiles<T>& tiles, int64_t classes,
-                                  const ScaledExp<T>& exp, const ScaledExp<T>& weight_exp,
-                                  T inv_t) {
+AFM_LOOP DklSums<T> sum_dkl_lanes(const DklTiles<T>& tiles, int64_t classes, const RowExp<T>& exp,
+                                  const RowExp<T>& weight_exp, T inv_t) {
   using V = Vec<T>;
   V s_max(Float<T>::lowest), t_max(Float<T>::lowest);
   for (int64_t j = 0; j < classes * V::width; j += V::width)
     s_max = max(V::load(tiles.student + j), s_max), t_max = max(V::load(tiles.teacher + j), t_max);
   const LaneGaps<T> gaps(s_max, t_max, inv_t);
   ChunkedSum<T> students, teachers, logits, weights, products;
+  V weight_max(T(0));
   for_chunks<T>(
       classes,
       [&](int64_t j) AFM_LAMBDA_INLINE {
@@ -56,7 +58,8 @@ AFM_LOOP DklSums<T> sum_dkl_lanes(const DklTiles<T>& tiles, int64_t classes,
         const V v = a - s_max, w = b - t_max, e_s = exp(v), e_t = exp(w);
         const V d = V(T(0)) - gaps.difference(a, b);
         V weight = e_t;
-        if constexpr (kWeights == DklWeights::kGiven) weight = V::load(tiles.weight + j);
+        if constexpr (kWeights == DklWeights::kGiven)
+          weight = V::load(tiles.weight + j), weight_max = max(weight, weight_max);
         if constexpr (kWeights == DklWeights::kOwn)
           weight = weight_exp(w), weight.store(tiles.weight + j);
         students.part = students.part + e_s, teachers.part = teachers.part + e_t;
@@ -84,7 +87,9 @@ AFM_LOOP DklSums<T> sum_dkl_lanes(const DklTiles<T>& tiles, int64_t classes,
   DklSums<T> sums;
   sums.student_sum = students.total, sums.teacher_sum = teachers.total;
   sums.weight_sum = weights.total, sums.mean = guess + left;
-  sums.soft_cross_entropy = log(students.total) - logits.total / teachers.total * V(inv_t);
+  sums.student_max = s_max, sums.teacher_max = t_max, sums.weight_max = weight_max;
+  sums.soft_cross_entropy =
+      log(students.total * V(T(1 / kRaise))) - logits.total / teachers.total * V(inv_t);
   sums.variance = select(variance < V(T(0)), V(T(0)), variance);
   const auto has_gap = V(T(0)) < abs(gaps.student) + abs(gaps.teacher);
   const auto is_off = both(V(T(kGapLimit)) < abs(guess), has_gap);

@@ -159,6 +159,15 @@ struct RowPointer {
         break;
     }
   }
+
+  // One class.
+  template <class T>
+  AFM_MEMBER void put(int64_t j, T value) const {
+    T buffer;
+    const RowPointer one = at_class(j);
+    *one.template writable<T>(0, &buffer) = value;
+    one.template write<T>(0, 1, &buffer);
+  }
 };
 
 // Walks over the rows of a call, from any row on, and knows where each tensor has the present one.

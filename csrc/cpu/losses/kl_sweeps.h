@@ -22,6 +22,8 @@ AFM_INLINE double larger(double a, double b) { return a > b ? a : b; }
 struct RowSums {
   double student = 0;            // Z_s; not in near rows
   double teacher = 0;            // Z_t
+  double student_top = 0;        // the largest sum of one lane: nearly all of Z_s where the side is
+  double teacher_top = 0;        // certain of a class. Z_t likewise
   double linear = 0;             // of e * x
   double excess = 0;             // near and general: of e * (exp(x) - 1 - x)
   double curvature = 0;          // near and general: of e * x * (exp(x) - 1)
@@ -35,7 +37,7 @@ struct RowSums {
 // Constants of a row, in the arithmetic type.
 template <class T>
 struct RowConstants {
-  ScaledExp<T> exp;
+  RowExp<T> exp;
   T inv_t;                               // 1 / temperature
   T student_shift, teacher_shift;        // m_s, m_t
   T student_gap, teacher_gap;            // k_s, k_t; k = k_s - k_t, see coarse_gap
@@ -45,6 +47,8 @@ struct RowConstants {
   T student_excluded, teacher_excluded;  // general: logits up to here are as good as -inf
   T bridge;  // general: exp((m_s - m_t - k - base) / T - centre), so that e * exp(x) = bridge *
              // exp((s - m_s) / T). In gradients 0 where the row takes no difference of the two
+  T lower;  // general: what exponentials are multiplied with, so that their products with x stay in
+            // the range
 
   AFM_MEMBER Vec<T> x(Vec<T> s, Vec<T> t) const {
     return fma((s - Vec<T>(student_gap)) - (t - Vec<T>(teacher_gap)), Vec<T>(inv_t),
@@ -54,8 +58,13 @@ struct RowConstants {
     return fma(((s - Vec<T>(student_gap)) - (t - Vec<T>(teacher_gap))) - Vec<T>(base),
                Vec<T>(inv_t), Vec<T>(-centre));
   }
-  AFM_MEMBER Vec<T> student_exp(Vec<T> s) const { return exp(s - Vec<T>(student_shift)); }
-  AFM_MEMBER Vec<T> teacher_exp(Vec<T> t) const { return exp(t - Vec<T>(teacher_shift)); }
+  // Of general rows.
+  AFM_MEMBER Vec<T> student_exp(Vec<T> s) const {
+    return exp(s - Vec<T>(student_shift)) * Vec<T>(lower);
+  }
+  AFM_MEMBER Vec<T> teacher_exp(Vec<T> t) const {
+    return exp(t - Vec<T>(teacher_shift)) * Vec<T>(lower);
+  }
   // Of near and far rows.
   AFM_MEMBER Vec<T> finite_student_exp(Vec<T> s) const {
     return exp.unbounded(s - Vec<T>(student_shift));
@@ -180,6 +189,8 @@ AFM_LOOP void sum_far(const In* s, const In* t, int64_t n, const RowConstants<T>
   };
   is_long ? sweep<V, Ahead>(0, n, step) : sweep<V>(0, n, step);
   sums.student += student.sum(), sums.teacher += teacher.sum(), sums.linear += linear.sum();
+  sums.student_top = larger(sums.student_top, student.largest());
+  sums.teacher_top = larger(sums.teacher_top, teacher.largest());
   if constexpr (kJeffreys) sums.student_linear += student_linear.sum();
   if constexpr (!kBounded) sums.in_range = row.exp.in_range(bits.lanes);
 }
@@ -210,6 +221,7 @@ AFM_LOOP void sum_near(const In* s, const In* t, int64_t n, const RowConstants<T
   };
   is_long ? sweep<V, Ahead>(0, n, step) : sweep<V>(0, n, step);
   sums.teacher += teacher.sum(), sums.linear += linear.sum(), sums.excess += excess.sum();
+  sums.teacher_top = larger(sums.teacher_top, teacher.largest());
   if constexpr (kJeffreys) sums.curvature += curvature.sum();
   if constexpr (!kBounded) sums.in_range = row.exp.in_range(bits.lanes);
   sums.largest_square = larger(sums.largest_square, largest_square.largest());
@@ -253,6 +265,8 @@ AFM_LOOP void sum_general(const T* s, const T* t, int64_t n, const RowConstants<
         student_linear.add_product(u, e_s, x);
   });
   sums.student += student.sum(), sums.teacher += teacher.sum(), sums.linear += linear.sum();
+  sums.student_top = larger(sums.student_top, student.largest());
+  sums.teacher_top = larger(sums.teacher_top, teacher.largest());
   sums.excess += excess.sum(), sums.curvature += curvature.sum();
   sums.student_linear += student_linear.sum();
   sums.one_sided = sums.one_sided || one_sided.sum() > 0;
@@ -302,7 +316,7 @@ struct GradientFactors {
 // student's gradient besides is factor * exp(s - shift - log_sum) + constant.
 template <class T>
 struct HardTerm {
-  const ScaledExp<T>* exp;
+  const RowExp<T>* exp;
   T factor, constant, shift, log_sum;
   const T* kept;  // where exponentials are cached, exp(s - shift): log_sum is in the factor then
 };
@@ -318,7 +332,7 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
   const RowConstants<T> row = constants;
   HardTerm<T> hard;
   if constexpr (kHard) hard = *hard_term;
-  const ScaledExp<T> hard_exp = kHard ? *hard.exp : row.exp;
+  const RowExp<T> hard_exp = kHard ? *hard.exp : row.exp;
   const bool stream = next != nullptr;
   Lines lines;
   if (stream) lines = *next;
@@ -384,6 +398,17 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
                    by_teacher.store(access, j, grad);
                  }
                });
+}
+
+// Past the caches, asking for the lines of the next row.
+template <class T, class In>
+AFM_LOOP void stream_out(const In* from, int64_t n, In* to, const Lines& next) {
+  const Lines lines = next;
+  Output<In, T> output{to, Vec<T>()};
+  sweep_out<Vec<T>>(to, n, /*stream=*/true, [&](auto access, int64_t j, int) AFM_STEP {
+    if constexpr (decltype(access)::kStreams) lines.template request_to_read<false>(j);
+    output.store(access, j, access.load(from + j, Vec<T>(T(0))));
+  });
 }
 
 }  // namespace

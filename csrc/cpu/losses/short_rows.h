@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "cpu/losses/certain_rows.h"
 #include "cpu/losses/kl_sweeps.h"
 
 namespace afm::cpu::AFM_CAPABILITY {
@@ -129,7 +130,7 @@ AFM_LOOP void near_lanes(const LaneTiles<T>& tiles, int64_t classes, T inv_t,
 
 // Exact maxima, both exponentials, and KL in the plain form.
 template <bool kJeffreys, class T>
-AFM_LOOP LaneSums<T> far_lanes(const LaneTiles<T>& tiles, int64_t classes, const ScaledExp<T>& exp,
+AFM_LOOP LaneSums<T> far_lanes(const LaneTiles<T>& tiles, int64_t classes, const RowExp<T>& exp,
                                T inv_t) {
   using V = Vec<T>;
   const V zero(T(0)), one(T(1));
@@ -164,11 +165,9 @@ AFM_LOOP LaneSums<T> far_lanes(const LaneTiles<T>& tiles, int64_t classes, const
   return sums;
 }
 
-// Where one class has nearly all of p, x less its mean is next to nothing, and a mean that was
-// summed from large x, or that is rounded to its own size, leaves noise. In rows that are
-// `far_off`, takes the mean out of `gap`, and again what is left of it; likewise the student's
-// mean.
-template <bool kJeffreys, class T>
+// Jeffreys, where x has large means: what rounding leaves of them is not small next to gradients.
+// Takes E_p[gap] out of `gap` in rows that are `far_off`, and what is left of the means after that.
+template <class T>
 AFM_LOOP void centre_lanes(const LaneTiles<T>& tiles, int64_t classes,
                            typename Vec<T>::Mask far_off, LaneSums<T>& sums) {
   using V = Vec<T>;
@@ -177,14 +176,12 @@ AFM_LOOP void centre_lanes(const LaneTiles<T>& tiles, int64_t classes,
   const auto move = [&](int64_t j) AFM_LAMBDA_INLINE {
     const V gap = V::load(tiles.gap + j) - shift;
     linear.part = fma(V::load(tiles.teacher_exp + j), gap, linear.part);
-    if constexpr (kJeffreys)
-      student_linear.part = fma(V::load(tiles.student_part + j), gap, student_linear.part);
+    student_linear.part = fma(V::load(tiles.student_part + j), gap, student_linear.part);
     gap.store(tiles.gap + j);
   };
   for_chunks<T>(classes, move,
                 [&]() AFM_LAMBDA_INLINE { linear.end_chunk(), student_linear.end_chunk(); });
   sums.mean = linear.total * sums.p_exp;
-  if constexpr (!kJeffreys) return;
   sums.student_mean = student_linear.total * sums.q_part;
   const auto take_rest = [&](int64_t j) AFM_LAMBDA_INLINE {
     const V off = V::load(tiles.gap + j) - sums.student_mean;
@@ -197,7 +194,7 @@ AFM_LOOP void centre_lanes(const LaneTiles<T>& tiles, int64_t classes,
 // KL, or Jeffreys.
 template <bool kJeffreys, class T>
 AFM_INLINE LaneSums<T> sum_kl_lanes(const LaneTiles<T>& tiles, int64_t classes,
-                                    const ScaledExp<T>& exp, T inv_t) {
+                                    const RowExp<T>& exp, T inv_t) {
   using V = Vec<T>;
   LaneSums<T> sums = far_lanes<kJeffreys>(tiles, classes, exp, inv_t);
   // As far_sums_are_off, but for the mean.
@@ -206,11 +203,10 @@ AFM_INLINE LaneSums<T> sum_kl_lanes(const LaneTiles<T>& tiles, int64_t classes,
   if constexpr (kJeffreys) {
     const V lost = sums.divergence - sums.divergence;
     sums.divergence = (sums.student_mean - sums.mean) * sums.x_unit + lost;
+    const auto far_off =
+        V(T(kLaneMeanLimit)) < max(abs(sums.mean), abs(sums.student_mean)) * sums.x_unit;
+    if (any(far_off)) centre_lanes(tiles, classes, far_off, sums);
   }
-  auto far_off = V(T(kLaneMeanLimit)) < abs(sums.mean * sums.x_unit);
-  if constexpr (kJeffreys)
-    far_off = V(T(kLaneMeanLimit)) < max(abs(sums.mean), abs(sums.student_mean)) * sums.x_unit;
-  if (any(far_off)) centre_lanes<kJeffreys>(tiles, classes, far_off, sums);
   if (any(is_near)) near_lanes<kJeffreys>(tiles, classes, inv_t, is_near, sums);
   return sums;
 }
@@ -218,12 +214,12 @@ AFM_INLINE LaneSums<T> sum_kl_lanes(const LaneTiles<T>& tiles, int64_t classes,
 // The softmax of the student at temperature 1, where the loss has another one: unnormalised, to
 // `extra`. Returns the sums.
 template <class T>
-AFM_LOOP Vec<T> plain_lanes(const LaneTiles<T>& tiles, int64_t classes,
-                            const ScaledExp<T>& plain_exp, Vec<T> s_max) {
+AFM_LOOP Vec<T> plain_lanes(const LaneTiles<T>& tiles, int64_t classes, const RowExp<T>& hard_exp,
+                            Vec<T> s_max) {
   using V = Vec<T>;
   ChunkedSum<T> sum;
   const auto add = [&](int64_t j) AFM_LAMBDA_INLINE {
-    const V e = plain_exp(V::load(tiles.student + j) - s_max);
+    const V e = hard_exp(V::load(tiles.student + j) - s_max);
     sum.part = sum.part + e;
     e.store(tiles.extra + j);
   };
@@ -288,6 +284,33 @@ AFM_LOOP void gradient_lanes(const LaneTiles<T>& tiles, int64_t classes, const L
       if constexpr (kJeffreys) grad = grad - fma(f, part, e * apart_exp);
       grad.store(tiles.gap + j);
     }
+  }
+}
+
+// The rows of a mask: a side is certain of a class. `sum`: of its exponentials, the largest being
+// the raised 1.
+template <class T>
+AFM_INLINE typename Vec<T>::Mask certain_lanes(Vec<T> sum) {
+  return sum < Vec<T>(T(kRaise / kCertain));
+}
+
+// See Note [Certain rows]: in rows of a mask, makes the gradient of the class whose number is `top`
+// minus the sum of the others.
+template <class T>
+AFM_LOOP void settle_lanes(const T* numbers, Vec<T> top, int64_t classes,
+                           typename Vec<T>::Mask rows, T* grads) {
+  using V = Vec<T>;
+  const V zero(T(0));
+  ChunkedSum<T> others;
+  const auto add = [&](int64_t j) AFM_LAMBDA_INLINE {
+    const auto is_top = V::load(numbers + j) == top;
+    others.part = others.part + select(is_top, zero, V::load(grads + j));
+  };
+  for_chunks<T>(classes, add, [&]() AFM_LAMBDA_INLINE { others.end_chunk(); });
+  const V peak = zero - others.total;
+  for (int64_t j = 0; j < classes * V::width; j += V::width) {
+    const auto is_top = both(rows, V::load(numbers + j) == top);
+    select(is_top, peak, V::load(grads + j)).store(grads + j);
   }
 }
 

@@ -13,6 +13,10 @@
 //
 //     d JS / d s = gamma q (log(q / m) - E_q[log(q / m)]) / T
 //     d JS / d t = beta p (log(p / m) - E_p[log(p / m)]) / T
+//
+// Near an end of beta all of this is as small as the smaller weight. The sides are exchanged so
+// that this is gamma: log(m / p) = log(1 + gamma e) then has all digits, and no logarithm less
+// delta loses any.
 
 #pragma once
 
@@ -30,6 +34,44 @@ struct JsTerms {
   Vec<T> value;
 };
 
+// A class with finite logits. beta >= gamma.
+template <class T>
+AFM_INLINE JsTerms<T> js_terms(Vec<T> delta, Vec<T> p, Vec<T> q, Vec<T> beta, Vec<T> gamma,
+                               const ScaledExp<T>& plain_exp) {
+  using V = Vec<T>;
+  const V zero(T(0)), one(T(1)), two(T(2));
+  const auto is_near = abs(delta) <= one;
+  // psi(y), given u = log(1 + y), |u| <= 1: (1 + y) u - y = u y - (exp(u) - 1 - u), of which at
+  // least half is left.
+  const auto psi = [](V y, V u) AFM_LAMBDA_INLINE { return u * y - excess_of_exp<T>(u); };
+  const V d = select(is_near, delta, zero), above = excess_of_exp<T>(d), e = d + above;
+  const V y = gamma * e;
+  JsTerms<T> out;
+  if (!any(one < abs(delta))) {
+    const V u = log1p<T>(y);
+    out.log_p_over_m = zero - u, out.log_q_over_m = d - u;
+    out.value = p * (gamma * (d * e - above) - psi(y, u));
+    return out;
+  }
+  // log(m / p) = log(1 + y); where q is so much larger that y is, log(m / q), from an exponential
+  // that does not overflow.
+  const auto p_is_larger = delta < zero;
+  const V small = plain_exp(zero - abs(delta)), lost = gamma * (small - one);
+  const V m_over_q = fma(beta, small, gamma);
+  const V y_unit = select(p_is_larger, one, small);  // y = far_y / y_unit
+  const V far_y = select(p_is_larger, lost, zero - lost);
+  const auto is_long = V(T(1.7)) * y_unit < far_y;
+  const V numerator = select(is_near, y, select(is_long, mantissa(m_over_q) - one, far_y));
+  const V unit = select(is_near, one, select(is_long, one, y_unit));
+  const V u = fma(select(is_long, exponent(m_over_q), zero), V(kLn2<T>),
+                  twice_artanh<T>(numerator, fma(two, unit, numerator)));
+  out.log_p_over_m = select(is_long, zero - (u + delta), zero - u);
+  out.log_q_over_m = select(is_long, zero - u, delta - u);
+  out.value = select(is_near, p * (gamma * (d * e - above) - psi(y, u)),
+                     beta * p * out.log_p_over_m + gamma * q * out.log_q_over_m);
+  return out;
+}
+
 template <class T>
 struct JsRow {
   using V = Vec<T>;
@@ -40,10 +82,6 @@ struct JsRow {
                                // * inv_student, with e and f as GradientFactors names them
   T log_ratio;                 // delta = x - log_ratio
 
-  // psi(y), given u = log(1 + y), |u| <= 1: (1 + y) u - y = u y - (exp(u) - 1 - u), of which at
-  // least half is left.
-  static AFM_MEMBER V psi(V y, V u) { return u * y - excess_of_exp<T>(u); }
-
   AFM_MEMBER V teacher_probability(V e) const { return e * V(inv_teacher); }
   template <RowKind kKind>
   AFM_MEMBER V student_probability(V f, V p) const {
@@ -53,37 +91,18 @@ struct JsRow {
 
   template <RowKind kKind>
   AFM_MEMBER JsTerms<T> terms(V s, V t, V p, V q) const {
-    const V zero(T(0)), one(T(1)), most(JsTerms<T>::kMostDelta);
-    const V student_excluded(row.student_excluded), teacher_excluded(row.teacher_excluded);
-    JsTerms<T> out;
-    auto in_both = V::first(V::width), is_near = in_both;
+    const V zero(T(0)), most(JsTerms<T>::kMostDelta);
     const V x = kKind == RowKind::kGeneral ? row.general_x(s, t) : row.x(s, t);
-    V delta = max(min(x - V(log_ratio), most), zero - most);
-    if constexpr (kKind == RowKind::kGeneral) {
-      in_both = both(student_excluded < s, teacher_excluded < t);
-      delta = select(in_both, delta, zero);
-    }
-    is_near = both(in_both, abs(delta) <= one);
-
-    const V d = select(is_near, delta, zero), above = excess_of_exp<T>(d), e = d + above;
-    const V near_log = log1p(V(gamma) * e);  // log(m / p)
-    out.log_p_over_m = zero - near_log, out.log_q_over_m = d - near_log;
-    out.value = p * (V(gamma) * (d * e - above) - psi(V(gamma) * e, near_log));
-    if (kKind != RowKind::kGeneral && !any(one < abs(delta))) return out;
-
-    // From the larger of the two probabilities, so that nothing overflows.
-    const auto p_is_larger = delta < zero;
-    const V u = plain_exp(zero - abs(delta));
-    const V base = log(select(p_is_larger, fma(V(gamma), u, V(beta)), fma(V(beta), u, V(gamma))));
-    V p_over_m = select(p_is_larger, zero, zero - delta) - base;
-    V q_over_m = select(p_is_larger, delta, zero) - base;
-    if constexpr (kKind == RowKind::kGeneral) {
-      p_over_m = select(in_both, p_over_m, select(teacher_excluded < t, zero - V(log_beta), zero));
-      q_over_m = select(in_both, q_over_m, select(student_excluded < s, zero - V(log_gamma), zero));
-    }
-    out.log_p_over_m = select(is_near, out.log_p_over_m, p_over_m);
-    out.log_q_over_m = select(is_near, out.log_q_over_m, q_over_m);
-    out.value = select(is_near, out.value, V(beta) * p * p_over_m + V(gamma) * q * q_over_m);
+    const V delta = max(min(x - V(log_ratio), most), zero - most);
+    if constexpr (kKind != RowKind::kGeneral)
+      return js_terms<T>(delta, p, q, V(beta), V(gamma), plain_exp);
+    const auto in_s = V(row.student_excluded) < s, in_t = V(row.teacher_excluded) < t;
+    const auto in_both = both(in_s, in_t);
+    JsTerms<T> out = js_terms<T>(select(in_both, delta, zero), p, q, V(beta), V(gamma), plain_exp);
+    out.log_p_over_m = select(in_both, out.log_p_over_m, select(in_t, zero - V(log_beta), zero));
+    out.log_q_over_m = select(in_both, out.log_q_over_m, select(in_s, zero - V(log_gamma), zero));
+    out.value = select(in_both, out.value,
+                       V(beta) * p * out.log_p_over_m + V(gamma) * q * out.log_q_over_m);
     return out;
   }
 };

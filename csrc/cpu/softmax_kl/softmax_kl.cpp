@@ -26,7 +26,7 @@ struct SoftmaxKlCall : LossCall {
                 double beta, double scale)
       : LossCall(student, teacher, row_weight) {
     params.divergence = static_cast<Divergence>(divergence);
-    params.beta = beta;
+    params.beta = beta, params.gamma = 1 - beta;
     params.temperature = temperature;
     params.scale = scale;
     params.classes = classes;
@@ -49,18 +49,22 @@ struct SoftmaxKlCall : LossCall {
   }
 
   void run() {
-    // KL(q || p) is KL(p || q) with the sides exchanged.
-    const bool reverse = params.divergence == Divergence::kReverseKl;
-    if (reverse) params.divergence = Divergence::kKl;
+    // KL(q || p) is KL(p || q) with the sides exchanged; JS is itself with the weights exchanged
+    // too.
+    const bool is_js = params.divergence == Divergence::kJs;
+    const bool exchanged =
+        is_js ? params.beta < params.gamma : params.divergence == Divergence::kReverseKl;
+    if (exchanged && is_js) std::swap(params.beta, params.gamma);
+    if (exchanged && !is_js) params.divergence = Divergence::kKl;
     RowsBuilder rows_builder(layout);
-    rows_builder.add(student, layout.strides, reverse ? params.teacher : params.student);
-    rows_builder.add(teacher, teacher_layout.strides, reverse ? params.student : params.teacher);
+    rows_builder.add(student, layout.strides, exchanged ? params.teacher : params.student);
+    rows_builder.add(teacher, teacher_layout.strides, exchanged ? params.student : params.teacher);
     if (grad_student)
       rows_builder.add(*grad_student, Layout(*grad_student).strides,
-                       reverse ? params.grad_teacher : params.grad_student);
+                       exchanged ? params.grad_teacher : params.grad_student);
     if (grad_teacher)
       rows_builder.add(*grad_teacher, Layout(*grad_teacher).strides,
-                       reverse ? params.grad_student : params.grad_teacher);
+                       exchanged ? params.grad_student : params.grad_teacher);
     rows_builder.finish(params.shape);
     params.stream = params.log_scales == nullptr && gradients_outgrow_caches();
     params.grad_loss = grad_loss, params.grad_loss_stride = grad_loss_stride;

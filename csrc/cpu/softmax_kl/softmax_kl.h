@@ -11,7 +11,7 @@ namespace afm::cpu {
 
 // What a worker leaves for the backward of one row, kRowStats numbers of the accumulation type.
 enum RowStat : int {
-  kStatKind,          // RowKind
+  kStatKind,          // RowKind, and kCertainKind where the teacher is certain
   kStatStudentShift,  // the numbers of RowSummary
   kStatTeacherShift,
   kStatStudent,  // student_sum; in near rows `a`
@@ -21,6 +21,7 @@ enum RowStat : int {
   kStatLast,  // Jeffreys: student_mean; distillation: log-sum-exp of the student less its shift
 };
 constexpr int kRowStats = 8;
+constexpr int kCertainKind = 8;  // more than any RowKind
 
 struct CrossEntropyParams {
   const int64_t* labels = nullptr;  // null: no cross-entropy
@@ -39,7 +40,8 @@ struct SoftmaxKlParams {
   RowsOf grad_student, grad_teacher;  // absent where not wanted
 
   Divergence divergence = Divergence::kKl;  // kReverseKl: the caller exchanges the sides instead
-  double beta = 0.5;
+  double beta = 0.5, gamma = 0.5;  // JS: weights of p and q. The caller exchanges the sides so that
+                                   // beta is no less than gamma
   double temperature = 1;
   double scale = 1;
   double divergence_weight = 1;  // 0: the term is not looked at

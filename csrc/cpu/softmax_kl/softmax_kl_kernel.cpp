@@ -7,13 +7,14 @@
 
 #include "cpu/softmax_kl/softmax_kl.h"
 
-#include "cpu/softmax_kl/direction.h"
-#include "cpu/softmax_kl/js_terms.h"
-#include "cpu/losses/kl_sweeps.h"
 #include "cpu/layout/lane_tiles.h"
 #include "cpu/layout/row_tiles.h"
-#include "cpu/softmax_kl/short_js.h"
+#include "cpu/losses/certain_rows.h"
+#include "cpu/losses/kl_sweeps.h"
 #include "cpu/losses/short_rows.h"
+#include "cpu/softmax_kl/direction.h"
+#include "cpu/softmax_kl/js_terms.h"
+#include "cpu/softmax_kl/short_js.h"
 
 namespace afm::cpu::AFM_CAPABILITY {
 namespace {
@@ -25,29 +26,35 @@ constexpr double kInfinity = __builtin_inf(), kNotANumber = __builtin_nan("");
 // is summed again.
 constexpr int64_t kProbe = 128;
 
-// Shifted logits may exceed the shift by 100 doublings before sums would lose their range.
-constexpr double kMaxDoublings = 100, kLargestSum = 0x1p100;
+// Shifted logits may exceed the shift by so much before sums would lose their range.
+constexpr double kMaxDoublings = 112 - kRaised, kLargestSum = 0x1p112;
 
 // General rows are taken twice anyway rarely enough to be summed around a mean that is far smaller
 // than kFarMeanLimit.
 constexpr double kGeneralMeanLimit = 4;
-
-// Teachers whose exponentials sum to less, the largest being 1, have 98 % in one class.
-constexpr double kPeakedSum = 1.02;
 
 // What a row comes to; what a backward needs of it is saved as RowStat.
 struct RowSummary {
   RowKind kind = RowKind::kNan;
   double student_shift = 0, teacher_shift = 0, gap = 0, centre = 0, base = 0;
   double student_sum = 1, teacher_sum = 1;
-  double a = 0;             // E_p[exp(x)] - 1, in near rows and in general ones of a small KL
-  double bridge = 0;        // in those general ones, as RowConstants::bridge
-  double log_ratio = 0;     // log(1 + E_p[exp(x) - 1]), in general rows
-  double mean = 0;          // r = E_p[x]; for JS E_p[log(p / m)]
+  double a = 0;          // E_p[exp(x)] - 1, in near rows and in general ones of a small KL
+  double bridge = 0;     // in those general ones, as RowConstants::bridge
+  double log_ratio = 0;  // log(1 + E_p[exp(x) - 1]), in general rows
+  double lower = 1;      // general rows: 1, or where an x is near the end of the range 1 / kRaise
+  double mean = 0;       // r = E_p[x]; for JS E_p[log(p / m)]
   double student_mean = 0;  // E_q[x], for Jeffreys; for JS E_q[log(q / m)]
   double student_rest = 0;  // in general rows, what rounding takes from student_mean
   double divergence = 0;
-  double student_lse = 0;  // log of the sum of exp((s - student_shift) / T)
+  double student_lse = 0;        // log of the sum of exp((s - student_shift) / T)
+  bool student_certain = false;  // see Note [Certain rows]
+  bool teacher_certain = false;
+};
+
+// Of both sides.
+struct Peaks {
+  Peak student, teacher;
+  bool are_any() const { return student.at >= 0 || teacher.at >= 0; }
 };
 
 // The cross-entropy's part in a row.
@@ -66,7 +73,8 @@ struct Worker {
   const SoftmaxKlParams& params;
   const bool jeffreys;
   const double inv_t, to_log2;
-  const ScaledExp<T> exp, plain_exp;
+  const RowExp<T> exp, hard_exp;  // at the loss's temperature; at 1, for the cross-entropy
+  const ScaledExp<T> plain_exp;
   T *student_cache, *teacher_cache;  // a row of exponentials each
   T* extra_cache[2];  // a row each: for JS, logarithms; with labels, exponentials at T = 1
   T *student_tile, *teacher_tile, *grad_student_tile, *grad_teacher_tile;  // kTile each
@@ -82,6 +90,7 @@ struct Worker {
         inv_t(1 / p.temperature),
         to_log2(1.44269504088896340736 / p.temperature),
         exp(p.temperature),
+        hard_exp(1),
         plain_exp(1) {
     T* at = static_cast<T*>(scratch);
     student_tile = at, teacher_tile = at + kTile;
@@ -117,7 +126,8 @@ struct Worker {
             static_cast<T>(row.base),
             excluded_below(row.student_shift),
             excluded_below(row.teacher_shift),
-            static_cast<T>(row.bridge)};
+            static_cast<T>(row.bridge),
+            static_cast<T>(row.lower)};
   }
 
   // Divided by the temperature, the distance to a maximum may leave the range: logits as low as
@@ -214,10 +224,16 @@ struct Worker {
       const double guess = apart(row, row.student_shift, row.teacher_shift) * inv_t;
       bool is_near = summarise_near<kCache>(row, guess);
       if (is_near && near_centre_is_off(row.divergence, row.mean))
-        is_near = summarise_near<kCache>(row, row.centre + row.mean);
+        is_near = summarise_near<kCache>(row, better_centre(row));
       if (is_near) return;
     }
     if (!summarise_far<kCache>(row)) summarise_general(row);
+  }
+
+  // The mean, or in certain rows the peak's own x: nothing is left of it then.
+  double better_centre(const RowSummary& row) const {
+    const int64_t peak = row.teacher_certain ? teacher_peak(row) : -1;
+    return peak < 0 ? row.centre + row.mean : difference_at(row, peak) * inv_t;
   }
 
   template <RowKind kKind, bool kCache, bool kBounded>
@@ -256,6 +272,8 @@ struct Worker {
       return false;
     row.kind = RowKind::kNear;
     row.teacher_sum = sums.teacher;
+    // Within e^2 of each other, the sides are certain of the same class.
+    row.teacher_certain = row.student_certain = sums.teacher_top > kCertain * sums.teacher;
     row.mean = sums.linear / sums.teacher;
     const double excess = sums.excess / sums.teacher;
     row.a = row.mean + excess;
@@ -278,6 +296,8 @@ struct Worker {
     }
     row.kind = RowKind::kFar;
     row.student_sum = sums.student, row.teacher_sum = sums.teacher;
+    row.student_certain = sums.student_top > kCertain * sums.student;
+    row.teacher_certain = sums.teacher_top > kCertain * sums.teacher;
     row.mean = sums.linear / sums.teacher * inv_t;
     const double log_ratio = __builtin_log(sums.student / sums.teacher);
     row.divergence = log_ratio - row.mean;
@@ -293,7 +313,8 @@ struct Worker {
       }
       row.divergence = row.student_mean - row.mean;
     }
-    if (params.cross_entropy.labels != nullptr) row.student_lse = __builtin_log(sums.student);
+    if (params.cross_entropy.labels != nullptr)
+      row.student_lse = __builtin_log(sums.student) - kLogRaise;
     return true;
   }
 
@@ -308,27 +329,31 @@ struct Worker {
     });
     row.kind = RowKind::kNan, row.divergence = kNotANumber;
     if (broken || student_max == -kInfinity || teacher_max == -kInfinity) return;
-    // Where one class has nearly all of p, its x is nearly the mean, and has to be exact.
-    const bool is_peaked = row.teacher_sum < kPeakedSum;
     const double probe_apart = row.student_shift - row.teacher_shift;
     row.student_shift = student_max, row.teacher_shift = teacher_max;
     row.gap = coarse_gap(static_cast<T>(student_max - teacher_max));
     row.base = base(row);
     row.centre =
-        static_cast<T>(__builtin_isnan(row.centre) || is_peaked
+        static_cast<T>(__builtin_isnan(row.centre) || row.teacher_certain
                            ? 0
                            : row.centre + (probe_apart - (student_max - teacher_max)) * inv_t);
     const double difference = (apart(row, student_max, teacher_max) - row.base) * inv_t;
     RowSums sums = general_sums(row, difference);
+    if (!__builtin_isfinite(sums.linear) || !__builtin_isfinite(sums.student_linear)) {
+      row.lower = 1 / kRaise;
+      sums = general_sums(row, difference);
+    }
     if (__builtin_fabs(row.mean) > kGeneralMeanLimit && __builtin_isfinite(row.mean) && !is_js()) {
       row.centre = static_cast<T>(row.centre + row.mean);
       sums = general_sums(row, difference);
     }
     row.kind = RowKind::kGeneral;
     row.student_sum = sums.student, row.teacher_sum = sums.teacher;
+    row.student_certain = sums.student_top > kCertain * sums.student;
+    row.teacher_certain = sums.teacher_top > kCertain * sums.teacher;
     row.student_mean = sums.student_linear / sums.student;
     if (jeffreys) row.student_rest = student_rest(row);
-    row.student_lse = __builtin_log(sums.student);
+    row.student_lse = __builtin_log(sums.student / row.lower) - kLogRaise;
     const double log_ratio = __builtin_log(sums.student / sums.teacher) + difference - row.centre;
     const double plain = log_ratio - row.mean, excess = sums.excess / sums.teacher;
     const bool is_small = plain < 1 && __builtin_fabs(log_ratio) < 1;
@@ -378,7 +403,6 @@ struct Worker {
 
   // Also completes what `row` holds: the constant that the terms' x is off by.
   JsRow<T> js_row(RowSummary& row) const {
-    const double gamma = 1 - params.beta;
     double per_student = 1 / row.student_sum;
     if (row.kind == RowKind::kNear) {
       per_student = 1 / (1 + row.a);
@@ -394,9 +418,9 @@ struct Worker {
     return {constants(row),
             plain_exp,
             static_cast<T>(params.beta),
-            static_cast<T>(gamma),
+            static_cast<T>(params.gamma),
             static_cast<T>(__builtin_log(params.beta)),
-            static_cast<T>(__builtin_log(gamma)),
+            static_cast<T>(__builtin_log(params.gamma)),
             static_cast<T>(per_student),
             static_cast<T>(1 / row.teacher_sum),
             static_cast<T>(row.log_ratio)};
@@ -430,18 +454,23 @@ struct Worker {
   void write_js_gradients(const RowSummary& row, double scale) const {
     const JsCache<T> cache = js_cache();
     const auto write = [&](const RowPointer& grad, T* tile, const T* probability, const T* logs,
-                           double weight, double mean) {
+                           double weight, double mean, bool is_certain) {
+      Peak peak;
+      if (is_certain) peak.at = first_above(probability, params.classes, T(0.5));
       for (int64_t j = 0; j < params.classes && grad.data != nullptr; j += kTile) {
         const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
         T* to = grad.writable(j, tile);
         gradient_js(probability + j, logs + j, n, static_cast<T>(scale * inv_t * weight),
                     static_cast<T>(mean), to);
+        peak.settle<T>(j, n, to);
         grad.write(j, n, to);
       }
+      peak.close<T>(grad);
     };
-    write(grad_student, grad_student_tile, cache.q, cache.log_q_over_m, 1 - params.beta,
-          row.student_mean);
-    write(grad_teacher, grad_teacher_tile, cache.p, cache.log_p_over_m, params.beta, row.mean);
+    write(grad_student, grad_student_tile, cache.q, cache.log_q_over_m, params.gamma,
+          row.student_mean, row.student_certain);
+    write(grad_teacher, grad_teacher_tile, cache.p, cache.log_p_over_m, params.beta, row.mean,
+          row.teacher_certain);
   }
 
   // The cross-entropy.
@@ -456,7 +485,7 @@ struct Worker {
     T buffer{};
     const double label_logit = *student.at_class(hard.label).read(0, 1, &buffer);
     const double above = label_logit - plain.shift;
-    const double log_sum = !known                       ? __builtin_log(plain.sum)
+    const double log_sum = !known                       ? __builtin_log(plain.sum) - kLogRaise
                            : row.kind == RowKind::kNear ? near_log_sum(row, hard.label)
                                                         : row.student_lse;
     hard.shift = row.kind == RowKind::kUnlooked ? plain.shift : row.student_shift;
@@ -474,8 +503,8 @@ struct Worker {
     T s, t;
     s = *student.at_class(label).read(0, 1, &s), t = *teacher.at_class(label).read(0, 1, &t);
     const double x = constants(row).x(Vec<T>(s), Vec<T>(t)).max();
-    return __builtin_log(row.teacher_sum) - (t - row.teacher_shift) + __builtin_log1p(row.a) - x +
-           (s - row.student_shift);
+    return __builtin_log(row.teacher_sum) - kLogRaise - (t - row.teacher_shift) +
+           __builtin_log1p(row.a) - x + (s - row.student_shift);
   }
 
   // Sums over the student's logits at temperature 1.
@@ -512,7 +541,7 @@ struct Worker {
       Accumulator<T> exponentials, logits, top(-Float<T>::infinity);
       sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
         const Vec<T> a = access.load(s + j, Vec<T>(-Float<T>::infinity)), above = a - shift,
-                     e = plain_exp(above);
+                     e = hard_exp(above);
         exponentials.add(u, e), logits.add(u, access.or_zero(above)), top.take_max(u, a);
         if constexpr (kKeep) access.store(extra_cache[0] + j0 + j, e);
       });
@@ -565,6 +594,85 @@ struct Worker {
   // What the x that the loops take is worth: far rows leave the temperature out.
   double x_unit(const RowSummary& row) const { return row.kind == RowKind::kFar ? inv_t : 1; }
 
+  // Certain rows. See Note [Certain rows].
+
+  // The class that has more than half of p; -1: two had, whose sums shared a lane.
+  int64_t teacher_peak(const RowSummary& row) const {
+    constexpr double kLogHalf = -0.69314718055994530942;
+    const double log_sum = __builtin_log(row.teacher_sum / row.lower) - kLogRaise;
+    const T limit = static_cast<T>(row.teacher_shift + params.temperature * (log_sum + kLogHalf));
+    if constexpr (sizeof(T) == 4) {
+      if (teacher.dtype == DType::kBFloat16 && teacher.stride == 1)
+        return first_above(reinterpret_cast<const BFloat16*>(teacher.data), params.classes, limit);
+    }
+    for (int64_t j = 0; j < params.classes; j += kTile) {
+      const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+      const int64_t at = first_above(teacher.read(j, n, teacher_tile), n, limit);
+      if (at >= 0) return j + at;
+    }
+    return -1;
+  }
+
+  // s - t - k at a class, as RowConstants::x takes it.
+  T difference_at(const RowSummary& row, int64_t j) const {
+    const RowConstants<T> c = constants(row);
+    T s, t;
+    s = *student.at_class(j).read(0, 1, &s), t = *teacher.at_class(j).read(0, 1, &t);
+    return (s - c.student_gap) - (t - c.teacher_gap);
+  }
+
+  // Where the peak's x is 0 its mean has all its digits, and so have the gradients there.
+  template <RowKind kKind>
+  bool peak_is_centre(const RowSummary& row, int64_t peak) const {
+    const RowConstants<T> c = constants(row);
+    T s, t;
+    s = *student.at_class(peak).read(0, 1, &s), t = *teacher.at_class(peak).read(0, 1, &t);
+    const Vec<T> a(s), b(t);
+    const Vec<T> x = kKind == RowKind::kNear      ? c.x(a, b)
+                     : kKind == RowKind::kGeneral ? c.general_x(a, b)
+                                                  : c.far_x(a, b);
+    return x.max() == 0;
+  }
+
+  // -log q of a label is next to nothing.
+  bool label_is_certain(const HardLabel& hard) const {
+    if (hard.scale == 0) return false;
+    constexpr double kLogCertain = -0.0202;
+    T buffer;
+    const double logit = *student.at_class(hard.label).read(0, 1, &buffer);
+    return logit - hard.shift - hard.log_sum_exp > kLogCertain;
+  }
+
+  // Of KL and Jeffreys. Where the two sides are certain of different classes, q - p is large at
+  // both; so is all of Jeffreys. Near rows have q - p at the peak in one factor.
+  template <RowKind kKind>
+  Peaks peaks_of(const RowSummary& row, const HardLabel& hard, const GradientFactors<T>& by) const {
+    Peaks peaks;
+    const bool is_near = kKind == RowKind::kNear || row.bridge != 0;
+    if (row.teacher_certain && (is_near || (!jeffreys && grad_teacher.data != nullptr))) {
+      const int64_t peak = teacher_peak(row);
+      const bool is_centre = peak < 0 || peak_is_centre<kKind>(row, peak);
+      const bool has_factor = is_centre && __builtin_fabs(by.student_e) >= kSmallFactor<T>;
+      if (!is_centre || (jeffreys && !has_factor)) peaks.teacher.at = peak;
+      if (is_near && !has_factor) peaks.student.at = peak;
+    }
+    if (label_is_certain(hard)) peaks.student.at = hard.label;
+    return peaks;
+  }
+
+  // Where gradients are streamed, but are settled before they leave the caches.
+  template <class In>
+  void settle_and_stream(Peak& peak, const RowPointer& grad, int64_t j, int64_t n,
+                         In* grads) const {
+    peak.settle<T>(j, n, grads);
+    stream_out<T>(grads, n, reinterpret_cast<In*>(grad.at(j)), lines_to_come(j));
+  }
+
+  // What fetches by itself keeps up with short rows.
+  Lines lines_to_come(int64_t j) const {
+    return params.classes > kTile / 2 ? lines_of(next_student, next_teacher, j) : no_lines();
+  }
+
   // kHard: with the cross-entropy's softmax, which is the student's.
   template <RowKind kKind, bool kCached, bool kJeffreys, bool kHard, class In>
   AFM_MEMBER void gradient_tile(const In* s, const In* t, int64_t j, int64_t n,
@@ -573,11 +681,7 @@ struct Worker {
                                 HardTerm<T>* hard = nullptr) const {
     const T *f = student_cache + j, *e = teacher_cache + j;
     Lines lines, *next = nullptr;
-    if (stream) {
-      // What fetches by itself keeps up with short rows.
-      lines = params.classes > kTile / 2 ? lines_of(next_student, next_teacher, j) : no_lines();
-      next = &lines;
-    }
+    if (stream) lines = lines_to_come(j), next = &lines;
     if constexpr (kHard) hard->kept = extra_cache[0] + j;
     if (to_student != nullptr && to_teacher != nullptr)
       gradient<kKind, kCached, true, true, kJeffreys, kHard>(s, t, n, c, by, f, e, to_student,
@@ -598,53 +702,79 @@ struct Worker {
     const bool together = separate && kKind != RowKind::kGeneral && hard.is_kept == kCached;
     const RowConstants<T> c = constants(row);
     const GradientFactors<T> by = factors(row, scale, separate ? 0 : hard.scale);
+    Peaks peaks = peaks_of<kKind>(row, hard, by);
     const bool stream = params.stream && can_stream() && (together || !separate);
     if constexpr (sizeof(T) == 4) {
-      if (hard.scale == 0 && is_bfloat16()) return write_bfloat16<kKind, kCached>(c, by, stream);
+      if (hard.scale == 0 && is_bfloat16())
+        return write_bfloat16<kKind, kCached>(c, by, stream, peaks);
     }
     HardTerm<T> softmax;
     if (together) softmax = hard_term(hard);
+    const bool staged = stream && peaks.are_any();
     // Backwards: the end of a long row is what the caches still hold.
     for (int64_t j = (params.classes - 1) / kTile * kTile; j >= 0; j -= kTile) {
       const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
       const T* s = student.read(j, n, student_tile);
       const T* t = teacher.read(j, n, teacher_tile);
-      T* to_student = grad_student.data ? grad_student.writable(j, grad_student_tile) : nullptr;
-      T* to_teacher = grad_teacher.data ? grad_teacher.writable(j, grad_teacher_tile) : nullptr;
+      const auto target = [&](const RowPointer& grad, T* tile) {
+        return grad.data == nullptr ? nullptr : staged ? tile : grad.writable(j, tile);
+      };
+      T* to_student = target(grad_student, grad_student_tile);
+      T* to_teacher = target(grad_teacher, grad_teacher_tile);
       if (jeffreys)
         gradient_tile<kKind, kCached, true, false>(s, t, j, n, c, by, to_student, to_teacher,
-                                                   stream);
+                                                   stream && !staged);
       else if (together)
         gradient_tile<kKind, kCached, false, kKind != RowKind::kGeneral>(
-            s, t, j, n, c, by, to_student, to_teacher, stream, &softmax);
+            s, t, j, n, c, by, to_student, to_teacher, stream && !staged, &softmax);
       else
         gradient_tile<kKind, kCached, false, false>(s, t, j, n, c, by, to_student, to_teacher,
-                                                    stream);
+                                                    stream && !staged);
       if (to_student) {
         if (separate && !together) add_softmax(s, j, n, hard, to_student);
         subtract_label(hard, j, n, to_student);
-        grad_student.write(j, n, to_student);
       }
-      if (to_teacher) grad_teacher.write(j, n, to_teacher);
+      const auto end = [&](Peak& peak, const RowPointer& grad, T* to) {
+        if (to == nullptr) return;
+        if (staged) return settle_and_stream(peak, grad, j, n, to);
+        peak.settle<T>(j, n, to);
+        grad.write(j, n, to);
+      };
+      end(peaks.student, grad_student, to_student);
+      end(peaks.teacher, grad_teacher, to_teacher);
     }
+    peaks.student.close<T>(grad_student), peaks.teacher.close<T>(grad_teacher);
   }
 
   template <RowKind kKind, bool kCached>
-  void write_bfloat16(const RowConstants<T>& c, const GradientFactors<T>& by, bool stream) const {
-    const auto at = [](const RowPointer& row, int64_t j) {
-      return row.data == nullptr ? nullptr : reinterpret_cast<BFloat16*>(row.at(j));
-    };
+  void write_bfloat16(const RowConstants<T>& c, const GradientFactors<T>& by, bool stream,
+                      Peaks& peaks) const {
+    const bool staged = stream && peaks.are_any();
     for (int64_t j = (params.classes - 1) / kTile * kTile; j >= 0; j -= kTile) {
       const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
-      const BFloat16 *s = at(student, j), *t = at(teacher, j);
-      BFloat16 *to_student = at(grad_student, j), *to_teacher = at(grad_teacher, j);
+      const auto at = [&](const RowPointer& row) {
+        return row.data == nullptr ? nullptr : reinterpret_cast<BFloat16*>(row.at(j));
+      };
+      const auto target = [&](const RowPointer& grad, T* tile) {
+        return grad.data != nullptr && staged ? reinterpret_cast<BFloat16*>(tile) : at(grad);
+      };
+      const BFloat16 *s = at(student), *t = at(teacher);
+      BFloat16* to_student = target(grad_student, grad_student_tile);
+      BFloat16* to_teacher = target(grad_teacher, grad_teacher_tile);
       if (jeffreys)
         gradient_tile<kKind, kCached, true, false>(s, t, j, n, c, by, to_student, to_teacher,
-                                                   stream);
+                                                   stream && !staged);
       else
         gradient_tile<kKind, kCached, false, false>(s, t, j, n, c, by, to_student, to_teacher,
-                                                    stream);
+                                                    stream && !staged);
+      const auto end = [&](Peak& peak, const RowPointer& grad, BFloat16* to) {
+        if (to == nullptr) return;
+        staged ? settle_and_stream(peak, grad, j, n, to) : peak.settle<T>(j, n, to);
+      };
+      end(peaks.student, grad_student, to_student);
+      end(peaks.teacher, grad_teacher, to_teacher);
     }
+    peaks.student.close<T>(grad_student), peaks.teacher.close<T>(grad_teacher);
   }
 
   // Both gradients in place, and on the same phase of a cache line: one loop aligns both.
@@ -660,13 +790,14 @@ struct Worker {
   // label's class]): all but the last.
   HardTerm<T> hard_term(const HardLabel& hard) const {
     HardTerm<T> term;
-    term.exp = &plain_exp;
+    term.exp = &hard_exp;
     // Exponentials that were not kept are probabilities, up to a factor near 1.
     term.log_sum = static_cast<T>(hard.is_kept ? 0 : hard.log_sum_exp);
     term.factor = static_cast<T>(
-        hard.scale * (hard.is_kept
-                          ? hard.inv_sum
-                          : __builtin_exp(static_cast<double>(term.log_sum) - hard.log_sum_exp)));
+        hard.scale *
+        (hard.is_kept
+             ? hard.inv_sum
+             : __builtin_exp(static_cast<double>(term.log_sum) - hard.log_sum_exp) / kRaise));
     term.constant = smoothing_constant(hard.scale), term.shift = static_cast<T>(hard.shift);
     term.kept = extra_cache[0];
     return term;
@@ -686,7 +817,7 @@ struct Worker {
     } else {
       sweep<Vec<T>>(0, n, [&](auto access, int64_t j, int) AFM_STEP {
         const Vec<T> above = access.load(s + j, no_class<T>()) - Vec<T>(term.shift);
-        add(access, j, plain_exp(above - Vec<T>(term.log_sum)));
+        add(access, j, hard_exp(above - Vec<T>(term.log_sum)));
       });
     }
   }
@@ -707,14 +838,18 @@ struct Worker {
     fill(grad_teacher, grad_teacher_tile, T(0));
     if (hard.scale == 0 || grad_student.data == nullptr)
       return fill(grad_student, grad_student_tile, T(0));
+    Peak peak;
+    if (label_is_certain(hard)) peak.at = hard.label;
     for (int64_t j = 0; j < params.classes; j += kTile) {
       const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
       T* to_student = grad_student.writable(j, grad_student_tile);
       for (int64_t i = 0; i < n; ++i) to_student[i] = 0;
       add_softmax(student.read(j, n, student_tile), j, n, hard, to_student);
       subtract_label(hard, j, n, to_student);
+      peak.settle<T>(j, n, to_student);
       grad_student.write(j, n, to_student);
     }
+    peak.close<T>(grad_student);
   }
 
   void fill(const RowPointer& grad, T* tile, T value) const {
@@ -733,7 +868,8 @@ struct Worker {
   bool wants_stats() const { return params.row_stats != nullptr && !params.stats_are_given; }
 
   void save(const RowSummary& row, const HardLabel& hard, T* stats) const {
-    stats[kStatKind] = static_cast<T>(static_cast<int>(row.kind));
+    stats[kStatKind] =
+        static_cast<T>(static_cast<int>(row.kind) + (row.teacher_certain ? kCertainKind : 0));
     stats[kStatStudentShift] = static_cast<T>(row.student_shift);
     stats[kStatTeacherShift] = static_cast<T>(row.teacher_shift);
     stats[kStatStudent] = static_cast<T>(row.kind == RowKind::kNear ? row.a : row.student_sum);
@@ -744,7 +880,9 @@ struct Worker {
   }
 
   void restore(const T* stats, RowSummary& row, HardLabel& hard) const {
-    row.kind = static_cast<RowKind>(static_cast<int>(stats[kStatKind]));
+    const int kind = static_cast<int>(stats[kStatKind]);
+    row.kind = static_cast<RowKind>(kind % kCertainKind),
+    row.teacher_certain = kind >= kCertainKind;
     row.student_shift = stats[kStatStudentShift], row.teacher_shift = stats[kStatTeacherShift];
     row.gap = coarse_gap(static_cast<T>(row.student_shift - row.teacher_shift));
     (row.kind == RowKind::kNear ? row.a : row.student_sum) = stats[kStatStudent];
@@ -944,15 +1082,22 @@ struct LaneWorker {
       return sum_kl_lanes<true>(tiles, classes, worker.exp, inv_t);
     LaneSums<T> sums = far_lanes<false>(tiles, classes, worker.exp, inv_t);
     js_lanes(tiles, classes, worker.plain_exp, inv_t, static_cast<T>(params.beta),
-             static_cast<T>(1 - params.beta), sums);
+             static_cast<T>(params.gamma), sums);
     return sums;
   }
 
-  // Adds the cross-entropy to each row's value and scales. Returns what comes off the gradient of
-  // the label's class.
-  V add_cross_entropy(const LaneTiles<T>& tiles, int64_t i, int count, const LaneSums<T>& sums,
-                      V scale, LaneScales<T>& by, V& value) const {
-    const V sum = is_separate ? plain_lanes(tiles, classes, worker.plain_exp, sums.student_max)
+  // What the label's class has of the student's gradient: something comes off it, or it follows
+  // from the other classes.
+  struct LabelGradient {
+    V off;
+    typename V::Mask is_certain;
+  };
+
+  // Adds the cross-entropy to each row's value and scales.
+  LabelGradient add_cross_entropy(const LaneTiles<T>& tiles, int64_t i, int count,
+                                  const LaneSums<T>& sums, V scale, LaneScales<T>& by,
+                                  V& value) const {
+    const V sum = is_separate ? plain_lanes(tiles, classes, worker.hard_exp, sums.student_max)
                               : sums.student_sum;
     T label_logit[kLanes], is_present[kLanes];
     for (int r = 0; r < kLanes; ++r) {
@@ -966,11 +1111,13 @@ struct LaneWorker {
     if (smoothing != 0)
       target = fma(logit_lanes(tiles, classes, sums.student_max),
                    V(smoothing / static_cast<T>(classes)), target);
-    const V weight = V(static_cast<T>(ce.weight)) * V::load(is_present), by_row = scale * weight;
-    value = fma(weight, log(sum) - target, value);
+    const V present = V::load(is_present), weight = V(static_cast<T>(ce.weight)) * present;
+    const V by_row = scale * weight;
+    value = fma(weight, log(sum * V(T(1 / kRaise))) - target, value);
     (is_separate ? by.plain : by.softmax) = is_separate ? by_row / sum : by_row;
     by.constant = by_row * V(-smoothing / static_cast<T>(classes));
-    return by_row * V(T(1) - smoothing);
+    const auto is_top = both(V::load(label_logit) == sums.student_max, V(T(0)) < present);
+    return {by_row * V(T(1) - smoothing), both(is_top, certain_lanes(sum))};
   }
 
   template <LaneGradient kGradient>
@@ -984,6 +1131,27 @@ struct LaneWorker {
       gradient_lanes<kGradient, false, true>(tiles, classes, sums, by);
   }
 
+  // See Note [Certain rows]. Near rows of KL and Jeffreys are taken around the peak's own x, and
+  // have q - p there in one factor.
+  void settle(const LaneTiles<T>& tiles, const LaneSums<T>& sums, const LaneScales<T>& by,
+              typename V::Mask label_is_certain) const {
+    const V zero(T(0));
+    auto student = label_is_certain, teacher = certain_lanes(sums.teacher_sum);
+    if (params.divergence == Divergence::kJs) {
+      student = certain_lanes(sums.student_sum);
+    } else {
+      const auto is_near = both(teacher, zero < sums.q_exp);
+      const auto lost = both(is_near, abs(by.student * sums.apart_exp) < V(kSmallFactor<T>));
+      if (!has_labels) student = lost;
+      teacher = both(teacher, sums.q_exp == zero);
+      if (params.divergence == Divergence::kJeffreys) teacher = lost;
+    }
+    if (wants_student && any(student))
+      settle_lanes(tiles.student, sums.student_max, classes, student, tiles.student_part);
+    if (wants_teacher && any(teacher))
+      settle_lanes(tiles.teacher, sums.teacher_max, classes, teacher, tiles.gap);
+  }
+
   // Rows [i, i + count), in tiles.
   void run_block(const LaneTiles<T>& tiles, int64_t i, int count) const {
     const bool is_js = params.divergence == Divergence::kJs;
@@ -992,11 +1160,12 @@ struct LaneWorker {
     const V by_side = scale * weight * V(inv_t), zero(T(0));
     LaneScales<T> by = {by_side, by_side, zero, zero, zero};
     if (is_js) {
-      by.student = by_side * V(static_cast<T>(1 - params.beta));
+      by.student = by_side * V(static_cast<T>(params.gamma));
       by.teacher = by_side * V(static_cast<T>(params.beta));
     }
-    V value = weight * select(sums.divergence < zero, zero, sums.divergence), by_label = zero;
-    if (has_labels) by_label = add_cross_entropy(tiles, i, count, sums, scale, by, value);
+    V value = weight * select(sums.divergence < zero, zero, sums.divergence);
+    LabelGradient label = {zero, zero < zero};
+    if (has_labels) label = add_cross_entropy(tiles, i, count, sums, scale, by, value);
     if (is_js)
       write_gradients<LaneGradient::kJs>(tiles, sums, by);
     else if (params.divergence == Divergence::kJeffreys)
@@ -1005,8 +1174,9 @@ struct LaneWorker {
       write_gradients<LaneGradient::kWithPlain>(tiles, sums, by);
     else
       write_gradients<LaneGradient::kKl>(tiles, sums, by);
+    settle(tiles, sums, by, label.is_certain);
     T values[kLanes], off_label[kLanes];
-    value.store(values), by_label.store(off_label);
+    value.store(values), select(label.is_certain, zero, label.off).store(off_label);
     for (int r = 0; r < count; ++r) {
       if (!worker.take_short(i + r, values[r])) {
         run_alone(tiles, i + r, r);

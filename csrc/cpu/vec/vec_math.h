@@ -126,12 +126,13 @@ constexpr double kPowersOf2[32] = {
     1.83400808640934246349, 1.87416763411029990133, 1.91520656139714729387, 1.95714412417540026902};
 
 #if AFM_CAPABILITY_AVX512
-template <class T>
+template <class T, int kDoublings>
 struct Exp2Table {
   static constexpr int kCount = 1 << Float<T>::table_bits;
   alignas(64) T entries[kCount];
   constexpr Exp2Table() : entries{} {
-    for (int k = 0; k < kCount; ++k) entries[k] = static_cast<T>(kPowersOf2[k * (32 / kCount)]);
+    for (int k = 0; k < kCount; ++k)
+      entries[k] = static_cast<T>(kPowersOf2[k * (32 / kCount)] * (1LL << kDoublings));
   }
 };
 #elif AFM_CAPABILITY_AVX2
@@ -147,8 +148,9 @@ struct Exp2Bits {
 };
 #endif
 
-// exp(v / temperature), the factor log2(e) / temperature folded into the reduction of the argument.
-template <class T>
+// exp(v / temperature) * 2^kDoublings, the factor log2(e) / temperature folded into the reduction
+// of the argument, and 2^kDoublings into what is added there.
+template <class T, int kDoublings = 0>
 struct ScaledExp {
   using V = Vec<T>;
   static constexpr int kSteps = 1 << Float<T>::table_bits;  // of n, in an octave
@@ -157,12 +159,12 @@ struct ScaledExp {
                      kMagic = static_cast<T>((3LL << (Float<T>::mantissa_bits - 1)) / kSteps);
 #else
   static constexpr T kOctave = T(kSteps) / static_cast<T>(1LL << (Float<T>::mantissa_bits - 1)),
-                     kMagic = T(2) + Float<T>::bias * kOctave;
+                     kMagic = T(2) + (Float<T>::bias + kDoublings) * kOctave;
 #endif
   T to_log2;  // kOctave * log2(e) / temperature
   T floor;    // below this the result is 0
 #if !AFM_CAPABILITY_AVX512
-  T ceiling;  // about 88 * temperature: the largest v of a result within the range
+  T ceiling;  // about (88 - 0.7 * kDoublings) * temperature: the largest v of a result in the range
 #endif
 #if !AFM_CAPABILITY_AVX2 && !AFM_CAPABILITY_AVX512
   // temperature * ln(2) / kOctave in two parts: integer multiples of the first are exact.
@@ -172,9 +174,9 @@ struct ScaledExp {
   explicit ScaledExp(double temperature) {
     constexpr double kLog2E = 1.44269504088896340736;
     to_log2 = static_cast<T>(kOctave * kLog2E / temperature);
-    floor = static_cast<T>(-kLargest * static_cast<double>(kOctave) / to_log2);
+    floor = static_cast<T>(-(kLargest + kDoublings) * static_cast<double>(kOctave) / to_log2);
 #if !AFM_CAPABILITY_AVX512
-    ceiling = -floor;
+    ceiling = static_cast<T>((kLargest - kDoublings) * static_cast<double>(kOctave) / to_log2);
 #endif
 #if !AFM_CAPABILITY_AVX2 && !AFM_CAPABILITY_AVX512
     constexpr double kLn2 = 0.69314718055994530942, kSplit = sizeof(T) == 4 ? 1 << 10 : 1LL << 36;
@@ -190,7 +192,7 @@ struct ScaledExp {
   // reduction fails, give NaN or inf.
   static constexpr bool kOverflowShows = true;
   AFM_MEMBER V unbounded(V v) const {
-    static constexpr Exp2Table<T> kTable;
+    static constexpr Exp2Table<T, kDoublings> kTable;
     const V sum = fma(v, V(to_log2), V(kMagic)), n = sum - V(kMagic);
     const V fraction = Registers<T>::fms(v.v, V(to_log2).v, n.v);
     return Registers<T>::times_power_of_2(power_of_2(fraction, pick(kTable.entries, sum.v)).v, n.v);
@@ -277,17 +279,31 @@ struct ScaledExp {
 #endif
 };
 
+// The exponentials of a row, relative to its maximum, and their sums are this many doublings larger
+// than they say. So a class has all digits down to the smallest subnormal number that its
+// probability, which a gradient is a multiple of, may be.
+constexpr int kRaised = 24;
+template <class T>
+using RowExp = ScaledExp<T, kRaised>;
+constexpr double kRaise = 1 << kRaised, kLogRaise = kRaised * 0.69314718055994530942;
+
 // exp(x) - 1 - x for |x| <= 1, without cancellation.
 template <class T>
 AFM_INLINE Vec<T> excess_of_exp(Vec<T> x) {
   return x * x * polynomial(Float<T>::excess, x);
 }
 
-// log(1 + y) for y > -1 with |log(1 + y)| <= 1: 2 artanh(z), z = y / (2 + y).
+// log((1 + z) / (1 - z)) = 2 artanh(z), z = numerator / denominator with z^2 <= 0.22.
+template <class T>
+AFM_INLINE Vec<T> twice_artanh(Vec<T> numerator, Vec<T> denominator) {
+  const Vec<T> z = numerator / denominator;
+  return fma(z, z * z * polynomial(Float<T>::artanh_tail, z * z), z) * Vec<T>(T(2));
+}
+
+// log(1 + y) for y > -1 with |log(1 + y)| <= 1: 2 artanh(y / (2 + y)).
 template <class T>
 AFM_INLINE Vec<T> log1p(Vec<T> y) {
-  const Vec<T> z = y / (Vec<T>(T(2)) + y);
-  return fma(z, z * z * polynomial(Float<T>::artanh_tail, z * z), z) * Vec<T>(T(2));
+  return twice_artanh<T>(y, Vec<T>(T(2)) + y);
 }
 
 // log(1 + y) - y for the same y: 2 z = y - y z takes the y off before anything is rounded.
@@ -304,13 +320,20 @@ AFM_INLINE Vec<T> nearest_integer(Vec<T> x) {
   return (x + Vec<T>(kMagic)) - Vec<T>(kMagic);
 }
 
+// x = 2^exponent * mantissa, mantissa in [1, 2), for normal x > 0.
+template <class T>
+AFM_INLINE Vec<T> exponent(Vec<T> x) {
+  constexpr T kMagic = static_cast<T>((1LL << Float<T>::mantissa_bits) + Float<T>::bias);
+  return exponent_to_low_bits(x) - Vec<T>(kMagic);
+}
+template <class T>
+constexpr T kLn2 = static_cast<T>(0.69314718055994530942);
+
 // log(x) for normal x > 0.
 template <class T>
 AFM_INLINE Vec<T> log(Vec<T> x) {
   using V = Vec<T>;
-  constexpr T kMagic = static_cast<T>((1LL << Float<T>::mantissa_bits) + Float<T>::bias);
-  constexpr T kLn2 = static_cast<T>(0.69314718055994530942);
-  return fma(exponent_to_low_bits(x) - V(kMagic), V(kLn2), log1p<T>(mantissa(x) - V(T(1))));
+  return fma(exponent(x), V(kLn2<T>), log1p<T>(mantissa(x) - V(T(1))));
 }
 
 }  // namespace
