@@ -65,11 +65,12 @@ AFM_HD float exp2_of(float x) {
 }
 AFM_HD double exp2_of(double x) { return ::exp2(x); }
 
-// 2^x where it is multiplied with something else that is at most 1: down to the smallest subnormal
-// number all digits, which exp2_of has not.
+// 2^x times a factor of at most 1, with all digits down to the smallest subnormal number, which
+// exp2_of has not. That far below 0 adding 24 is exact.
 template <typename A>
 AFM_HD A exp2_times(A x, A factor) {
-  return exp2_of(x + A(24)) * (factor * A(5.9604644775390625e-8));
+  const bool is_low = x < A(-100);
+  return exp2_of(is_low ? x + A(24) : x) * (is_low ? factor * A(5.9604644775390625e-8) : factor);
 }
 
 AFM_HD float abs_of(float x) { return ::fabsf(x); }

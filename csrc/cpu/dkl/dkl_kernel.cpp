@@ -158,8 +158,8 @@ struct Worker {
   double sum_weights(RowSummary& row, double& missing) const {
     const Gaps g = gaps(row);
     const V excluded(-Float<T>::infinity), zero(T(0)), one(T(1));
-    double products = 0, top = 0;
-    row.weight_sum = missing = 0;
+    double products = 0;
+    row.weight_sum = missing = 0, row.weights_certain = false;
     for_tiles([&](const T* s, const T* t, const T* w, int64_t, int64_t n) {
       Accumulator<T> weight, product, lost;
       sweep<V>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
@@ -169,9 +169,8 @@ struct Worker {
         lost.add(u, select(c.missing, one, zero));
       });
       row.weight_sum += weight.sum(), products += product.sum(), missing += lost.sum();
-      top = larger(top, weight.largest());
+      row.weights_certain |= weight.any_above(kCertain * row.weight_sum);
     });
-    row.weights_certain = top > kCertain * row.weight_sum;
     return row.weight_sum == 0 ? 0 : products / row.weight_sum;
   }
 

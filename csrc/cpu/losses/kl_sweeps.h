@@ -7,6 +7,7 @@
 #pragma once
 
 #include "common/softmax_kl_math.h"
+#include "cpu/losses/certain_rows.h"
 #include "cpu/vec/sweep.h"
 #include "cpu/vec/vec_math.h"
 
@@ -22,14 +23,14 @@ AFM_INLINE double larger(double a, double b) { return a > b ? a : b; }
 struct RowSums {
   double student = 0;            // Z_s; not in near rows
   double teacher = 0;            // Z_t
-  double student_top = 0;        // the largest sum of one lane: nearly all of Z_s where the side is
-  double teacher_top = 0;        // certain of a class. Z_t likewise
   double linear = 0;             // of e * x
   double excess = 0;             // near and general: of e * (exp(x) - 1 - x)
   double curvature = 0;          // near and general: of e * x * (exp(x) - 1)
   double student_linear = 0;     // far and general: of exp((s - m_s) / T) * x
   bool in_range = true;          // near and far: no exponential left its range unnoticed
   double largest_square = 0;     // near: of x
+  bool student_certain = false;  // one lane has nearly all of Z_s, as where one class has
+  bool teacher_certain = false;
   bool one_sided = false;        // general: a class is -inf on one side only
   bool student_missing = false;  // general: ... on the student's side
 };
@@ -189,8 +190,8 @@ AFM_LOOP void sum_far(const In* s, const In* t, int64_t n, const RowConstants<T>
   };
   is_long ? sweep<V, Ahead>(0, n, step) : sweep<V>(0, n, step);
   sums.student += student.sum(), sums.teacher += teacher.sum(), sums.linear += linear.sum();
-  sums.student_top = larger(sums.student_top, student.largest());
-  sums.teacher_top = larger(sums.teacher_top, teacher.largest());
+  sums.student_certain |= student.any_above(kCertain * sums.student);
+  sums.teacher_certain |= teacher.any_above(kCertain * sums.teacher);
   if constexpr (kJeffreys) sums.student_linear += student_linear.sum();
   if constexpr (!kBounded) sums.in_range = row.exp.in_range(bits.lanes);
 }
@@ -221,7 +222,7 @@ AFM_LOOP void sum_near(const In* s, const In* t, int64_t n, const RowConstants<T
   };
   is_long ? sweep<V, Ahead>(0, n, step) : sweep<V>(0, n, step);
   sums.teacher += teacher.sum(), sums.linear += linear.sum(), sums.excess += excess.sum();
-  sums.teacher_top = larger(sums.teacher_top, teacher.largest());
+  sums.teacher_certain |= teacher.any_above(kCertain * sums.teacher);
   if constexpr (kJeffreys) sums.curvature += curvature.sum();
   if constexpr (!kBounded) sums.in_range = row.exp.in_range(bits.lanes);
   sums.largest_square = larger(sums.largest_square, largest_square.largest());
@@ -265,8 +266,8 @@ AFM_LOOP void sum_general(const T* s, const T* t, int64_t n, const RowConstants<
         student_linear.add_product(u, e_s, x);
   });
   sums.student += student.sum(), sums.teacher += teacher.sum(), sums.linear += linear.sum();
-  sums.student_top = larger(sums.student_top, student.largest());
-  sums.teacher_top = larger(sums.teacher_top, teacher.largest());
+  sums.student_certain |= student.any_above(kCertain * sums.student);
+  sums.teacher_certain |= teacher.any_above(kCertain * sums.teacher);
   sums.excess += excess.sum(), sums.curvature += curvature.sum();
   sums.student_linear += student_linear.sum();
   sums.one_sided = sums.one_sided || one_sided.sum() > 0;

@@ -32,7 +32,6 @@ AFM_LOOP void js_lanes(const LaneTiles<T>& tiles, int64_t classes, const ScaledE
   gaps.off = zero - log(sums.student_sum / sums.teacher_sum);
   ChunkedSum<T> value, student, teacher;
   const auto add = [&](int64_t j, V p, V q, const JsTerms<T>& c) AFM_LAMBDA_INLINE {
-    value.part = value.part + c.value;
     teacher.part = fma(p, c.log_p_over_m, teacher.part);
     student.part = fma(q, c.log_q_over_m, student.part);
     c.log_p_over_m.store(tiles.gap + j), c.log_q_over_m.store(tiles.extra + j);
@@ -52,7 +51,7 @@ AFM_LOOP void js_lanes(const LaneTiles<T>& tiles, int64_t classes, const ScaledE
     const V psi_y = fma(logarithm, y, above_log);
     const V of_larger = zero - logarithm, of_smaller = of_larger - a;
     JsTerms<T> c;
-    c.value = larger * fma(weight, psi_v, zero - psi_y);
+    value.part = fma(larger, fma(weight, psi_v, zero - psi_y), value.part);
     c.log_p_over_m = select(p_is_larger, of_larger, of_smaller);
     c.log_q_over_m = select(p_is_larger, of_smaller, of_larger);
     add(j, p, q, c);
@@ -63,7 +62,9 @@ AFM_LOOP void js_lanes(const LaneTiles<T>& tiles, int64_t classes, const ScaledE
     const V delta = max(min(x, most), zero - most);
     const V p = V::load(tiles.teacher_exp + j) * sums.p_exp;
     const V q = V::load(tiles.student_part + j) * inv_z_s;
-    add(j, p, q, js_terms<T>(delta, p, q, weight_p, weight_q, plain_exp));
+    const JsTerms<T> c = js_terms<T>(delta, p, q, weight_p, weight_q, plain_exp);
+    value.part = value.part + c.value;
+    add(j, p, q, c);
   };
   const auto end_chunk = [&]() AFM_LAMBDA_INLINE {
     value.end_chunk(), student.end_chunk(), teacher.end_chunk();

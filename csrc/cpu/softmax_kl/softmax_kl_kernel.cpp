@@ -273,7 +273,7 @@ struct Worker {
     row.kind = RowKind::kNear;
     row.teacher_sum = sums.teacher;
     // Within e^2 of each other, the sides are certain of the same class.
-    row.teacher_certain = row.student_certain = sums.teacher_top > kCertain * sums.teacher;
+    row.teacher_certain = row.student_certain = sums.teacher_certain;
     row.mean = sums.linear / sums.teacher;
     const double excess = sums.excess / sums.teacher;
     row.a = row.mean + excess;
@@ -296,8 +296,7 @@ struct Worker {
     }
     row.kind = RowKind::kFar;
     row.student_sum = sums.student, row.teacher_sum = sums.teacher;
-    row.student_certain = sums.student_top > kCertain * sums.student;
-    row.teacher_certain = sums.teacher_top > kCertain * sums.teacher;
+    row.student_certain = sums.student_certain, row.teacher_certain = sums.teacher_certain;
     row.mean = sums.linear / sums.teacher * inv_t;
     const double log_ratio = __builtin_log(sums.student / sums.teacher);
     row.divergence = log_ratio - row.mean;
@@ -349,8 +348,7 @@ struct Worker {
     }
     row.kind = RowKind::kGeneral;
     row.student_sum = sums.student, row.teacher_sum = sums.teacher;
-    row.student_certain = sums.student_top > kCertain * sums.student;
-    row.teacher_certain = sums.teacher_top > kCertain * sums.teacher;
+    row.student_certain = sums.student_certain, row.teacher_certain = sums.teacher_certain;
     row.student_mean = sums.student_linear / sums.student;
     if (jeffreys) row.student_rest = student_rest(row);
     row.student_lse = __builtin_log(sums.student / row.lower) - kLogRaise;

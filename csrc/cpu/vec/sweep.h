@@ -145,6 +145,11 @@ struct Accumulator {
     for (int u = 1; u < kUnroll; ++u) s = s + lanes[u];
     return static_cast<double>(s.sum());
   }
+  AFM_MEMBER bool any_above(double limit) const {
+    Vec<T> s = lanes[0];
+    for (int u = 1; u < kUnroll; ++u) s = max(s, lanes[u]);
+    return any(Vec<T>(static_cast<T>(limit)) < s);
+  }
   AFM_MEMBER T largest() const {
     Vec<T> s = lanes[0];
     for (int u = 1; u < kUnroll; ++u) s = max(s, lanes[u]);

@@ -14,7 +14,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import cuda_emulator
 from tolerances import GRADIENT, LOSS, TWO_ROUNDINGS, assert_gradient, excess, same_specials
-from truth import eager_with_grads, gradient_terms, truth_divergence
+from truth import (
+    certain_distillation,
+    certain_divergence,
+    eager_with_grads,
+    gradient_terms,
+    truth_divergence,
+)
 
 from afm_kernels import reference
 from afm_kernels.ops import DIVERGENCES
@@ -110,6 +116,34 @@ def check_distillation(student: Tensor, teacher: Tensor, what: str) -> None:
         assert error <= rounding, f"{what}, distillation: relative error {error:.1e}"
 
 
+def check_certain(rows: int, classes: int, generator: torch.Generator) -> None:
+    """Sides that are certain of a class, the same or another each: the gradient at the peak is right in every tier."""
+    ops = torch.ops.afm_kernels_emulated
+    index, peak = torch.arange(rows), torch.randint(classes, (rows,), generator=generator)
+    for gap, other in ((30.0, peak), (60.0, (peak + classes // 2) % classes), (85.0, peak)):
+        student, teacher = torch.randn(2, rows, classes, generator=generator)
+        student[index, other] = student.amax(1) + gap
+        teacher[index, peak] = teacher.amax(1) + gap
+        wanted, made = {}, {}
+        for divergence, name in enumerate(DIVERGENCES):
+            arguments = (student, teacher, None, 1.0, divergence, 0.3)
+            wanted[name] = certain_divergence(student, teacher, 1.0, name, 0.3)
+            loss, *made[name] = ops.softmax_kl_forward_grad(*arguments, 0, 1.0, True, True)
+            _, stats = ops.softmax_kl_forward(*arguments, 0, 1.0)
+            one = torch.ones_like(loss)
+            again = ops.softmax_kl_backward(
+                one, student, teacher, None, stats, 1.0, divergence, 0.3, 1.0, True, True
+            )
+            wanted[f"{name}, backward"], made[f"{name}, backward"] = wanted[name], again
+        mix = (student, teacher, other, None, 2.0, 0.7, 0.0, -100)
+        wanted["distillation"] = certain_distillation(student, teacher, other, 2.0, 0.7)
+        _, *made["distillation"] = ops.distillation_forward_grad(*mix, 0, 1.0, True, True)
+        for name, gradients in made.items():
+            for gradient, truth in zip(gradients, wanted[name], strict=True):
+                error = ((gradient.double() - truth).norm(dim=-1) / truth.norm(dim=-1)).median()
+                assert error <= 1e-4, f"{rows}x{classes}, gap {gap}, {name}: {error:.1e} of the gradient"
+
+
 def main() -> None:
     cuda_emulator.serve()
     generator = torch.Generator().manual_seed(0)
@@ -141,6 +175,8 @@ def main() -> None:
                 for divergence in range(4) if index in (0, 4) else ((index % 2) * 2, 3 - (index % 2) * 2):
                     check(student, teacher, divergence, what)
                     checked += 1
+    for rows, classes in borders(torch.float32, torch.float32):
+        check_certain(rows, classes, generator)
     print(f"checked {checked}")
 
 
