@@ -138,4 +138,4 @@ def test_js_near_the_ends_of_beta(device: torch.device, classes: int, scale: flo
             assert error.max() <= 3e-6, f"{error.max():.1e} of the value at {beta}"
             for gradient, wanted in zip(torch.autograd.grad(rows.sum(), own), by_logits, strict=True):
                 error = (gradient.cpu().double() - wanted).norm(dim=1) / wanted.norm(dim=1)
-                assert error.median() <= 5e-6, f"{error.median():.1e} of a gradient at {beta}"
+                assert error.median() <= 1e-5, f"{error.median():.1e} of a gradient at {beta}"
