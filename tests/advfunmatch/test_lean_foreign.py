@@ -288,6 +288,16 @@ def stores_under_a_name(part: Part, x: Tensor) -> Tensor:
     return x * len(part.by_name["sizes"])
 
 
+def changes_a_mode(part: Part, x: Tensor) -> Tensor:
+    part.bn.train()
+    return part.bn(part.conv(x))
+
+
+def changes_a_layers_option(part: Part, x: Tensor) -> Tensor:
+    part.bn.eps = 0.5
+    return part.bn(x)
+
+
 EFFECTS = [
     assigns_data,
     assigns_data_of_a_layer,
@@ -308,6 +318,8 @@ EFFECTS = [
     keeps_an_activation,
     appends_an_activation,
     stores_under_a_name,
+    changes_a_mode,
+    changes_a_layers_option,
 ]
 
 
@@ -326,6 +338,7 @@ def test_a_part_with_an_effect_is_served_whole(effect: Callable[[Part, Tensor], 
     with pytest.warns(UserWarning, match=r"left unfolded: 3, which torch.fx cannot trace \(it "):
         prepared = prepare_for_attack(live)
     assert prepared.folded == ["1"]
+    assert not prepared.capturable
     reference = copy.deepcopy(live).requires_grad_(False)
     for _ in range(3):
         x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
@@ -378,6 +391,35 @@ def test_a_write_to_another_part_keeps_both_whole(without_gradient: bool) -> Non
     for _ in range(3):
         x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
         assert_near(prepared(x), reference(x), 1e-10)
+
+
+GATHERED: list[Tensor] = []
+CALLS = 0
+
+
+def counted_in_this_file(part: Part, x: Tensor) -> Tensor:
+    global CALLS
+    CALLS += 1
+    return x * 2
+
+
+@pytest.mark.parametrize("where", ["list", "closure", "number"])
+def test_what_a_forward_leaves_outside_of_the_network_is_left_there(where: str) -> None:
+    in_closure: list[Tensor] = []
+    effects = {
+        "list": lambda part, x: (GATHERED.append(x.detach()), x)[1],
+        "closure": lambda part, x: (in_closure.append(x.detach()), x)[1],
+        "number": counted_in_this_file,
+    }
+    live = settle(around(Part(effects[where])))
+    before = CALLS
+    GATHERED.clear()
+    with pytest.warns(UserWarning, match="the whole network, .* which is outside of the network"):
+        prepared = prepare_for_attack(live)
+    assert (CALLS, GATHERED, in_closure) == (before, [], [])
+    x = torch.rand(2, 3, 8, 8)
+    assert_near(prepared(x), live(x), 1e-6)
+    assert (CALLS - before, len(GATHERED), len(in_closure)).count(2) == 1  # one of either
 
 
 def test_statistics_moved_once_are_a_cache_and_folded() -> None:

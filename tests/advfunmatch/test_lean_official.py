@@ -286,6 +286,43 @@ def test_zeros_padded_by_hand_are_the_convolutions_own(stride: int, relu: bool) 
     assert len(pads) == (1 if stride == 1 else 2)  # what no convolution reads, and what is not even
 
 
+# pytest rewrites the assert statements of its own files.
+ASSERTING = """
+def asserts_a_size(x):
+    assert x.size(1) == 3, f"three channels, not {x.size(1)}"
+    return x
+"""
+
+
+def checks_sizes(net: Net, x: Tensor) -> Tensor:
+    namespace: dict = {}
+    exec(ASSERTING, namespace)
+    x = namespace["asserts_a_size"](x)
+    if x.shape[-1] % 4 != 0:
+        raise ValueError("sizes must be multiples of four")
+    if not x.shape[-2] >= 8:
+        raise ValueError("eight rows at least")
+    return x
+
+
+def branches_on_sizes(net: Net, x: Tensor) -> Tensor:
+    if x.shape[-1] > 8:
+        x = F.avg_pool2d(x, 2)
+    return x
+
+
+def test_checks_of_sizes_are_kept() -> None:
+    prepared = assert_folded(
+        Net(checks_sizes), torch.rand(2, 3, 8, 8), ["bn1", "layer1.0.bn1", "layer1.0.bn2"]
+    )
+    for refused in (torch.rand(2, 3, 8, 10), torch.rand(2, 3, 4, 8)):
+        with pytest.raises(AssertionError, match="checks the sizes of its tensors"):
+            prepared(refused.double())
+    with pytest.warns(UserWarning, match="control flow"):
+        prepared = prepare_for_attack(settle(Net(branches_on_sizes)))
+    assert not prepared.traced
+
+
 def test_what_was_taken_for_granted_is_asserted() -> None:
     prepared = prepare_for_attack(settle(Net(dimensions_asked)))
     with pytest.raises(ValueError, match=r"x must be images \(N, C, H, W\).* got \(3, 8, 8\)"):

@@ -49,7 +49,7 @@ def is_captured(cuda_graph: bool | None, networks: tuple[nn.Module | None, ...],
     """Whether an attack on these networks is captured, as ``cuda_graph`` says; None: where all are prepared."""
     if cuda_graph is None:
         prepared = all(
-            model is None or (isinstance(model, PreparedModel) and model.traced) for model in networks
+            model is None or (isinstance(model, PreparedModel) and model.capturable) for model in networks
         )
         return x.is_cuda and prepared
     if cuda_graph and not x.is_cuda:

@@ -9,14 +9,17 @@ as it is, and nothing of it is folded:
                                                    folded layer has its weight in other memory
     it keeps an activation                         the attribute would hold a proxy, once
     it changes an attribute at every call          a counter, a list that grows
+    it changes another module's attribute          its mode, a layer's stride: the other is served as it was
+    it changes what is outside of the network      a list of features in the same file, or in a closure
 
-An attribute that the first call sets and the second leaves alone is a cache, such as statistics moved to the image's
-device: the graph of the second call is taken, if it computes what the first did.
+An attribute of its own that the first call sets and the second leaves alone is a cache, such as statistics moved to the
+image's device: the graph of the second call is taken, if it computes what the first did.
 """
 
 from __future__ import annotations
 
 import operator
+import types
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "COMPARISONS",
+    "Outside",
     "TensorWritten",
     "WriteWatch",
     "attribute_states",
@@ -39,6 +43,8 @@ __all__ = [
 COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.is_)
 # How deep into lists, dicts and objects of a module's attributes a change is looked for.
 _DEPTH = 4
+# A container outside of the network with more items is looked at by its length.
+_MANY = 1000
 # torch.fx stores a traced constant under such a name in the root.
 _CONSTANTS = ("_tensor_constant", "_torchbind_obj", "_tree_spec_constant", "_opaque")
 
@@ -112,6 +118,77 @@ def _held(value: Any, depth: int) -> Iterator[Any]:
             yield from _held(item, depth - 1)
     elif hasattr(value, "__dict__") and not callable(value):
         yield from _held(vars(value), depth - 1)
+
+
+class Outside:
+    """What the functions of a network's classes can reach beside it: global variables that they name, and closures.
+
+    Attributes:
+        changed: the name of one that is not as it was when this was made; None if all are.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._places: dict[tuple[int, str], tuple[Any, str]] = {}
+        for function in {f for module in network.modules() for f in _functions_of(module)}:
+            for name in function.__code__.co_names:
+                self._add(function.__globals__, name)
+            for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+                self._add(cell, name)
+        self._before = {key: self._state(*place) for key, place in self._places.items()}
+        self._contents = {key: _copied(_value(*place)) for key, place in self._places.items()}
+
+    @property
+    def changed(self) -> str | None:
+        for key, place in self._places.items():
+            if not _same_state(self._before[key], self._state(*place)):
+                return key[1]
+        return None
+
+    def restore(self) -> None:
+        """Undo what running the code on proxies did."""
+        for key, (place, name) in self._places.items():
+            value = self._before[key][0]
+            if isinstance(value, dict | set):
+                value.clear()
+                value.update(self._contents[key])
+            elif isinstance(value, list | deque):
+                value.clear()
+                value.extend(self._contents[key])
+            if isinstance(place, dict):
+                place[name] = value
+            else:
+                place.cell_contents = value
+
+    def _add(self, place: Any, name: str) -> None:
+        kinds = int | float | str | list | dict | set | deque | Tensor | None
+        there = not isinstance(place, dict) or name in place
+        if there and isinstance(_value(place, name), kinds):
+            self._places[id(place), name] = place, name
+
+    @staticmethod
+    def _state(place: Any, name: str) -> list[Any]:
+        value = _value(place, name)
+        large = isinstance(value, list | dict | set | deque) and len(value) > _MANY
+        return [value, len(value)] if large else list(_held(value, 2))
+
+
+def _value(place: Any, name: str) -> Any:
+    try:
+        return place.get(name) if isinstance(place, dict) else place.cell_contents
+    except ValueError:  # an empty cell
+        return ...
+
+
+def _copied(value: Any) -> Any:
+    return type(value)(value) if isinstance(value, list | dict | set | deque) else None
+
+
+def _functions_of(module: nn.Module) -> Iterator[types.FunctionType]:
+    """The module's forward and the methods of its classes, but for torch's own, and functions among its attributes."""
+    for cls in type(module).__mro__:
+        if cls.__module__.partition(".")[0] != "torch" and cls is not object:
+            yield from (f for f in vars(cls).values() if isinstance(f, types.FunctionType))
+    yield from (f for f in vars(module).values() if isinstance(f, types.FunctionType))
 
 
 def changed_attributes(

@@ -113,6 +113,7 @@ class PreparedModel(nn.Module):
         folded: the names of the BatchNorms that went into a convolution.
         fused: the names of those that went into a scale_shift_relu.
         left: what stayed as it was, a sentence each.
+        capturable: whether all of it is operations of a graph, so that a CUDA graph can hold it.
         memory_format: of the images on entry, and of the convolutions.
     """
 
@@ -120,7 +121,7 @@ class PreparedModel(nn.Module):
         self, live: nn.Module, dtype: torch.dtype | None, memory_format: torch.memory_format
     ) -> None:
         super().__init__()
-        self.traced = True
+        self.traced = self.capturable = True
         self.folded: list[str] = []
         self.fused: list[str] = []
         self.left: list[str] = []
@@ -169,7 +170,7 @@ class PreparedModel(nn.Module):
                 raise ValueError(
                     f"dtype is {dtype}, but model is a {type(live).__name__}, {reason}"
                 ) from error
-            self.traced = False
+            self.traced = self.capturable = False
             self.left.append(f"the whole network, {reason}")
             return Uncopied(live)
         try:
@@ -179,7 +180,7 @@ class PreparedModel(nn.Module):
                 raise ValueError(
                     f"dtype is {dtype}, but model is TorchScript that was frozen, and cannot be converted any more"
                 ) from error
-            self.traced = False
+            self.traced = self.capturable = False
             self.left.append(f"the whole network, which torch.fx cannot trace ({first_line(error)})")
             return network
         self._assumed = traced.assumed
@@ -187,6 +188,7 @@ class PreparedModel(nn.Module):
         rewriter.run()
         self.folded, self.fused = rewriter.folded, rewriter.fused
         self._needs_contiguous = rewriter.needs_contiguous
+        self.capturable = not traced.untraced
         self.left += [f"{name}, which torch.fx cannot trace ({why})" for name, why in traced.untraced.items()]
         self.left += rewriter.left
         if not (hooks_of(network) or has_own_call(network)):

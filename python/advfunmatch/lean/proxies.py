@@ -19,6 +19,7 @@ __all__ = [
     "IN_PLACE_OPERATORS",
     "Proxy",
     "attribute_or_method",
+    "is_tensor",
     "refuse_write",
     "torch_patched",
     "writes_to_its_first",
@@ -77,7 +78,7 @@ class Proxy(fx.Proxy):
         module = str(asking.f_globals.get("__name__"))
         if module.startswith(_ASKING_OF_PROXIES):
             return type(self)
-        return torch.Tensor if _is_tensor(self.node) else type(self)
+        return torch.Tensor if is_tensor(self.node) else type(self)
 
     def __getattr__(self, name: str) -> _Attribute:
         return _Attribute(self, name)
@@ -124,13 +125,13 @@ for _name, _operator in IN_PLACE_OPERATORS.items():
     setattr(Proxy, f"__{_name}__", _recorded(_operator))
 
 
-def _is_tensor(node: fx.Node) -> bool:
+def is_tensor(node: fx.Node) -> bool:
     """Whether the node is a tensor, rather than a size, a dtype or what is computed from those."""
     name, owner = attribute_or_method(node)
     if owner is not None:
         return name not in _NO_TENSORS
     if node.op == "call_function" and getattr(node.target, "__module__", None) in ("_operator", "builtins"):
-        return any(_is_tensor(argument) for argument in node.args if isinstance(argument, fx.Node))
+        return any(is_tensor(argument) for argument in node.args if isinstance(argument, fx.Node))
     return True
 
 

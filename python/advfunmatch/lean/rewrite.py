@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .checks import require_size
 from .layers import AdaptivePool, FoldedConv, ScaleShiftReLU
 from .nodes import ADD_FUNCTIONS, FRESH_MODULES, RELU_FUNCTIONS, NodeFacts
 from .proxies import IN_PLACE_OPERATORS
@@ -147,7 +148,8 @@ class Rewriter(NodeFacts):
         """What nothing reads and nothing feels: not an in-place operation on a view, nor a module of unknown code."""
 
         def is_impure(node: fx.Node) -> bool:
-            return node.is_impure() or self.is_unknown(node) or self.is_in_place(node)
+            checks = node.target is require_size
+            return node.is_impure() or self.is_unknown(node) or self.is_in_place(node) or checks
 
         self.graph.eliminate_dead_code(is_impure)
 

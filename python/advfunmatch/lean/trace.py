@@ -17,7 +17,7 @@ Buffers are read at every call, as parameters are, so that what the code compute
 augmented assignment is in place, as it is for a tensor. A torch.autograd.Function is called as it is. A module that
 forward makes, such as a pooling, is traced into where it holds no tensors. Questions that the images' place and kind
 answer (``x.is_cuda``, ``x.dim() == 4``) are answered; a prepared network asserts of its images what was taken for
-granted.
+granted. A check of sizes whose other outcome only raises is a check in the graph.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import contextlib
 import inspect
 import itertools
 import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -34,15 +35,17 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_map
 
+from .checks import outcome_that_goes_on, require_size
 from .effects import (
     COMPARISONS,
+    Outside,
     TensorWritten,
     WriteWatch,
     attribute_states,
     changed_attributes,
     same_graph,
 )
-from .proxies import Proxy, attribute_or_method, refuse_write, torch_patched, writes_to_its_first
+from .proxies import Proxy, attribute_or_method, is_tensor, refuse_write, torch_patched, writes_to_its_first
 from .wrappers import wrapped_network
 
 __all__ = ["first_line", "has_own_call", "hooks_of", "runs_only_its_forward", "trace"]
@@ -113,13 +116,16 @@ class _Tracer(fx.Tracer):
             if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.default is not p.empty
         }
         state = _random_state()
-        before = attribute_states(network, "")
+        before, outside = attribute_states(network, ""), Outside(network)
         try:
             with torch.enable_grad(), _without_autocast(), torch_patched(), WriteWatch(network):
                 graph = self.trace(network, concrete_args=concrete or None)
             self.require_followed(state)
+            if (name := outside.changed) is not None:
+                raise RuntimeError(f"it changes {name}, which is outside of the network")
         finally:
             _set_random_state(state)
+            outside.restore()
         self.notice_changes(network, "", before)
         return graph
 
@@ -185,12 +191,18 @@ class _Tracer(fx.Tracer):
             attribute = f"{owner}.{name}".removeprefix(".")
             if kept:
                 raise RuntimeError(f"it keeps an activation in {attribute}")
+            if attribute not in self.changes and (owner != path or name == "training"):
+                raise RuntimeError(f"it changes {attribute}")
             self.changes.setdefault(attribute, path)
 
     # -- questions that need no activation
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         answer = self.answer(obj.node)
+        if answer is None and not is_tensor(obj.node):
+            asking = sys._getframe(2)  # of fx.Proxy.__bool__
+            if (answer := outcome_that_goes_on(asking)) is not None:
+                self.create_proxy("call_function", require_size, (obj, answer), {})
         return super().to_bool(obj) if answer is None else bool(answer)
 
     def answer(self, node: Any) -> Any:
