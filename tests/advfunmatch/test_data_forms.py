@@ -5,6 +5,7 @@ Each maker writes one form of known images below a folder and returns the name t
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import pickle
@@ -505,3 +506,20 @@ def test_what_does_not_fit_into_memory_is_said(tmp_path: Path, monkeypatch: pyte
         load_dataset(name, split="train")
     assert len(load_dataset(name, split="test")) == 5
     assert len(load_dataset(name, split="train", cache=str(tmp_path / "cache"))) == 10
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_damaged_files_become_one_sentence(tmp_path: Path, name: str) -> None:
+    """Each file cut, emptied and flipped in turn: it is read or refused, and nothing else is raised."""
+    source = FORMS[name](tmp_path, make(classes=100 if name.startswith("cifar100") else 10))
+    rng = np.random.default_rng(17)
+    for file in [file for file in tmp_path.rglob("*") if file.is_file()][:6]:
+        whole = file.read_bytes()
+        flipped = np.frombuffer(whole, np.uint8).copy()
+        flipped[rng.integers(len(whole), size=9)] ^= rng.integers(1, 256, 9, dtype=np.uint8)
+        for content in (whole[: len(whole) // 2], b"", flipped.tobytes()):
+            file.write_bytes(content)
+            with contextlib.suppress(InputError):
+                load_dataset(source, split="train")
+        file.write_bytes(whole)
+    assert len(load_dataset(source, split="train")) == 10
