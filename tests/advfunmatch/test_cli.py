@@ -92,7 +92,7 @@ def test_as_a_module_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert "images/s" in done.stderr
     said = tmp_path / "said"
     process = start([*TRAIN, "--eps", "-1", "--out", str(tmp_path / "bad")], said)
-    process.join(timeout=120)
+    process.join(timeout=300)
     assert process.exitcode == 2
     assert said.read_text().strip() == "error: eps is -1, but must be positive and finite"
     assert not (tmp_path / "bad").exists()
@@ -101,11 +101,10 @@ def test_as_a_module_in_a_process_of_its_own(tmp_path: Path) -> None:
 def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     said, checkpoint = tmp_path / "said", tmp_path / "run" / "checkpoint.pt"
     process = start([*TRAIN, "--epochs", "10000", "--out", str(tmp_path / "run")], said)
-    until = time.monotonic() + 60
-    while not checkpoint.exists() and process.is_alive() and time.monotonic() < until:
+    while not checkpoint.exists() and process.is_alive():  # one of them will be, however slow the machine
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)  # type: ignore[arg-type]
-    process.join(timeout=60)
+    process.join(timeout=300)
     assert process.exitcode == 130
     assert said.read_text().splitlines()[-1].startswith("error: interrupted; what was written is whole")
     assert torch.load(checkpoint, weights_only=True)["epoch"] >= 1

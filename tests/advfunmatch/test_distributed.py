@@ -68,7 +68,7 @@ def two_processes(
         for rank in range(2)
     ]
     for process in both:
-        process.join(timeout=120)
+        process.join(timeout=300)
     return [process.exitcode for process in both], "".join(file.read_text() for file in said)
 
 
@@ -166,7 +166,7 @@ def test_no_thread_outlives_the_run() -> None:
         for rank in range(2)
     ]
     for process in both:
-        _, complained = process.communicate(timeout=120)
+        _, complained = process.communicate(timeout=300)
         assert process.returncode == 0, complained
 
 

@@ -56,7 +56,7 @@ def test_killed_at_any_moment_and_continued(
     out = tmp_path / "killed"
     command = ["train", *flags_of(tiny_config(out, **STATEFUL, teacher=teacher))]
     process = start(command, tmp_path / "said", dies=MOMENTS[moment])
-    process.join(timeout=120)
+    process.join(timeout=300)
     assert process.exitcode == -signal.SIGKILL, (tmp_path / "said").read_text()
     assert 0 < torch.load(out / "checkpoint.pt", weights_only=True)["step"] < 8, (
         "it was to be killed on the way"
@@ -64,7 +64,7 @@ def test_killed_at_any_moment_and_continued(
     assert not (out / "result.json").exists()
 
     process = start([*command, "--resume"], tmp_path / "said")
-    process.join(timeout=120)
+    process.join(timeout=300)
     assert process.exitcode == 0, (tmp_path / "said").read_text()
     assert same(state_of(out), whole)
     rows = (out / "metrics.jsonl").read_text().splitlines()

@@ -49,7 +49,7 @@ class Host:
         return self
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._process.communicate(timeout=60)
+        self._process.communicate(timeout=300)
 
     def pytest(self, *arguments: str, **environment: str) -> Done:
         """``python -m pytest ARGUMENTS``, quiet, up to the first failure, and without a cache."""

@@ -57,7 +57,7 @@ with use_backend("cpp"):
     wanted = softmax_kl_div_grad(student, teacher)
     child = os.fork()
     if child == 0:
-        signal.alarm(30)  # nobody is left to end a child that hangs
+        signal.alarm(200)  # nobody is left to end a child that hangs
         got = softmax_kl_div_grad(student, teacher)
         # Compared by numpy: torch.equal would itself wait for threads here.
         os._exit(0 if all((a.numpy() == b.numpy()).all() for a, b in zip(wanted, got)) else 3)
@@ -66,7 +66,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
     if "cpp" not in ops.TABLE["softmax_kl_grad", "cpu"]:
         pytest.skip("no compiled CPU backend here")
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=300, check=False).returncode == 0
 
 
 @pytest.mark.slow

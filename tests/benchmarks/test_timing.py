@@ -93,7 +93,7 @@ def test_allocator_settings_reach_the_process_once():
         "import os; print(os.getpid(), {n: os.environ[n] for n in ALLOCATOR_SETTINGS})"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True
     )
     assert done.stdout.count("MALLOC_MMAP_MAX_': '0'") == 1
 
