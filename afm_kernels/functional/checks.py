@@ -205,6 +205,8 @@ def check_dense(name: str, value: Tensor) -> None:
 def check_floating(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {_described(value)}; a floating-point tensor is expected")
+    if type(value) is not Tensor and hasattr(type(value), "device_mesh"):
+        raise TypeError(f"{name} is a DTensor; pass this process's part of it, {name}.to_local()")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}; allowed: float16, bfloat16, float32, float64")
     check_dense(name, value)

@@ -36,6 +36,7 @@ from afm_kernels.functional.checks import (
     check_row_weight,
 )
 from afm_kernels.functional.loss import fused_loss
+from afm_kernels.functional.sharded import is_sharded, sharded_loss
 
 
 def distillation_loss(
@@ -81,6 +82,20 @@ def distillation_loss(
     >>> round(loss.item(), 4)  # the teacher agrees: half the cross-entropy is left
     0.2038
     """
+    if is_sharded(student_logits, teacher_logits):
+        return sharded_loss(
+            distillation_loss,
+            student_logits,
+            teacher_logits,
+            dim,
+            reduction,
+            {"labels": labels, "row_weight": row_weight},
+            alpha=alpha,
+            temperature=temperature,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            recompute=recompute,
+        )
     logits = check_logits(student_logits, teacher_logits, dim)
     temperature = check_positive("temperature", temperature)
     alpha = check_between("alpha", alpha, 0, 1)

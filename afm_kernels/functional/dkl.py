@@ -30,6 +30,7 @@ from afm_kernels.functional.checks import (
     constant_like_rows,
 )
 from afm_kernels.functional.loss import fused_loss
+from afm_kernels.functional.sharded import is_sharded, row_shards, sharded_loss
 
 
 def dkl_loss(
@@ -89,6 +90,28 @@ def dkl_loss(
     Source: Cui et al., "Decoupled Kullback-Leibler Divergence Loss", NeurIPS 2024, and "Generalized
     Kullback-Leibler Divergence Loss", 2025.
     """
+    if is_sharded(student_logits, teacher_logits):
+        if (
+            class_weight is not None and class_weight.dim() > 1
+        ):  # else one for each class, whole on every process
+            shards = row_shards(student_logits, teacher_logits, dim)
+            shape = student_logits.shape
+            class_weight = shards.local("class_weight", class_weight, shape, shards.placements)
+        return sharded_loss(
+            dkl_loss,
+            student_logits,
+            teacher_logits,
+            dim,
+            reduction,
+            {"row_weight": row_weight},
+            alpha=alpha,
+            beta=beta,
+            temperature=temperature,
+            weight_temperature=weight_temperature,
+            class_weight=class_weight,
+            symmetric=symmetric,
+            recompute=recompute,
+        )
     logits = check_logits(student_logits, teacher_logits, dim)
     temperature = check_positive("temperature", temperature)
     weight_temperature = check_positive("weight_temperature", weight_temperature)

@@ -45,6 +45,7 @@ from afm_kernels.functional.checks import (
 )
 from afm_kernels.functional.loss import fused_loss, quick_gradients, quick_loss, remember
 from afm_kernels.functional.out import check_memory, check_not_recorded, write
+from afm_kernels.functional.sharded import is_sharded, sharded_gradients, sharded_loss
 
 SIDES = ("student", "teacher")
 
@@ -65,8 +66,9 @@ def softmax_kl_div(
     """KL(softmax(teacher / T) ‖ softmax(student / T)), or a relative of it, with gradients on both sides.
 
     Args:
-        student_logits: any shape and strides, floating point.
-        teacher_logits: the same shape and device; its dtype may differ.
+        student_logits: any shape and strides, floating point. A DTensor may be sharded over its rows.
+        teacher_logits: the same shape and device; its dtype may differ. A DTensor where the student's is one,
+            placed alike; what else has a value for each row then is one, too.
         temperature: T, positive.
         reduction: "none" (a value for each row), "sum", "mean" (divides by the number of elements, as
             ``F.kl_div``) or "batchmean" (divides by the number of rows: the product of all dimensions but the
@@ -88,7 +90,8 @@ def softmax_kl_div(
     Returns:
         The loss in float32 (float64 if either side is), zero-dimensional, or the rows' shape for "none".
         Gradients have the dtype, shape and dense strides of their logits. The values of extreme rows are
-        tabled in Note [Hard rows] in afm_kernels/functional/softmax_kl.py.
+        tabled in Note [Hard rows] in afm_kernels/functional/softmax_kl.py. Of DTensors it is a DTensor: row values
+        placed as the rows, or the loss over all of them, replicated.
 
     Raises:
         ValueError, TypeError: an argument is not as above.
@@ -102,6 +105,22 @@ def softmax_kl_div(
     >>> round(loss.item(), 4), student.grad.allclose(torch.tensor([[-0.5752, 0.0, 0.5752]]), atol=1e-4)
     (1.1504, True)
     """
+    if (type(student_logits) is not Tensor or type(teacher_logits) is not Tensor) and is_sharded(
+        student_logits, teacher_logits
+    ):
+        return sharded_loss(
+            softmax_kl_div,
+            student_logits,
+            teacher_logits,
+            dim,
+            reduction,
+            {"row_weight": row_weight},
+            temperature=temperature,
+            scale_by_t2=scale_by_t2,
+            recompute=recompute,
+            divergence=divergence,
+            beta=beta,
+        )
     # See Note [Calls like one before] in loss.py.
     may_be_quick = (
         row_weight is None
@@ -170,6 +189,21 @@ def softmax_kl_div_grad(
     >>> to_student.allclose(torch.tensor([[0.2311, -0.2311]]), atol=1e-4)
     True
     """
+    if (type(student_logits) is not Tensor or type(teacher_logits) is not Tensor) and is_sharded(
+        student_logits, teacher_logits
+    ):
+        return sharded_gradients(
+            softmax_kl_div_grad,
+            student_logits,
+            teacher_logits,
+            dim,
+            row_weight,
+            out,
+            temperature=temperature,
+            wrt=wrt,
+            divergence=divergence,
+            beta=beta,
+        )
     # See Note [Calls like one before] in loss.py.
     may_be_quick = (
         row_weight is None
