@@ -22,8 +22,8 @@ What every backend may assume, because ``functional`` has checked it, and must d
   are folded into ``scale`` by the caller.
 * ``divergence``: an index into ``DIVERGENCES``. ``beta`` is the weight of JS and ignored by the others.
 * ``grad_loss``: accumulation dtype; zero-dimensional, or the shape of the rows and contiguous.
-* ``row_stats``: (rows, ROW_STATS), accumulation dtype. What is in it is the backend's own business: a
-  backward is always served by the backend of its forward.
+* ``row_stats``: (rows, ROW_STATS), of Triton's operators (rows, triton.ROW_STATS), accumulation dtype. What is in it
+  is the backend's own business: a backward is always served by the backend of its forward.
 * softmax_kl_forward_backward: the summed loss, and the bits that its backward would give for this ``grad_loss``, a
   number. See Note [Expected gradients] in autograd/expected.py; only the compiled CPU kernel serves it.
 * ``class_weight`` (dkl): accumulation dtype, contiguous, the shape of the logits; absent, the weights are
@@ -67,69 +67,14 @@ from typing import Any
 
 import torch
 
-from afm_kernels import reference
-from afm_kernels.reference.softmax_kl import ROW_STATS, accumulation_dtype
+from afm_kernels import reference, triton
+from afm_kernels.reference.rows import ROW_STATS
+from afm_kernels.schemas import SCHEMAS, accumulation_dtype
 from afm_kernels.version import __version__
 
 DIVERGENCES = ("kl", "reverse_kl", "jeffreys", "js")
 REDUCTIONS = ("none", "sum")
 NORMS = ("linf", "l2")
-
-_KL = "Tensor student, Tensor teacher, Tensor? row_weight, "
-_DISTILLATION = "Tensor student, Tensor teacher, Tensor labels, Tensor? row_weight, "
-_MIX = "float temperature, float alpha, float label_smoothing, int ignore_index, "
-_DKL = "Tensor student, Tensor teacher, Tensor? class_weight, Tensor? row_weight, "
-_DKL_MIX = "float temperature, float weight_temperature, float alpha, float beta, "
-_WRT = "bool wrt_student, bool wrt_teacher"
-_CLIP = "float? clip_min, float? clip_max"
-
-# name -> signature, the same in both namespaces. See Note [Operator contract].
-SCHEMAS = {
-    # divergences between softmax(student / T) and softmax(teacher / T)
-    "softmax_kl_forward": f"({_KL}float temperature, int divergence, float beta, int reduction, float scale)"
-    " -> (Tensor loss, Tensor row_stats)",
-    "softmax_kl_backward": "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? row_weight, Tensor row_stats, "
-    f"float temperature, int divergence, float beta, float scale, {_WRT})"
-    " -> (Tensor grad_student, Tensor grad_teacher)",
-    "softmax_kl_forward_grad": f"({_KL}float temperature, int divergence, float beta, int reduction, float scale, "
-    f"{_WRT}) -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
-    "softmax_kl_forward_backward": f"({_KL}float temperature, int divergence, float beta, float scale, "
-    f"float grad_loss, {_WRT}) -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
-    "softmax_kl_grad": f"({_KL}float temperature, int divergence, float beta, float scale, {_WRT})"
-    " -> (Tensor grad_student, Tensor grad_teacher)",
-    "softmax_kl_grad_out": f"({_KL}float temperature, int divergence, float beta, float scale, "
-    "Tensor(a!)? grad_student, Tensor(b!)? grad_teacher) -> ()",
-    # KL's gradients, each row divided by exp(log_scale)
-    "softmax_kl_direction": f"(Tensor student, Tensor teacher, float temperature, {_WRT})"
-    " -> (Tensor grad_student, Tensor grad_teacher, Tensor log_scale)",
-    # (1 - alpha) * cross_entropy(student, labels) + alpha * T^2 * KL(teacher || student)
-    "distillation_forward": f"({_DISTILLATION}{_MIX}int reduction, float scale) -> (Tensor loss, Tensor row_stats)",
-    "distillation_backward": "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor labels, Tensor? row_weight, "
-    f"Tensor row_stats, {_MIX}float scale, {_WRT}) -> (Tensor grad_student, Tensor grad_teacher)",
-    "distillation_forward_grad": f"({_DISTILLATION}{_MIX}int reduction, float scale, {_WRT})"
-    " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
-    # alpha * cross_entropy(softmax(teacher / T), student / T) + beta * 1/4 sum_jk w_j w_k ((t_j - t_k) - (s_j
-    # - s_k))^2
-    "dkl_forward": f"({_DKL}{_DKL_MIX}int reduction, float scale) -> (Tensor loss, Tensor row_stats)",
-    "dkl_backward": "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? class_weight, Tensor? row_weight, "
-    f"Tensor row_stats, {_DKL_MIX}bool symmetric, float scale, {_WRT}) -> (Tensor grad_student, Tensor grad_teacher)",
-    "dkl_forward_grad": f"({_DKL}{_DKL_MIX}bool symmetric, int reduction, float scale, {_WRT})"
-    " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
-    # attack: one projected step, and the start
-    "pgd_step": f"(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, int norm, {_CLIP}) -> Tensor",
-    "pgd_step_out": "(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, int norm, "
-    f"{_CLIP}, Tensor(a!) out) -> ()",
-    "pgd_start": f"(Tensor x, Tensor noise, float noise_scale, float eps, int norm, {_CLIP}) -> Tensor",
-    # relu(x * scale[c] + shift[c] + residual), channels in dim 1
-    "scale_shift_relu_forward": "(Tensor x, Tensor scale, Tensor shift, Tensor? residual) -> Tensor",
-    "scale_shift_relu_backward": "(Tensor grad_output, Tensor output, Tensor scale, bool wrt_x, bool wrt_residual)"
-    " -> (Tensor grad_x, Tensor grad_residual)",
-    # relu(conv2d(x, weight, bias, padding=1) + residual), 3x3, and its gradient by x
-    "conv3x3_forward": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu) -> Tensor",
-    "conv3x3_input_grad": "(Tensor grad_output, Tensor? output, Tensor weight) -> Tensor",
-    # the instruction set that serves the CPU ops: "portable", "avx2", "avx512"
-    "cpu_capability": "() -> str",
-}
 
 BACKENDS = ("cuda", "cpp", "triton", "reference")  # "auto" takes the first of these that serves
 DEVICES = ("cpu", "cuda")
@@ -150,11 +95,11 @@ def _fake_loss(student: torch.Tensor, teacher: torch.Tensor, reduction: int) -> 
     return student.new_empty(shape, dtype=accumulation_dtype(student, teacher))
 
 
-def _fake_stats(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def _fake_stats(student: torch.Tensor, teacher: torch.Tensor, columns: int) -> torch.Tensor:
     rows = 1
     for size in student.shape[:-1]:
         rows = rows * size
-    return student.new_empty((rows, ROW_STATS), dtype=accumulation_dtype(student, teacher))
+    return student.new_empty((rows, columns), dtype=accumulation_dtype(student, teacher))
 
 
 def _fake_grads(
@@ -167,7 +112,11 @@ def _fake_grads(
 
 
 def _fake_forward(student: torch.Tensor, teacher: torch.Tensor, *args: Any) -> Any:
-    return _fake_loss(student, teacher, args[-2]), _fake_stats(student, teacher)
+    return _fake_loss(student, teacher, args[-2]), _fake_stats(student, teacher, ROW_STATS)
+
+
+def _fake_triton_forward(student: torch.Tensor, teacher: torch.Tensor, *args: Any) -> Any:
+    return _fake_loss(student, teacher, args[-2]), _fake_stats(student, teacher, triton.ROW_STATS)
 
 
 def _fake_backward(_: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor, *args: Any) -> Any:
@@ -246,6 +195,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"afm_kernels::{_name}", _fake, lib=_library)
+    _fake = _fake_triton_forward if _fake is _fake_forward else _fake
     torch.library.register_fake(f"afm_kernels_triton::{_name}", _fake, lib=_triton_library)
 
 
@@ -275,9 +225,6 @@ def _register_triton() -> str:
     """
     if find_spec("triton") is None:
         return "triton is not installed"
-    package = find_spec("afm_kernels.triton")
-    if package is None or package.origin is None:
-        return "afm_kernels.triton is missing"
     from importlib import import_module
 
     def launcher(op: str, module: str) -> Callable[..., Any]:
@@ -287,7 +234,7 @@ def _register_triton() -> str:
         return launch
 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    for op, module in import_module("afm_kernels.triton").SERVES.items():
+    for op, module in triton.SERVES.items():
         _triton_library.impl(op, launcher(op, module), "CUDA")
         if interpreted:
             _triton_library.impl(op, launcher(op, module), "CPU")

@@ -10,19 +10,14 @@ makes the row NaN. A term of factor 0 is not looked at.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from afm_kernels.reference.softmax_kl import (
-    KL,
-    accumulation_dtype,
-    balanced,
-    finish_grad,
-    no_row_stats,
-    reduce_rows,
-    row_divergence,
-    softmax_of,
-)
+from afm_kernels.reference.rows import loss_operators
+from afm_kernels.reference.softmax_kl import KL, balanced, row_divergence, softmax_of
+from afm_kernels.schemas import accumulation_dtype
 
 
 def row_cross_entropy(
@@ -74,70 +69,16 @@ def row_distillation(
     return value, to_student.masked_fill(~value.isfinite(), torch.nan), to_teacher
 
 
-# The operators. See Note [Operator contract] in afm_kernels/ops.py.
-
-
-def distillation_forward(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    row_weight: Tensor | None,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    value, _, _ = row_distillation(
-        student, teacher, labels, temperature, alpha, label_smoothing, ignore_index
-    )
-    return reduce_rows(value, row_weight, reduction, scale), no_row_stats(value)
-
-
-def distillation_backward(
-    grad_loss: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    row_weight: Tensor | None,
-    row_stats: Tensor | None,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float,
-    ignore_index: int,
-    scale: float,
-    wrt_student: bool,
-    wrt_teacher: bool,
-) -> tuple[Tensor, Tensor]:
-    _, to_student, to_teacher = row_distillation(
-        student, teacher, labels, temperature, alpha, label_smoothing, ignore_index
-    )
-    return (
-        finish_grad(to_student, student, row_weight, scale, grad_loss, wrt_student),
-        finish_grad(to_teacher, teacher, row_weight, scale, grad_loss, wrt_teacher),
+def _rows(call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return row_distillation(
+        call.student,
+        call.teacher,
+        call.labels,
+        call.temperature,
+        call.alpha,
+        call.label_smoothing,
+        call.ignore_index,
     )
 
 
-def distillation_forward_grad(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    row_weight: Tensor | None,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: int,
-    scale: float,
-    wrt_student: bool,
-    wrt_teacher: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    value, to_student, to_teacher = row_distillation(
-        student, teacher, labels, temperature, alpha, label_smoothing, ignore_index
-    )
-    return (
-        reduce_rows(value, row_weight, reduction, scale),
-        finish_grad(to_student, student, row_weight, scale, None, wrt_student),
-        finish_grad(to_teacher, teacher, row_weight, scale, None, wrt_teacher),
-    )
+distillation_forward, distillation_backward, distillation_forward_grad = loss_operators("distillation", _rows)

@@ -17,17 +17,14 @@ teacher excludes it and the weights are the teacher's own, which are 0 there.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from afm_kernels.reference.softmax_kl import (
-    accumulation_dtype,
-    balanced,
-    finish_grad,
-    no_row_stats,
-    reduce_rows,
-    softmax_of,
-)
+from afm_kernels.reference.rows import loss_operators
+from afm_kernels.reference.softmax_kl import balanced, softmax_of
+from afm_kernels.schemas import accumulation_dtype
 
 
 def row_dkl(
@@ -79,70 +76,17 @@ def row_dkl(
     return value, to_student.masked_fill(lost, torch.nan), to_teacher.masked_fill(lost, torch.nan)
 
 
-# The operators. See Note [Operator contract] in afm_kernels/ops.py.
-
-
-def dkl_forward(
-    student: Tensor,
-    teacher: Tensor,
-    class_weight: Tensor | None,
-    row_weight: Tensor | None,
-    temperature: float,
-    weight_temperature: float,
-    alpha: float,
-    beta: float,
-    reduction: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    value, _, _ = row_dkl(student, teacher, class_weight, temperature, weight_temperature, alpha, beta, True)
-    return reduce_rows(value, row_weight, reduction, scale), no_row_stats(value)
-
-
-def dkl_backward(
-    grad_loss: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    class_weight: Tensor | None,
-    row_weight: Tensor | None,
-    row_stats: Tensor | None,
-    temperature: float,
-    weight_temperature: float,
-    alpha: float,
-    beta: float,
-    symmetric: bool,
-    scale: float,
-    wrt_student: bool,
-    wrt_teacher: bool,
-) -> tuple[Tensor, Tensor]:
-    _, to_student, to_teacher = row_dkl(
-        student, teacher, class_weight, temperature, weight_temperature, alpha, beta, symmetric
-    )
-    return (
-        finish_grad(to_student, student, row_weight, scale, grad_loss, wrt_student),
-        finish_grad(to_teacher, teacher, row_weight, scale, grad_loss, wrt_teacher),
+def _rows(call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return row_dkl(
+        call.student,
+        call.teacher,
+        call.class_weight,
+        call.temperature,
+        call.weight_temperature,
+        call.alpha,
+        call.beta,
+        getattr(call, "symmetric", True),  # a value is the same either way
     )
 
 
-def dkl_forward_grad(
-    student: Tensor,
-    teacher: Tensor,
-    class_weight: Tensor | None,
-    row_weight: Tensor | None,
-    temperature: float,
-    weight_temperature: float,
-    alpha: float,
-    beta: float,
-    symmetric: bool,
-    reduction: int,
-    scale: float,
-    wrt_student: bool,
-    wrt_teacher: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    value, to_student, to_teacher = row_dkl(
-        student, teacher, class_weight, temperature, weight_temperature, alpha, beta, symmetric
-    )
-    return (
-        reduce_rows(value, row_weight, reduction, scale),
-        finish_grad(to_student, student, row_weight, scale, None, wrt_student),
-        finish_grad(to_teacher, teacher, row_weight, scale, None, wrt_teacher),
-    )
+dkl_forward, dkl_backward, dkl_forward_grad = loss_operators("dkl", _rows)

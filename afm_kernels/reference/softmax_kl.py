@@ -39,24 +39,21 @@ their sum. It is taken so wherever the peak has more than half of the mass.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from afm_kernels.reference.rows import finish_grad, finish_grads, loss_operators, reduce_rows
+from afm_kernels.schemas import accumulation_dtype, arguments_of
+
 KL, REVERSE_KL, JEFFREYS, JS = range(4)  # indices into ops.DIVERGENCES
-ROW_STATS = 8  # columns of row_stats, room for every backend's row scalars
 
 # exp(x) - 1 - x is taken by its series below this, where the closed form cancels.
 _SERIES_BELOW = 0.5
 # Classes with |x| beyond this enter L through their mass in q, p eˣ = q e^L, which cannot overflow. Not all are
 # beyond in a row with KL < 1: with E_p[x] = 0 that would take E_p[eˣ] > e.
 _REACH = 8.0
-
-
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any of ``tensors`` is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _expm1_minus_identity(x: Tensor) -> Tensor:
@@ -213,153 +210,36 @@ def row_divergence(
     )
 
 
-def reduce_rows(value: Tensor, row_weight: Tensor | None, reduction: int, scale: float) -> Tensor:
-    """Row values (..., 1) to the loss of an operator: weighted, scaled, and summed where ``reduction`` is 1."""
-    value = value.squeeze(-1)
-    if row_weight is not None:
-        value = (value * row_weight).masked_fill(row_weight == 0, 0)
-    return (value if reduction == 0 else value.sum()) * scale
+def _rows(call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return row_divergence(call.student, call.teacher, call.temperature, call.divergence, call.beta)
 
 
-def finish_grad(
-    grad: Tensor,
-    logits: Tensor,
-    row_weight: Tensor | None,
-    scale: float,
-    grad_loss: Tensor | None,
-    wanted: bool,
-) -> Tensor:
-    """A gradient of row values to that of the loss: weighted, scaled, and with the dtype and strides of ``logits``."""
-    if not wanted:
-        return logits.new_empty(0)
-    grad = grad * scale
-    if grad_loss is not None:
-        grad = grad * grad_loss.unsqueeze(-1)
-    if row_weight is not None:
-        weight = row_weight.unsqueeze(-1)
-        grad = (grad * weight).masked_fill(weight == 0, 0)
-    grad = grad.to(logits.dtype)
-    if torch._C._are_functorch_transforms_active():  # a transformed tensor has no strides to speak of
-        return grad
-    like = torch.empty_like(logits)
-    return grad if grad.stride() == like.stride() else like.copy_(grad)
+softmax_kl_forward, softmax_kl_backward, softmax_kl_forward_grad = loss_operators("softmax_kl", _rows)
+
+_ForwardBackward = arguments_of("softmax_kl_forward_backward")
+_Grad = arguments_of("softmax_kl_grad")
+_GradOut = arguments_of("softmax_kl_grad_out")
 
 
-# The operators. See Note [Operator contract] in afm_kernels/ops.py. Row statistics are not used here: the
-# backward recomputes what it needs, so that it is differentiable in turn.
-
-
-def softmax_kl_forward(
-    student: Tensor,
-    teacher: Tensor,
-    row_weight: Tensor | None,
-    temperature: float,
-    divergence: int,
-    beta: float,
-    reduction: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    value, _, _ = row_divergence(student, teacher, temperature, divergence, beta)
-    return reduce_rows(value, row_weight, reduction, scale), no_row_stats(value)
-
-
-def softmax_kl_backward(
-    grad_loss: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    row_weight: Tensor | None,
-    row_stats: Tensor | None,
-    temperature: float,
-    divergence: int,
-    beta: float,
-    scale: float,
-    wrt_student: bool,
-    wrt_teacher: bool,
-) -> tuple[Tensor, Tensor]:
-    _, to_student, to_teacher = row_divergence(student, teacher, temperature, divergence, beta)
-    return (
-        finish_grad(to_student, student, row_weight, scale, grad_loss, wrt_student),
-        finish_grad(to_teacher, teacher, row_weight, scale, grad_loss, wrt_teacher),
+def softmax_kl_forward_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = _ForwardBackward(*args)
+    value, *grads = _rows(call)
+    return reduce_rows(value, call.row_weight, 1, call.scale), *finish_grads(
+        grads, call, value.new_tensor(call.grad_loss)
     )
 
 
-def softmax_kl_forward_grad(
-    student: Tensor,
-    teacher: Tensor,
-    row_weight: Tensor | None,
-    temperature: float,
-    divergence: int,
-    beta: float,
-    reduction: int,
-    scale: float,
-    wrt_student: bool,
-    wrt_teacher: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    value, to_student, to_teacher = row_divergence(student, teacher, temperature, divergence, beta)
-    return (
-        reduce_rows(value, row_weight, reduction, scale),
-        finish_grad(to_student, student, row_weight, scale, None, wrt_student),
-        finish_grad(to_teacher, teacher, row_weight, scale, None, wrt_teacher),
-    )
+def softmax_kl_grad(*args: Any) -> tuple[Tensor, Tensor]:
+    call = _Grad(*args)
+    _, *grads = _rows(call)
+    return finish_grads(grads, call)
 
 
-def softmax_kl_forward_backward(
-    student: Tensor,
-    teacher: Tensor,
-    row_weight: Tensor | None,
-    temperature: float,
-    divergence: int,
-    beta: float,
-    scale: float,
-    grad_loss: float,
-    wrt_student: bool,
-    wrt_teacher: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    value, to_student, to_teacher = row_divergence(student, teacher, temperature, divergence, beta)
-    upstream = value.new_tensor(grad_loss)
-    return (
-        reduce_rows(value, row_weight, 1, scale),
-        finish_grad(to_student, student, row_weight, scale, upstream, wrt_student),
-        finish_grad(to_teacher, teacher, row_weight, scale, upstream, wrt_teacher),
-    )
-
-
-def softmax_kl_grad(
-    student: Tensor,
-    teacher: Tensor,
-    row_weight: Tensor | None,
-    temperature: float,
-    divergence: int,
-    beta: float,
-    scale: float,
-    wrt_student: bool,
-    wrt_teacher: bool,
-) -> tuple[Tensor, Tensor]:
-    _, to_student, to_teacher = row_divergence(student, teacher, temperature, divergence, beta)
-    return (
-        finish_grad(to_student, student, row_weight, scale, None, wrt_student),
-        finish_grad(to_teacher, teacher, row_weight, scale, None, wrt_teacher),
-    )
-
-
-def softmax_kl_grad_out(
-    student: Tensor,
-    teacher: Tensor,
-    row_weight: Tensor | None,
-    temperature: float,
-    divergence: int,
-    beta: float,
-    scale: float,
-    grad_student: Tensor | None,
-    grad_teacher: Tensor | None,
-) -> None:
-    _, to_student, to_teacher = row_divergence(student, teacher, temperature, divergence, beta)
-    if grad_student is not None:
-        grad_student.copy_(finish_grad(to_student, student, row_weight, scale, None, True))
-    if grad_teacher is not None:
-        grad_teacher.copy_(finish_grad(to_teacher, teacher, row_weight, scale, None, True))
-
-
-def no_row_stats(value: Tensor) -> Tensor:
-    """The row statistics of a backend that keeps none: the shape the contract asks for, filled with zeros."""
-    return value.new_zeros((value.numel(), ROW_STATS))
+def softmax_kl_grad_out(*args: Any) -> None:
+    call = _GradOut(*args)
+    _, *grads = _rows(call)
+    for out, grad, logits in zip(
+        (call.grad_student, call.grad_teacher), grads, (call.student, call.teacher), strict=True
+    ):
+        if out is not None:
+            out.copy_(finish_grad(grad, logits, call.row_weight, call.scale, None, True))

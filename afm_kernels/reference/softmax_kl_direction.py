@@ -35,7 +35,7 @@ import math
 import torch
 from torch import Tensor
 
-from afm_kernels.reference.softmax_kl import accumulation_dtype
+from afm_kernels.schemas import accumulation_dtype
 
 # q - p is p expm1(y) below this, where exp(a)/Z_s - exp(b)/Z_t would cancel.
 _NEAR = 0.5

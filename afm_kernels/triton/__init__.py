@@ -3,6 +3,8 @@
 This package imports no triton: ``ops`` registers what ``SERVES`` names, and imports a module at its first launch.
 """
 
+ROW_STATS = 12  # columns of row_stats. See Note [Row scalars] in row_math.py
+
 SERVES = {
     "softmax_kl_forward": "softmax_kl",
     "softmax_kl_backward": "softmax_kl",

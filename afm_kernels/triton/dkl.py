@@ -12,6 +12,9 @@ short rows, or one of any length.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +22,10 @@ from torch import Tensor
 from afm_kernels.triton import launch
 from afm_kernels.triton.row_math import INF, KL, LOG2E, row_offsets, scalar, stored_as
 from afm_kernels.triton.row_memory import STATS, kernel, row_factor, row_start
-from afm_kernels.triton.softmax_kl import Problem, grad_loss_kind, outputs, returned
+from afm_kernels.triton.softmax_kl import Problem, grad_loss_kind, loss_operators
+
+MISSING = tl.constexpr(1 << 30)
+ONE_SIDED = tl.constexpr(1 << 29)
 
 
 @triton.jit
@@ -95,45 +101,75 @@ def dkl_kernel(
     zeros = tl.zeros([ROWS, BLOCK], ACC)
     top_s = zeros - INF
     top_t = zeros - INF
+    # The logits of the class that weighs most, and its weight; of own weights it is the teacher's largest.
+    heavy_s, heavy_t, heavy_w = zeros, zeros, zeros
     for start in range(0, classes, BLOCK):
         s, _ = load_block(at_s, start, in_rows, bound, -INF, ACC, BLOCK)
         t, _ = load_block(at_t, start, in_rows, bound, -INF, ACC, BLOCK)
+        if g_class_weight is None:
+            heavy_s = tl.where(t > top_t, s, heavy_s)
+        else:
+            weight, _ = load_block(at_w, start, in_rows, bound, 0.0, ACC, BLOCK)
+            heavier = (weight > heavy_w) & (s > -INF) & (t > -INF)
+            heavy_s = tl.where(heavier, s, heavy_s)
+            heavy_t = tl.where(heavier, t, heavy_t)
+            heavy_w = tl.where(heavier, weight, heavy_w)
         top_s = tl.maximum(top_s, s)
         top_t = tl.maximum(top_t, t)
     max_s = tl.max(top_s, axis=1)
     max_t = tl.max(top_t, axis=1)
     offset_s, offset_t = row_offsets(max_s, max_t)
+    heaviest, heavy_t_row = tl.zeros([ROWS], ACC) + 1.0, max_t
+    is_heavy = top_t == max_t[:, None]
+    if g_class_weight is not None:
+        heaviest = tl.max(heavy_w, axis=1)
+        is_heavy = heavy_w == heaviest[:, None]
+        heavy_t_row = tl.sum(tl.where(is_heavy, heavy_t, 0.0), axis=1)
+    heavy_s_row = tl.sum(tl.where(is_heavy, heavy_s, 0.0), axis=1)
+    heavy_d = (heavy_t_row - offset_t) - (heavy_s_row - offset_s)
 
+    # A class that is the largest on both sides is counted apart, and the mean of d taken about d of the class that has
+    # more than half of the weight: where a row is certain of a class, what is small is then no difference of what is
+    # not. See Note [Certain rows] in row_math.py.
     sum_s = zeros
     sum_t = zeros
     below = zeros  # exp((t - max_t)/T) (s - max_s)
     kept_w = zeros
     linear = zeros
-    missing = zeros != 0.0  # the student excludes a class that the teacher has
-    one_sided = zeros != 0.0  # one side alone excludes a class that counts
+    # How many classes are the largest on both sides; MISSING, that the student excludes a class that the teacher has;
+    # ONE_SIDED, that one side alone excludes a class that counts.
+    marks = tl.zeros([ROWS, BLOCK], tl.int32)
     for start in range(0, classes, BLOCK):
         s, mask = load_block(at_s, start, in_rows, bound, -INF, ACC, BLOCK)
         t, _ = load_block(at_t, start, in_rows, bound, -INF, ACC, BLOCK)
         in_s, in_t = s > -INF, t > -INF
         e_t = tl.exp2((t - max_t[:, None]) * to_log2)
-        sum_s += tl.where(mask, tl.exp2((s - max_s[:, None]) * to_log2), 0.0)
-        sum_t += tl.where(mask, e_t, 0.0)
+        is_shared = (s == max_s[:, None]) & (t == max_t[:, None])
+        sum_s += tl.where(mask & ~is_shared, tl.exp2((s - max_s[:, None]) * to_log2), 0.0)
+        sum_t += tl.where(mask & ~is_shared, e_t, 0.0)
+        marks += (mask & is_shared).to(tl.int32)
         below += tl.where(in_s & in_t, e_t * (s - max_s[:, None]), 0.0)
-        missing = missing | (in_t & (s == -INF))
+        marks = marks | tl.where(in_t & (s == -INF), MISSING, 0)
         weight, counts = class_weights(t, max_t, at_w, start, in_rows, bound, weight_to_log2, ACC, BLOCK)
-        one_sided = one_sided | (counts & ((s == -INF) != (t == -INF)))
+        marks = marks | tl.where(counts & ((s == -INF) != (t == -INF)), ONE_SIDED, 0)
         kept = counts & in_s & in_t
         d = (t - offset_t[:, None]) - (s - offset_s[:, None])
         kept_w += tl.where(kept, weight, 0.0)
         linear += tl.where(kept, weight * d, 0.0)
-    z_s = tl.sum(sum_s, axis=1)
-    z_t = tl.sum(sum_t, axis=1)
+    rest_s = tl.sum(sum_s, axis=1)
+    rest_t = tl.sum(sum_t, axis=1)
+    both = tl.sum(marks & (ONE_SIDED - 1), axis=1).to(ACC)
+    missing = tl.max(marks & MISSING, axis=1) != 0
+    one_sided = tl.max(marks & ONE_SIDED, axis=1) != 0
+    z_s = rest_s + both
+    z_t = rest_t + both
     is_distribution = (z_s == z_s) & (z_t == z_t)  # else a NaN, +inf or nothing but -inf
     total = tl.sum(kept_w, axis=1)
     divisor = tl.where(total == 0, 1.0, total)
     mean = tl.sum(linear, axis=1) / divisor
+    mean = tl.where((2.0 * heaviest > total) & (tl.abs(heavy_d) < INF), heavy_d, mean)
 
-    first = zeros  # what rounding left of the mean
+    first = zeros  # what is left of the mean
     second = zeros
     for start in range(0, classes, BLOCK):
         s, _ = load_block(at_s, start, in_rows, bound, -INF, ACC, BLOCK)
@@ -147,7 +183,6 @@ def dkl_kernel(
     square = tl.sum(second, axis=1)
     rest = rest / divisor
     square = tl.maximum(square - rest * rest * total, 0.0)
-    mean = mean + rest
     if g_class_weight is None:
         # softmax(t / T_w): what is kept is all of it, or the row is +inf
         square = square / divisor
@@ -156,9 +191,9 @@ def dkl_kernel(
         square = square * total
         normaliser = total
     cross_entropy = tl.log(z_s) - tl.sum(below, axis=1) / z_t * inv_t
-    cross_entropy = tl.where(tl.max(missing.to(tl.int32), axis=1) != 0, INF, cross_entropy)
+    cross_entropy = tl.where(missing, INF, cross_entropy)
     value = tl.where(soft == 0.0, 0.0, soft * cross_entropy)
-    spread = tl.where(tl.max(one_sided.to(tl.int32), axis=1) != 0, INF, 0.5 * square)
+    spread = tl.where(one_sided, INF, 0.5 * square)
     value = value + tl.where(squared == 0.0, 0.0, squared * spread)
     value = tl.where(is_distribution, value, INF - INF)
     if WANT_LOSS != 0:
@@ -176,7 +211,7 @@ def dkl_kernel(
             s, mask = load_block(at_s, start, in_rows, bound, -INF, ACC, BLOCK)
             t, _ = load_block(at_t, start, in_rows, bound, -INF, ACC, BLOCK)
             weight, counts = class_weights(t, max_t, at_w, start, in_rows, bound, weight_to_log2, ACC, BLOCK)
-            off = ((t - offset_t[:, None]) - (s - offset_s[:, None])) - mean[:, None]
+            off = (((t - offset_t[:, None]) - (s - offset_s[:, None])) - mean[:, None]) - rest[:, None]
             kept = counts & (s > -INF) & (t > -INF)
             grad = tl.where(kept, weight * normaliser[:, None] * off, 0.0)
             grad = tl.where(squared == 0.0, 0.0, squared * grad)
@@ -184,7 +219,9 @@ def dkl_kernel(
             if g_grad_student is not None:
                 q = tl.exp2((s - max_s[:, None]) * to_log2) / z_s[:, None]
                 p = tl.exp2((t - max_t[:, None]) * to_log2) / z_t[:, None]
-                grad_s = tl.where(soft == 0.0, 0.0, soft * inv_t * (q - p))
+                is_shared = (s == max_s[:, None]) & (t == max_t[:, None]) & (both == 1.0)[:, None]
+                apart = tl.where(is_shared, (rest_t / z_t - rest_s / z_s)[:, None], q - p)
+                grad_s = tl.where(soft == 0.0, 0.0, soft * inv_t * apart)
                 if SYMMETRIC:
                     grad_s = grad_s - grad
                 grad_s = tl.where(masked[:, None], 0.0, grad_s * factor[:, None])
@@ -212,8 +249,8 @@ class DKLProblem(Problem):
         row_weight: Tensor | None,
         mix: tuple[float, float, float, float],
         scale: float,
-        grads: tuple[Tensor | None, Tensor | None] = (None, None),
-        symmetric: bool = True,
+        grads: tuple[Tensor | None, ...],
+        symmetric: bool,
     ) -> None:
         temperature, self.weight_temperature, self.alpha, self.squared = mix
         super().__init__(student, teacher, row_weight, temperature, KL.value, 0.5, scale, None, *grads)
@@ -266,70 +303,26 @@ class DKLProblem(Problem):
             self.finish()
             return self.sum(loss) if reduction == 1 and loss is not None else loss
 
+    def forward(self, shape: torch.Size, reduction: int) -> tuple[Tensor, Tensor]:
+        loss = self.forward_grad(shape, reduction)
+        # The contract asks for row statistics; no backward looks at them.
+        return loss, loss.new_zeros((self.rows.num_rows, STATS.value))
 
-def dkl_forward(
-    student: Tensor,
-    teacher: Tensor,
-    class_weight: Tensor | None,
-    row_weight: Tensor | None,
-    temperature: float,
-    weight_temperature: float,
-    alpha: float,
-    beta: float,
-    reduction: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    mix = (temperature, weight_temperature, alpha, beta)
-    problem = DKLProblem(student, teacher, class_weight, row_weight, mix, scale)
-    loss = problem.run(reduction)
-    assert loss is not None
-    stats = loss.new_zeros(
-        (problem.rows.num_rows, STATS.value)
-    )  # the contract asks for them; no backward looks
-    return (loss.view(student.shape[:-1]) if reduction == 0 else loss), stats
+    def backward(self, stats: Tensor, grad_loss: Tensor) -> None:
+        self.run(None, grad_loss)
+
+    def forward_grad(self, shape: torch.Size, reduction: int) -> Tensor:
+        loss = self.run(reduction)
+        assert loss is not None
+        return loss.view(shape) if reduction == 0 else loss
 
 
-def dkl_backward(
-    grad_loss: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    class_weight: Tensor | None,
-    row_weight: Tensor | None,
-    row_stats: Tensor,
-    temperature: float,
-    weight_temperature: float,
-    alpha: float,
-    beta: float,
-    symmetric: bool,
-    scale: float,
-    wrt_student: bool,
-    wrt_teacher: bool,
-) -> tuple[Tensor, Tensor]:
-    grads = outputs(student, teacher, wrt_student, wrt_teacher)
-    mix = (temperature, weight_temperature, alpha, beta)
-    DKLProblem(student, teacher, class_weight, row_weight, mix, scale, grads, symmetric).run(None, grad_loss)
-    return returned(grads[0], student), returned(grads[1], teacher)
+def _problem(call: Any, *grads: Tensor | None) -> DKLProblem:
+    mix = (call.temperature, call.weight_temperature, call.alpha, call.beta)
+    symmetric = getattr(call, "symmetric", True)  # a value is the same either way
+    return DKLProblem(
+        call.student, call.teacher, call.class_weight, call.row_weight, mix, call.scale, grads, symmetric
+    )
 
 
-def dkl_forward_grad(
-    student: Tensor,
-    teacher: Tensor,
-    class_weight: Tensor | None,
-    row_weight: Tensor | None,
-    temperature: float,
-    weight_temperature: float,
-    alpha: float,
-    beta: float,
-    symmetric: bool,
-    reduction: int,
-    scale: float,
-    wrt_student: bool,
-    wrt_teacher: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = outputs(student, teacher, wrt_student, wrt_teacher)
-    mix = (temperature, weight_temperature, alpha, beta)
-    problem = DKLProblem(student, teacher, class_weight, row_weight, mix, scale, grads, symmetric)
-    loss = problem.run(reduction)
-    assert loss is not None
-    loss = loss.view(student.shape[:-1]) if reduction == 0 else loss
-    return loss, returned(grads[0], student), returned(grads[1], teacher)
+dkl_forward, dkl_backward, dkl_forward_grad = loss_operators("dkl", _problem)

@@ -81,11 +81,6 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any of ``tensors`` is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 class Rows(NamedTuple):
     """How the rows of several tensors of one shape lie in memory: row i of tensor k starts at element
     (i // inner) * outer_strides[k] + (i % inner) * inner_strides[k]."""

@@ -18,11 +18,14 @@ and the presence of a bound are compiled in. ``g_`` marks pointers into global m
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from afm_kernels.schemas import accumulation_dtype, arguments_of
 from afm_kernels.triton import launch
 from afm_kernels.triton.row_math import scalar, stored_as
 
@@ -251,7 +254,7 @@ def _launch(
                 num_warps=launch.warps(256),
             )
         else:
-            dtype = launch.triton_dtype(launch.accumulation_dtype(*tensors))
+            dtype = launch.triton_dtype(accumulation_dtype(*tensors))
             _linf_kernel[(triton.cdiv(x.numel(), _BLOCK),)](
                 x_adv,
                 grad,
@@ -267,44 +270,24 @@ def _launch(
         out.copy_(model)
 
 
-def pgd_step(
-    x_adv: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    step_size: float,
-    eps: float,
-    norm: int,
-    clip_min: float | None,
-    clip_max: float | None,
-) -> Tensor:
-    out = torch.empty_like(x_adv)
-    _launch(x_adv, grad, x, step_size, eps, norm, clip_min, clip_max, out)
+_Step = arguments_of("pgd_step")
+_StepOut = arguments_of("pgd_step_out")
+_Start = arguments_of("pgd_start")
+
+
+def pgd_step(*args: Any) -> Tensor:
+    call = _Step(*args)
+    out = torch.empty_like(call.x_adv)
+    _launch(*(*call, out))
     return out
 
 
-def pgd_step_out(
-    x_adv: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    step_size: float,
-    eps: float,
-    norm: int,
-    clip_min: float | None,
-    clip_max: float | None,
-    out: Tensor,
-) -> None:
-    _launch(x_adv, grad, x, step_size, eps, norm, clip_min, clip_max, out)
+def pgd_step_out(*args: Any) -> None:
+    _launch(*_StepOut(*args))
 
 
-def pgd_start(
-    x: Tensor,
-    noise: Tensor,
-    noise_scale: float,
-    eps: float,
-    norm: int,
-    clip_min: float | None,
-    clip_max: float | None,
-) -> Tensor:
-    out = torch.empty_like(x)
-    _launch(noise, None, x, noise_scale, eps, norm, clip_min, clip_max, out)
+def pgd_start(*args: Any) -> Tensor:
+    call = _Start(*args)
+    out = torch.empty_like(call.x)
+    _launch(*(call.noise, None, call.x, *call[2:], out))
     return out

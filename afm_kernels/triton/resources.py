@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from afm_kernels.triton import (
+    ROW_STATS,
     distillation,
     dkl,
     launch,
@@ -227,7 +228,7 @@ def _kl(what: str, rows: int, classes: int, dtype: torch.dtype, divergence: str 
             return softmax_kl.softmax_kl_forward_grad(*first, 1, 1.0, True, True)
         if what == "grad":
             return softmax_kl.softmax_kl_grad(*first, 1.0, True, True)
-        stats = torch.empty(rows, 8)
+        stats = torch.empty(rows, ROW_STATS)
         return softmax_kl.softmax_kl_backward(
             torch.empty(()), student, teacher, None, stats, 2.0, index, 0.5, 1.0, True, True
         )

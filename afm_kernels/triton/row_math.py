@@ -4,6 +4,7 @@ With s' = s/T, t' = t/T, q = softmax(s') and p = softmax(t'), let d = s' - t' an
 near the mean of d under p, with x = d - c,
 
     r = E_p[x],  a = E_p[expm1(x) - x],  λ = log E_p[exp x] = log1p(a + r),  u = x - λ,  KL(p‖q) = λ - r
+    ∂KL/∂t = -p (x - r),  ∂KL/∂s = q - p = p expm1(u)
 
 Note [Near and far]
 ~~~~~~~~~~~~~~~~~~~
@@ -25,14 +26,27 @@ s - t is exact where the logits are close, and loses digits where one side carri
 not. Then a whole number near the difference of the maxima is taken off the side that has the offset first, which is
 exact: (s - offset_s) - (t - offset_t), where one of the two is 0.
 
+Note [Certain rows]
+~~~~~~~~~~~~~~~~~~~
+Where one class has nearly all of p, x - r and u are next to nothing there, and rounding would be all that is left of
+them. So wherever a class has more than half of p, c is d at that class, exactly: x is 0 there, r is a sum of small
+products, and with λ both keep their digits. No entry of a gradient is then a difference of numbers that are not small.
+JS takes the logarithms at each side's heaviest class for zero in the same way. A tile knows the heaviest class before
+it takes the sums. A streamed row does not; but what loses digits is the sums of one lane, the one that had that class,
+and a lane's share of the row is small: where a row turns out certain, that lane's classes are read again.
+
 Note [Row scalars]
 ~~~~~~~~~~~~~~~~~~
 What a gradient needs of its row, in the order of the columns of ``row_stats``:
 
     max_s, 1/z_s, max_t, 1/z_t     of the logits as they came, and of exp((logit - max)/T)
     centre, tail                   u = (d - centre) - tail
-    slope_p                        ∂KL/∂t = -p·(u + slope_p)/T; JS: E_p[log m - log p]
-    slope_q                        Jeffreys: E_q[u]; JS: E_q[log q - log m]; distillation: 1/z of the student at T = 1
+    slope_p                        KL, Jeffreys: E_p[d - centre]; JS: E_p[log m - log p] - base_p
+    slope_q                        Jeffreys: E_q[d - centre]; JS: E_q[log q - log m] - base_q; distillation: 1/z of the
+                                   student at T = 1
+    base_p, base_q                 JS: log m - log p and log q - log m at the heaviest class of p, and of q, where it
+                                   has more than half; distillation: 1 - q of the label at T = 1, in the first
+    two more                       between the passes of JS over long rows: the lanes of the heaviest classes
 
 The normalisers of a row that has no gradient (its loss is not finite) are NaN, so that its gradient is.
 """
@@ -45,7 +59,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 KL = tl.constexpr(0)
 JEFFREYS = tl.constexpr(2)
-JS = tl.constexpr(3)
+JS = tl.constexpr(3)  # with a β of at most 1/2: launchers exchange the sides
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(
@@ -108,13 +122,28 @@ def atanh_tail(z, TERMS: tl.constexpr):
 
 
 @triton.jit
-def log1p_row(y):
-    """log(1 + y) for -1/2 < y < e - 1, to the last digit near 0, where the hardware's logarithm has none left."""
+def log1p_parts(y):
+    """log1p(y) and y - log1p(y) for -1/2 <= y < e - 1, to the last digit near 0, where the hardware has none left."""
     z = y / (y + 2.0)
     if y.dtype == tl.float64:
-        return 2.0 * z + 2.0 * z * atanh_tail(z, 24)
+        bend = atanh_tail(z, 24)
     else:
-        return 2.0 * z + 2.0 * z * atanh_tail(z, 10)
+        bend = atanh_tail(z, 10)
+    return 2.0 * z + 2.0 * z * bend, z * (y - 2.0 * bend)
+
+
+@triton.jit
+def log1p_row(y):
+    """The first of ``log1p_parts``."""
+    value, _ = log1p_parts(y)
+    return value
+
+
+@triton.jit
+def log1p_any(y):
+    """log(1 + y) for any y >= 0."""
+    low = y < 1.0
+    return tl.where(low, log1p_row(tl.where(low, y, 0.0)), tl.log(1.0 + y))
 
 
 @triton.jit
@@ -133,98 +162,109 @@ def clamp_far(d):
 
 
 @triton.jit
-def row_scalars(z_s, z_t, apart, c, r, a, lowest, inv_t):
-    """centre, tail and KL of a row from its sums; see the head of the file.
+def row_scalars(z_s, z_t, apart, c, r, a, lowest, certain, inv_t):
+    """centre, tail, E_p[d - centre] and KL of a row from its sums; see the head of the file.
 
     ``apart`` is the difference of the maxima, less the offsets;
     ``r`` and ``a`` are E_p[x] and E_p[expm1(x) - x] for x = d - c; ``lowest`` is the least d, -inf where the
-    student excludes a class that the teacher has.
+    student excludes a class that the teacher has; ``certain`` says that c is the heaviest class's.
     """
     log_ratio = apart * inv_t + (tl.log(z_s) - tl.log(z_t))
     direct = (log_ratio - c) - r
     centred = (direct < 1.0) & (tl.abs(r) < 0.5) & (lowest > -INF)
-    tail = log1p_row(tl.where(centred, a + r, 0.0))
-    kl = tl.where(centred, tl.maximum(tail - r, 0.0), direct)
+    log_mean, bend = log1p_parts(tl.where(centred, a + r, 0.0))
+    kl = tl.where(centred, tl.maximum(a - bend, 0.0), direct)
     # Adding keeps the NaN of a row that has no distribution at all.
     kl = tl.where(lowest == -INF, kl + INF, kl)
-    return tl.where(centred, c, log_ratio), tl.where(centred, tail, 0.0), kl
+    kept = centred | certain
+    tail = tl.where(centred, log_mean, tl.where(certain, log_ratio - c, 0.0))
+    return tl.where(kept, c, log_ratio), tail, tl.where(kept, r, -direct), kl
 
 
 @triton.jit
 def jeffreys_terms(p, q, u):
-    """p·u·expm1(u), whose sum is KL(p‖q) + KL(q‖p), and q·u. Never negative term by term."""
+    """p·u·expm1(u), whose sum is KL(p‖q) + KL(q‖p). Never negative."""
     near = tl.abs(u) < NEAR
-    value = tl.where(near, p * u * (u + expm1_minus_identity(u)), (q - p) * u)
-    return value, q * u
+    return tl.where(near, p * u * (u + expm1_minus_identity(u)), (q - p) * u)
+
+
+@triton.jit
+def js_parts(u, beta):
+    """log m - log p, log q - log m and more of a class, for m = β p + (1 - β) q and β <= 1/2.
+
+    With e = expm1(-u) and v = β e, log m - log q is log1p(v): nothing of the size of β is a difference of larger
+    numbers. Where v is large (not ``low``) most of m is the teacher's. ``rest`` is e + u where u is near 0.
+    """
+    near = tl.abs(u) < NEAR
+    rest = expm1_minus_identity(-u)
+    # exp of a negative number only: u of either sign and any size is safe
+    fall = tl.exp2(-tl.abs(u) * LOG2E)
+    e = tl.where(near, rest - u, tl.where(u > 0, fall, 1.0 / fall) - 1.0)
+    v = beta * e
+    low = v < 0.5
+    z = v / (v + 2.0)
+    if u.dtype == tl.float64:
+        bend = atanh_tail(z, 17)
+    else:
+        bend = atanh_tail(z, 6)
+    series = 2.0 * z + 2.0 * z * bend
+    log_mix = tl.log((1.0 - beta) * fall + beta)
+    m_over_p = tl.where(low, u + series, log_mix)
+    q_over_m = tl.where(low, -series, u - log_mix)
+    return m_over_p, q_over_m, near, low, rest, e, v * (z + (1.0 + z) * bend)
 
 
 @triton.jit
 def js_logs(u, beta):
-    """log m - log p and log q - log m for m = β p + (1 - β) q."""
-    gamma = 1.0 - beta
-    near = tl.abs(u) < NEAR
-    v = gamma * (u + expm1_minus_identity(u))
-    z = v / (v + 2.0)
-    if u.dtype == tl.float64:
-        series = 2.0 * z + 2.0 * z * atanh_tail(z, 13)
-    else:
-        series = 2.0 * z + 2.0 * z * atanh_tail(z, 5)
-    # exp of a negative number only: u of either sign and any size is safe
-    fall = tl.exp2(-tl.abs(u) * LOG2E)
-    log_mix = tl.log(tl.where(u > 0, gamma + beta * fall, beta + gamma * fall))
-    m_over_p = tl.where(near, series, log_mix + tl.maximum(u, 0.0))
-    q_over_m = tl.where(near, u - series, tl.minimum(u, 0.0) - log_mix)
+    """log m - log p and log q - log m."""
+    m_over_p, q_over_m, _, _, _, _, _ = js_parts(u, beta)
     return m_over_p, q_over_m
 
 
 @triton.jit
 def js_terms(p, q, u, beta):
-    """A class's share of JS, and p·(log m - log p), q·(log q - log m).
+    """A class's share of JS, log m - log p and log q - log m.
 
-    With y = expm1(u) and v = (1 - β) y the share is p·((1 - β)·G - H), G = u·y - (y - u) and
-    H = (1 + v)·log1p(v) - v: the first-order terms, which sum to nothing, are gone before they can cancel.
+    With ψ(y) = (1 + y) log1p(y) - y the share is q (β ψ(e) - ψ(v)): the first-order terms, which sum to nothing, are
+    gone before they can cancel. Where most of m is the teacher's it is the sum of the shares of the two divergences.
     """
-    gamma = 1.0 - beta
-    near = tl.abs(u) < NEAR
-    rest = expm1_minus_identity(u)
-    y = u + rest
-    v = gamma * y
-    z = v / (v + 2.0)
-    if u.dtype == tl.float64:
-        bend = atanh_tail(z, 13)
-    else:
-        bend = atanh_tail(z, 5)
-    series = 2.0 * z + 2.0 * z * bend
-    value_near = p * (gamma * (u * y - rest) - v * (z + (1.0 + z) * bend))
-    fall = tl.exp2(-tl.abs(u) * LOG2E)
-    log_mix = tl.log(tl.where(u > 0, gamma + beta * fall, beta + gamma * fall))
-    value_far = tl.where(u > 0, -beta * p, gamma * q) * u - (beta * p + gamma * q) * log_mix
-    m_over_p = tl.where(near, series, log_mix + tl.maximum(u, 0.0))
-    q_over_m = tl.where(near, u - series, tl.minimum(u, 0.0) - log_mix)
-    return tl.where(near, value_near, value_far), p * m_over_p, q * q_over_m
+    m_over_p, q_over_m, near, low, rest, e, bend = js_parts(u, beta)
+    spread = tl.where(near, -q * (u * e + rest), (q - p) - p * u)
+    value = tl.where(low, beta * spread - q * bend, (1.0 - beta) * q * q_over_m - beta * p * m_over_p)
+    return value, m_over_p, q_over_m
+
+
+@triton.jit
+def heaviest(top, rz):
+    """The logit of the class with more than half of a side, or +inf, which no such row holds."""
+    return tl.where(rz > 0.5, top, INF)
 
 
 @triton.jit
 def row_gradients(
-    s, t, max_s, rz_s, max_t, rz_t, centre, tail, slope_p, slope_q, inv_t, beta, DIVERGENCE: tl.constexpr
-):
+    s, t, max_s, rz_s, max_t, rz_t, centre, tail, slope_p, slope_q, base_p, base_q, inv_t, beta,
+    DIVERGENCE: tl.constexpr,
+):  # fmt: skip
     """T times the gradients of a row's loss to s and to t. The row's scalars broadcast against s and t."""
     p = tl.exp2((t - max_t) * (inv_t * LOG2E)) * rz_t
     q = tl.exp2((s - max_s) * (inv_t * LOG2E)) * rz_s
     offset_s, offset_t = row_offsets(max_s, max_t)
-    d = clamp_far(((s - offset_s) - (t - offset_t)) * inv_t)
-    u = (d - centre) - tail
+    x = clamp_far(((s - offset_s) - (t - offset_t)) * inv_t) - centre
+    u = x - tail
     if DIVERGENCE == JS:
         m_over_p, q_over_m = js_logs(u, beta)
-        grad_s = (1.0 - beta) * q * (q_over_m - slope_q)
-        grad_t = beta * p * (slope_p - m_over_p)
+        # Computed elsewhere, the base may differ by a rounding, which is all there would be.
+        above_p = tl.where(t == heaviest(max_t, rz_t), 0.0, base_p - m_over_p)
+        above_q = tl.where(s == heaviest(max_s, rz_s), 0.0, q_over_m - base_q)
+        grad_s = (1.0 - beta) * q * (above_q - slope_q)
+        grad_t = beta * p * (above_p + slope_p)
     else:
         # q - p = p·expm1(u) keeps the digits, and with them the sign, where student and teacher agree.
         grad_s = tl.where(tl.abs(u) < NEAR, p * (u + expm1_minus_identity(u)), q - p)
-        grad_t = -p * (u + slope_p)
+        grad_t = -p * (x - slope_p)
         if DIVERGENCE == JEFFREYS:
             difference = grad_s
-            grad_s = difference + q * (u - slope_q)
+            grad_s = difference + q * (x - slope_q)
             grad_t = grad_t - difference
     return grad_s, grad_t
 
@@ -249,12 +289,26 @@ def mixed_value(kl, hard, alpha, temperature):
 
 @triton.jit
 def mixed_gradients(
-    s, is_label, is_class, ignored, classes, max_s, rz_1, grad_s, grad_t, alpha, temperature, smoothing
+    s,
+    is_label,
+    is_class,
+    ignored,
+    classes,
+    max_s,
+    rz_1,
+    missing,
+    grad_s,
+    grad_t,
+    alpha,
+    temperature,
+    smoothing,
 ):
-    """T times the gradients of ``mixed_value``, from T times those of KL."""
+    """T times the gradients of ``mixed_value``, from T times those of KL. ``missing`` is 1 - q of the label."""
     factor = alpha * temperature * temperature
     q = tl.exp2((s - max_s) * LOG2E) * rz_1
-    target = tl.where(is_label, 1.0 - smoothing, 0.0) + tl.where(is_class, smoothing / classes, 0.0)
-    hard = tl.where(ignored, 0.0, (1.0 - alpha) * temperature * (q - target))
+    smoothed = tl.where(is_class, smoothing / classes, 0.0)
+    missing = missing + (rz_1 - rz_1)  # NaN in a row that is lost
+    hard = tl.where(is_label, smoothing - missing, q) - smoothed
+    hard = tl.where(ignored, 0.0, (1.0 - alpha) * temperature * hard)
     grad_s = tl.where(alpha == 1.0, 0.0, hard) + tl.where(alpha == 0.0, 0.0, factor * grad_s)
     return grad_s, tl.where(alpha == 0.0, 0.0, factor * grad_t)

@@ -19,9 +19,11 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from afm_kernels.triton import ROW_STATS
 from afm_kernels.triton.row_math import INF
 
-STATS = tl.constexpr(8)  # columns of row_stats. See Note [Row scalars]
+STATS = tl.constexpr(ROW_STATS)
+PARTS = tl.constexpr(28)  # columns of a part of a row
 
 # See Note [What specialises].
 _INTEGERS = (
@@ -86,7 +88,9 @@ def row_factor(g_weight, g_grad_loss, row, mask, scale, ACC: tl.constexpr, GRAD_
 
 
 @triton.jit
-def store_stats(g_stats, row, mask, max_s, z_s, max_t, z_t, centre, tail, slope_p, slope_q, value):
+def store_stats(
+    g_stats, row, mask, max_s, z_s, max_t, z_t, centre, tail, slope_p, slope_q, base_p, base_q, value
+):
     """Writes a row's scalars, with NaN normalisers where its loss is not finite. See Note [Row scalars]."""
     poison = tl.where(tl.abs(value) < INF, 1.0, INF - INF)
     at = g_stats + row * STATS
@@ -98,3 +102,70 @@ def store_stats(g_stats, row, mask, max_s, z_s, max_t, z_t, centre, tail, slope_
     tl.store(at + 5, tail, mask=mask)
     tl.store(at + 6, slope_p, mask=mask)
     tl.store(at + 7, slope_q, mask=mask)
+    tl.store(at + 8, base_p, mask=mask)
+    tl.store(at + 9, base_q, mask=mask)
+
+
+@triton.jit
+def load_stats(g_stats, row, mask):
+    """The scalars that ``store_stats`` wrote, in its order."""
+    at = g_stats + row * STATS
+    return (
+        tl.load(at + 0, mask=mask),
+        tl.load(at + 1, mask=mask),
+        tl.load(at + 2, mask=mask),
+        tl.load(at + 3, mask=mask),
+        tl.load(at + 4, mask=mask),
+        tl.load(at + 5, mask=mask),
+        tl.load(at + 6, mask=mask),
+        tl.load(at + 7, mask=mask),
+        tl.load(at + 8, mask=mask),
+        tl.load(at + 9, mask=mask),
+    )
+
+
+@triton.jit
+def tile_columns(tile, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """The columns of a tile: VECTOR neighbouring logits a lane."""
+    return tile * (LANES * VECTOR) + (tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :])
+
+
+@triton.jit
+def lane_columns(index, lane, begin, finish, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """One column of ``lane`` in each of LANES tiles, the ``index``-th such, and which tiles there are."""
+    tile = begin + index // VECTOR * LANES + tl.arange(0, LANES)
+    return tile * (LANES * VECTOR) + (lane * VECTOR + index % VECTOR), tile < finish
+
+
+@triton.jit
+def load_pair(g_s, g_t, columns, lead, end, EDGE: tl.constexpr, ACC: tl.constexpr):
+    """Both sides' logits; the row is columns ``lead`` to ``end``, and only EDGE tiles check that."""
+    if EDGE:
+        inside = (columns >= lead) & (columns < end)
+        s = tl.load(g_s + columns, mask=inside, other=-INF).to(ACC)
+        t = tl.load(g_t + columns, mask=inside, other=-INF).to(ACC)
+    else:
+        s = tl.load(g_s + columns).to(ACC)
+        t = tl.load(g_t + columns).to(ACC)
+    return s, t
+
+
+@triton.jit
+def tiles_of_part(
+    lead, classes, part, tiles_per_split, SPLIT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr
+):
+    """The tiles of a row, ``begin`` to ``finish`` of which are a part's; all but the first and the last are whole.
+
+    Returned are the row's end, its whole tiles' begin and end, their number with the edges, and the part's begin and
+    finish.
+    """
+    end = lead + classes.to(tl.int32)
+    body_begin = (lead + (LANES * VECTOR - 1)) // (LANES * VECTOR)
+    body_end = end // (LANES * VECTOR)
+    tiles = (end + (LANES * VECTOR - 1)) // (LANES * VECTOR)
+    begin = 0
+    finish = tiles
+    if SPLIT:
+        begin = part * tiles_per_split.to(tl.int32)
+        finish = tl.minimum(begin + tiles_per_split.to(tl.int32), tiles)
+    return end, body_begin, body_end, tiles, begin, finish

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from afm_kernels.schemas import accumulation_dtype
 from afm_kernels.triton import launch
 from afm_kernels.triton.row_math import stored_as
 
@@ -162,7 +163,7 @@ def scale_shift_relu_forward(x: Tensor, scale: Tensor, shift: Tensor, residual: 
     model = out if out.stride() == x.stride() else torch.empty_like(x)
     residual = None if residual is None else _like(residual, x)
     matrix = _Matrix(x, by_column, residual)
-    dtype = launch.accumulation_dtype(*(t for t in (x, scale, shift, residual) if t is not None))
+    dtype = accumulation_dtype(*(t for t in (x, scale, shift, residual) if t is not None))
     with launch.on_device(x):
         _forward_kernel[matrix.grid](
             x,
@@ -196,7 +197,7 @@ def scale_shift_relu_backward(
         else torch.empty_like(output)
     )
     matrix = _Matrix(output, by_column, grad_output)
-    dtype = launch.accumulation_dtype(grad_output, output, scale)
+    dtype = accumulation_dtype(grad_output, output, scale)
     with launch.on_device(output):
         _backward_kernel[matrix.grid](
             grad_output,

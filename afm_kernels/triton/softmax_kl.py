@@ -22,22 +22,20 @@ Names: ``g_`` marks pointers into global memory; everything else lives in regist
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
+from afm_kernels.schemas import accumulation_dtype, arguments_of
 from afm_kernels.triton import launch
 from afm_kernels.triton.row_math import JS, KL
-from afm_kernels.triton.row_memory import STATS
-from afm_kernels.triton.softmax_kl_stream import (
-    PARTS,
-    combine_kernel,
-    js_combine_kernel,
-    js_stream_kernel,
-    stream_grad_kernel,
-    stream_kernel,
-    sum_kernel,
-)
+from afm_kernels.triton.row_memory import PARTS, STATS
+from afm_kernels.triton.softmax_kl_js import js_combine_kernel, js_stream_kernel
+from afm_kernels.triton.softmax_kl_stream import combine_kernel, stream_kernel, sum_kernel
+from afm_kernels.triton.softmax_kl_stream_grad import stream_grad_kernel
 from afm_kernels.triton.softmax_kl_tile import tile_kernel
 
 REVERSE_KL = 1  # index into ops.DIVERGENCES; the others are in row_math
@@ -79,6 +77,10 @@ class Problem:
             student, teacher = teacher, student
             grad_student, grad_teacher = grad_teacher, grad_student
             divergence = KL.value
+        if divergence == JS.value and beta > 0.5:
+            student, teacher = teacher, student
+            grad_student, grad_teacher = grad_teacher, grad_student
+            beta = 1.0 - beta
         self.divergence, self.beta, self.temperature, self.scale = divergence, beta, temperature, scale
         self.row_weight, self.mixture = row_weight, mixture
         self.copy_out: list[tuple[Tensor, Tensor]] = []
@@ -100,7 +102,7 @@ class Problem:
             grad_teacher,
         )
         self.rows, self.tensors = rows, tensors
-        self.dtype = launch.accumulation_dtype(student, teacher)
+        self.dtype = accumulation_dtype(student, teacher)
         self.acc = launch.triton_dtype(self.dtype)
         self.vector = launch.vector_elements(student, teacher)
         self.lane_block = launch.LIMITS.lanes * self.vector
@@ -203,8 +205,8 @@ class Problem:
         return loss
 
     def tile_warps(self, elements: int) -> int:
-        """256 lanes with 8 elements of each side, half of them in float64, or 16 if little else is kept of a row."""
-        many = elements > (2048 if self.is_js else 4096)
+        """256 lanes with 8 elements of each side, 4 in float64 and of JS, or 16 if little else is kept of a row."""
+        many = elements > (1024 if self.is_js else 4096)
         return launch.warps(512 if many else min(256, elements * self.double // 8))
 
     def sum(self, values: Tensor) -> Tensor:
@@ -326,6 +328,7 @@ class Problem:
                 rows.num_rows,
                 splits,
                 self.scale,
+                self.beta,
                 ACC=self.acc,
                 SPLITS=MAX_SPLITS,
                 num_warps=launch.warps(MAX_SPLITS),
@@ -337,7 +340,7 @@ class Problem:
         rows = self.rows
         if rows.num_rows == 0 or (self.grad_student is None and self.grad_teacher is None):
             return
-        block = launch.LIMITS.grad_block // self.double
+        block = launch.LIMITS.grad_block // self.double // (2 if self.is_js else 1)
         tiles = triton.cdiv(rows.classes + self.vector - 1, block)
         labels, ignore_index, alpha, smoothing = self.mixture_arguments()
         stream_grad_kernel[(rows.num_rows * tiles,)](
@@ -423,99 +426,78 @@ def grad_loss_kind(grad_loss: Tensor | None) -> int:
     return 0 if grad_loss is None else 1 if grad_loss.ndim == 0 else 2
 
 
-def outputs(
-    student: Tensor, teacher: Tensor, wrt_student: bool, wrt_teacher: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def outputs(call: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Tensors for the gradients that ``call`` wants."""
     return (
-        torch.empty_like(student) if wrt_student else None,
-        torch.empty_like(teacher) if wrt_teacher else None,
+        torch.empty_like(call.student) if call.wrt_student else None,
+        torch.empty_like(call.teacher) if call.wrt_teacher else None,
     )
 
 
-def returned(grad: Tensor | None, logits: Tensor) -> Tensor:
+def returned(grads: tuple[Tensor | None, Tensor | None], call: Any) -> tuple[Tensor, Tensor]:
     """A gradient that was not asked for is an empty tensor."""
-    return logits.new_empty(0) if grad is None else grad
-
-
-def softmax_kl_forward(
-    student: Tensor,
-    teacher: Tensor,
-    row_weight: Tensor | None,
-    temperature: float,
-    divergence: int,
-    beta: float,
-    reduction: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    problem = Problem(student, teacher, row_weight, temperature, divergence, beta, scale)
-    return problem.forward(student.shape[:-1], reduction)
-
-
-def softmax_kl_backward(
-    grad_loss: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    row_weight: Tensor | None,
-    row_stats: Tensor,
-    temperature: float,
-    divergence: int,
-    beta: float,
-    scale: float,
-    wrt_student: bool,
-    wrt_teacher: bool,
-) -> tuple[Tensor, Tensor]:
-    grads = outputs(student, teacher, wrt_student, wrt_teacher)
-    Problem(student, teacher, row_weight, temperature, divergence, beta, scale, None, *grads).backward(
-        row_stats, grad_loss
+    to_student, to_teacher = grads
+    return (
+        call.student.new_empty(0) if to_student is None else to_student,
+        call.teacher.new_empty(0) if to_teacher is None else to_teacher,
     )
-    return returned(grads[0], student), returned(grads[1], teacher)
 
 
-def softmax_kl_forward_grad(
-    student: Tensor,
-    teacher: Tensor,
-    row_weight: Tensor | None,
-    temperature: float,
-    divergence: int,
-    beta: float,
-    reduction: int,
-    scale: float,
-    wrt_student: bool,
-    wrt_teacher: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = outputs(student, teacher, wrt_student, wrt_teacher)
-    problem = Problem(student, teacher, row_weight, temperature, divergence, beta, scale, None, *grads)
-    loss = problem.forward_grad(student.shape[:-1], reduction)
-    return loss, returned(grads[0], student), returned(grads[1], teacher)
+def loss_operators(stem: str, problem_of: Callable[..., Problem]) -> tuple[Any, Any, Any]:
+    """The operators forward, backward and forward_grad of a loss of these kernels.
+
+    ``problem_of`` makes a ``Problem`` of a call and the gradients to fill.
+    """
+    forward_arguments, backward_arguments, forward_grad_arguments = (
+        arguments_of(f"{stem}_{kind}") for kind in ("forward", "backward", "forward_grad")
+    )
+
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        call = forward_arguments(*args)
+        return problem_of(call).forward(call.student.shape[:-1], call.reduction)
+
+    def backward(*args: Any) -> tuple[Tensor, Tensor]:
+        call = backward_arguments(*args)
+        grads = outputs(call)
+        problem_of(call, *grads).backward(call.row_stats, call.grad_loss)
+        return returned(grads, call)
+
+    def forward_grad(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        call = forward_grad_arguments(*args)
+        grads = outputs(call)
+        loss = problem_of(call, *grads).forward_grad(call.student.shape[:-1], call.reduction)
+        return loss, *returned(grads, call)
+
+    return forward, backward, forward_grad
 
 
-def softmax_kl_grad(
-    student: Tensor,
-    teacher: Tensor,
-    row_weight: Tensor | None,
-    temperature: float,
-    divergence: int,
-    beta: float,
-    scale: float,
-    wrt_student: bool,
-    wrt_teacher: bool,
-) -> tuple[Tensor, Tensor]:
-    grads = outputs(student, teacher, wrt_student, wrt_teacher)
-    Problem(student, teacher, row_weight, temperature, divergence, beta, scale, None, *grads).grad()
-    return returned(grads[0], student), returned(grads[1], teacher)
+def _problem(call: Any, *grads: Tensor | None) -> Problem:
+    return Problem(
+        call.student,
+        call.teacher,
+        call.row_weight,
+        call.temperature,
+        call.divergence,
+        call.beta,
+        call.scale,
+        None,
+        *grads,
+    )
 
 
-def softmax_kl_grad_out(
-    student: Tensor,
-    teacher: Tensor,
-    row_weight: Tensor | None,
-    temperature: float,
-    divergence: int,
-    beta: float,
-    scale: float,
-    grad_student: Tensor | None,
-    grad_teacher: Tensor | None,
-) -> None:
-    Problem(
-        student, teacher, row_weight, temperature, divergence, beta, scale, None, grad_student, grad_teacher
-    ).grad()
+softmax_kl_forward, softmax_kl_backward, softmax_kl_forward_grad = loss_operators("softmax_kl", _problem)
+
+_Grad = arguments_of("softmax_kl_grad")
+_GradOut = arguments_of("softmax_kl_grad_out")
+
+
+def softmax_kl_grad(*args: Any) -> tuple[Tensor, Tensor]:
+    call = _Grad(*args)
+    grads = outputs(call)
+    _problem(call, *grads).grad()
+    return returned(grads, call)
+
+
+def softmax_kl_grad_out(*args: Any) -> None:
+    call = _GradOut(*args)
+    _problem(call, call.grad_student, call.grad_teacher).grad()

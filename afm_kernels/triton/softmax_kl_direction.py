@@ -10,10 +10,13 @@ short rows, or one of any length.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from afm_kernels.schemas import arguments_of
 from afm_kernels.triton import launch
 from afm_kernels.triton.dkl import load_block
 from afm_kernels.triton.row_math import (
@@ -261,13 +264,15 @@ def direction_kernel(
 # The launcher. See Note [Operator contract] in afm_kernels/ops.py.
 
 
-def softmax_kl_direction(
-    student: Tensor, teacher: Tensor, temperature: float, wrt_student: bool, wrt_teacher: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = outputs(student, teacher, wrt_student, wrt_teacher)
-    problem = Problem(student, teacher, None, temperature, KL.value, 0.5, 1.0, None, *grads)
+_Direction = arguments_of("softmax_kl_direction")
+
+
+def softmax_kl_direction(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Direction(*args)
+    grads = outputs(call)
+    problem = Problem(call.student, call.teacher, None, call.temperature, KL.value, 0.5, 1.0, None, *grads)
     rows = problem.rows
-    log_scale = problem.new(*student.shape[:-1])
+    log_scale = problem.new(*call.student.shape[:-1])
     block = min(
         max(16, launch.next_power_of_2(rows.classes)),
         launch.next_power_of_2(launch.LIMITS.on_chip_more) // 2 // problem.double,
@@ -276,7 +281,7 @@ def softmax_kl_direction(
     programs = triton.cdiv(rows.num_rows, tile_rows)
     align = launch.row_alignment(rows, problem.tensors)
     strides = problem.strides(problem.student, problem.teacher, problem.grad_student, problem.grad_teacher)
-    with launch.on_device(student):
+    with launch.on_device(call.student):
         if programs:
             direction_kernel[(programs,)](
                 problem.student,
@@ -288,7 +293,7 @@ def softmax_kl_direction(
                 rows.classes,
                 rows.inner,
                 *(stride // align for stride in strides),
-                1.0 / temperature,
+                1.0 / call.temperature,
                 ALIGN=align,
                 TWO_LEVELS=rows.two_levels,
                 ACC=problem.acc,
@@ -298,4 +303,4 @@ def softmax_kl_direction(
                 num_warps=launch.warps(min(512, block * tile_rows // problem.vector)),
             )
         problem.finish()
-    return returned(grads[0], student), returned(grads[1], teacher), log_scale
+    return *returned(grads, call), log_scale

@@ -7,6 +7,7 @@ One launch makes the loss, the row scalars and both gradients, or any of them; t
 import triton.language as tl
 
 from afm_kernels.triton.row_math import (
+    FAR,
     INF,
     JEFFREYS,
     JS,
@@ -16,7 +17,9 @@ from afm_kernels.triton.row_math import (
     clamp_far,
     cross_entropy,
     expm1_minus_identity,
+    heaviest,
     jeffreys_terms,
+    js_logs,
     js_terms,
     mixed_gradients,
     mixed_value,
@@ -26,7 +29,7 @@ from afm_kernels.triton.row_math import (
     scalar,
     stored_as,
 )
-from afm_kernels.triton.row_memory import STATS, kernel, row_factor, row_start, store_stats
+from afm_kernels.triton.row_memory import kernel, load_stats, row_factor, row_start, store_stats
 
 
 @kernel
@@ -94,15 +97,9 @@ def tile_kernel(
         smooth = scalar(smoothing, ACC)
 
     if FROM_STATS:
-        at = g_stats + row * STATS
-        max_s = tl.load(at + 0, mask=in_rows)
-        rz_s = tl.load(at + 1, mask=in_rows)
-        max_t = tl.load(at + 2, mask=in_rows)
-        rz_t = tl.load(at + 3, mask=in_rows)
-        centre = tl.load(at + 4, mask=in_rows)
-        tail = tl.load(at + 5, mask=in_rows)
-        slope_p = tl.load(at + 6, mask=in_rows)
-        slope_q = tl.load(at + 7, mask=in_rows)
+        max_s, rz_s, max_t, rz_t, centre, tail, slope_p, slope_q, base_p, base_q = load_stats(
+            g_stats, row, in_rows
+        )
     else:
         max_s = tl.max(s, axis=1)
         max_t = tl.max(t, axis=1)
@@ -114,44 +111,61 @@ def tile_kernel(
         gap = (s - offset_s[:, None]) - (t - offset_t[:, None])
         lowest = tl.min(gap, axis=1)
         d = clamp_far(gap * inv_t)
-        mean = tl.sum(e_t * d, axis=1) / z_t
-        x = d - mean[:, None]
+        # The mean of d, or where one class has more than half of p, d there. See Note [Certain rows].
+        certain = z_t < 2.0
+        heavy = tl.where(certain[:, None] & (e_t < 1.0), 0.0, e_t)
+        c = tl.sum(heavy * d, axis=1) / tl.where(certain, 1.0, z_t)
+        x = d - c[:, None]
         rest = tl.sum(e_t * x, axis=1) / z_t
         apart = (max_s - offset_s) - (max_t - offset_t)
-        exponent = apart * (inv_t * LOG2E) - mean * LOG2E
+        exponent = apart * (inv_t * LOG2E) - c * LOG2E
         to_p = tl.exp2(tl.minimum(exponent, MAX_EXPONENT))
         bulge = tl.where(
             tl.abs(x) < NEAR, e_t * expm1_minus_identity(x), e_s * to_p[:, None] - (e_t + e_t * x)
         )
         bulge = tl.sum(bulge, axis=1) / z_t
-        centre, tail, kl = row_scalars(z_s, z_t, apart, mean, rest, bulge, lowest, inv_t)
+        centre, tail, slope_p, kl = row_scalars(
+            z_s, z_t, apart, c, rest, bulge, lowest, certain & (tl.abs(c) < FAR), inv_t
+        )
         value = kl
-        slope_p = kl
         slope_q = kl
-        if DIVERGENCE == JEFFREYS or DIVERGENCE == JS:
+        base_p = kl
+        base_q = kl
+        if DIVERGENCE == JEFFREYS:
             p = e_t / z_t[:, None]
             q = e_s / z_s[:, None]
-            u = (d - centre[:, None]) - tail[:, None]
-            if DIVERGENCE == JEFFREYS:
-                terms, q_u = jeffreys_terms(p, q, u)
-                value = tl.sum(terms, axis=1)
-                value = tl.where((lowest == -INF) | (tl.max(gap, axis=1) == INF), value + INF, value)
-                slope_q = tl.sum(q_u, axis=1)
-            else:
-                terms, p_m, q_m = js_terms(p, q, u, mix)
-                value = tl.sum(tl.where(mask, terms, 0.0), axis=1)
-                value = tl.where(value < 0.0, 0.0, value)
-                slope_p = tl.sum(p_m, axis=1)
-                slope_q = tl.sum(q_m, axis=1)
+            x = d - centre[:, None]
+            value = tl.sum(jeffreys_terms(p, q, x - tail[:, None]), axis=1)
+            value = tl.where((lowest == -INF) | (tl.max(gap, axis=1) == INF), value + INF, value)
+            slope_q = tl.sum(q * x, axis=1)
+        if DIVERGENCE == JS:
+            certain_s = z_s < 2.0
+            heavy = tl.where(certain_s[:, None] & (e_s < 1.0), 0.0, e_s)
+            c_s = tl.sum(heavy * d, axis=1) / tl.where(certain_s, 1.0, z_s)
+            base_p, _ = js_logs((c - centre) - tail, mix)
+            _, base_q = js_logs((c_s - centre) - tail, mix)
+            p = e_t / z_t[:, None]
+            q = e_s / z_s[:, None]
+            terms, m_over_p, q_over_m = js_terms(p, q, (d - centre[:, None]) - tail[:, None], mix)
+            value = tl.sum(tl.where(mask, terms, 0.0), axis=1)
+            value = tl.where(value < 0.0, 0.0, value)
+            at_peak = t == heaviest(max_t, 1.0 / z_t)[:, None]
+            slope_p = tl.sum(tl.where(at_peak, 0.0, p * (m_over_p - base_p[:, None])), axis=1)
+            at_peak = s == heaviest(max_s, 1.0 / z_s)[:, None]
+            slope_q = tl.sum(tl.where(at_peak, 0.0, q * (q_over_m - base_q[:, None])), axis=1)
         if HAS_LABELS:
-            z_1 = tl.sum(tl.exp2((s - max_s[:, None]) * LOG2E), axis=1)
+            e_1 = tl.exp2((s - max_s[:, None]) * LOG2E)
+            is_label = columns[None, :] == label[:, None]
+            others = tl.sum(tl.where(is_label, 0.0, e_1), axis=1)
             below = tl.sum(tl.where(mask, s - max_s[:, None], 0.0), axis=1) / scalar(classes, ACC)
-            chosen = tl.where(columns[None, :] == label[:, None], s, 0.0)
+            label_logit = tl.sum(tl.where(is_label & mask, s, 0.0), axis=1)
             known = (label >= 0) & (label < classes)
-            label_logit = tl.where(known, tl.sum(tl.where(mask, chosen, 0.0), axis=1), INF - INF)
+            z_1 = others + tl.where(known, tl.exp2((label_logit - max_s) * LOG2E), 0.0)
+            label_logit = tl.where(known, label_logit, INF - INF)
             hard = cross_entropy(max_s, z_1, below, label_logit, label, ignore_index, smooth)
             value = mixed_value(kl, hard, scalar(alpha, ACC), scalar(temperature, ACC))
             slope_q = 1.0 / z_1
+            base_p = others / z_1
         if WANT_LOSS != 0:
             factor, masked = row_factor(g_weight, g_grad_loss, row, in_rows, scalar(scale, ACC), ACC, 0)
             loss = tl.where(masked, 0.0, value * factor)
@@ -160,7 +174,10 @@ def tile_kernel(
             else:
                 tl.store(g_loss + tl.program_id(0), tl.sum(tl.where(in_rows, loss, 0.0), axis=0))
         if g_stats is not None:
-            store_stats(g_stats, row, in_rows, max_s, z_s, max_t, z_t, centre, tail, slope_p, slope_q, value)
+            store_stats(
+                g_stats, row, in_rows, max_s, z_s, max_t, z_t, centre, tail, slope_p, slope_q, base_p, base_q,
+                value,
+            )  # fmt: skip
         poison = tl.where(tl.abs(value) < INF, 1.0, INF - INF)
         rz_s = poison / z_s
         rz_t = poison / z_t
@@ -177,6 +194,8 @@ def tile_kernel(
             tail[:, None],
             slope_p[:, None],
             slope_q[:, None],
+            base_p[:, None],
+            base_q[:, None],
             inv_t,
             mix,
             DIVERGENCE,
@@ -190,6 +209,7 @@ def tile_kernel(
                 scalar(classes, ACC),
                 max_s[:, None],
                 tl.where(rz_s == rz_s, slope_q, INF - INF)[:, None],
+                base_p[:, None],
                 grad_s,
                 grad_t,
                 scalar(alpha, ACC),

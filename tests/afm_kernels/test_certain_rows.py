@@ -23,16 +23,6 @@ BETA = 0.3
 ALLOWED = 1e-4  # of the gradient's norm, in the median of the rows
 
 
-MENDED = ("reference", "cpp", "cuda")  # backends that keep to this so far
-
-
-@pytest.fixture(autouse=True)
-def only_mended(device: torch.device) -> None:
-    backend = backend_for("softmax_kl_forward", device.type)
-    if backend not in MENDED:
-        pytest.skip(f"{backend} still makes the peak's entry from numbers near 1")
-
-
 def certain_rows(
     classes: int, gap: float, who: str, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
@@ -57,6 +47,12 @@ def assert_median(gradients: tuple[Tensor, ...], truth: tuple[Tensor, ...], *cas
         assert error.median() <= ALLOWED, f"{error.median():.1e} of the gradient by the {side}: {case}"
 
 
+def gaps(device: torch.device) -> tuple[float, ...]:
+    """Two are enough where each takes the interpreter a second."""
+    interpreted = backend_for("softmax_kl_forward", device.type) == "triton" and device.type == "cpu"
+    return (14.0, 85.0) if interpreted else GAPS
+
+
 def recompute_modes(device: torch.device) -> tuple[bool, ...]:
     return (False,) if backend_for("softmax_kl_forward", device.type) == "reference" else (False, True)
 
@@ -65,7 +61,7 @@ def recompute_modes(device: torch.device) -> tuple[bool, ...]:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_softmax_kl(device: torch.device, divergence: str, classes: int) -> None:
     for who in WHO:
-        for gap in GAPS:
+        for gap in gaps(device):
             student, teacher = certain_rows(classes, gap, who)
             truth = certain_divergence(student, teacher, 1.0, divergence, BETA)
             for recompute in recompute_modes(device):

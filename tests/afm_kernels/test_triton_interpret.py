@@ -104,6 +104,25 @@ RUNS = {
         {**_SMALL, "programs_per_multiprocessor": 80},
         2,
     ),
+    # certain of a class, in its three ways
+    "certain": Run(
+        ("test_certain_rows.py",),
+        "(test_softmax_kl and -129) or (test_distillation and 10-) or (test_dkl and 10-) or (test_js and 129-10.0)",
+        {},
+        9,
+    ),
+    "certain_streamed": Run(
+        ("test_certain_rows.py",),
+        "(test_softmax_kl and -129) or ((test_distillation or test_dkl) and 129-0.0) or (test_js and 129-10.0)",
+        {**_SMALL, "programs_per_multiprocessor": 1},
+        7,
+    ),
+    "certain_split": Run(
+        ("test_certain_rows.py",),
+        "(test_softmax_kl and (kl-129 or -js-129)) or (test_distillation and 129-0.0)",
+        {**_SMALL, "programs_per_multiprocessor": 80},
+        4,
+    ),
     "dkl": Run(
         ("test_dkl.py",),
         "test_factors or test_class_weights or test_each_hard_row or test_hard_classes or test_row_weights"

@@ -1,0 +1,79 @@
+"""The operators' signatures, written once: what PyTorch registers, and what backends call their arguments.
+
+What the arguments mean is Note [Operator contract] in ops.py.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KL = "Tensor student, Tensor teacher, Tensor? row_weight, "
+_DISTILLATION = "Tensor student, Tensor teacher, Tensor labels, Tensor? row_weight, "
+_MIX = "float temperature, float alpha, float label_smoothing, int ignore_index, "
+_DKL = "Tensor student, Tensor teacher, Tensor? class_weight, Tensor? row_weight, "
+_DKL_MIX = "float temperature, float weight_temperature, float alpha, float beta, "
+_WRT = "bool wrt_student, bool wrt_teacher"
+_CLIP = "float? clip_min, float? clip_max"
+
+#: name -> signature
+SCHEMAS = {
+    # divergences between softmax(student / T) and softmax(teacher / T)
+    "softmax_kl_forward": f"({_KL}float temperature, int divergence, float beta, int reduction, float scale)"
+    " -> (Tensor loss, Tensor row_stats)",
+    "softmax_kl_backward": "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? row_weight, Tensor row_stats, "
+    f"float temperature, int divergence, float beta, float scale, {_WRT})"
+    " -> (Tensor grad_student, Tensor grad_teacher)",
+    "softmax_kl_forward_grad": f"({_KL}float temperature, int divergence, float beta, int reduction, float scale, "
+    f"{_WRT}) -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
+    "softmax_kl_forward_backward": f"({_KL}float temperature, int divergence, float beta, float scale, "
+    f"float grad_loss, {_WRT}) -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
+    "softmax_kl_grad": f"({_KL}float temperature, int divergence, float beta, float scale, {_WRT})"
+    " -> (Tensor grad_student, Tensor grad_teacher)",
+    "softmax_kl_grad_out": f"({_KL}float temperature, int divergence, float beta, float scale, "
+    "Tensor(a!)? grad_student, Tensor(b!)? grad_teacher) -> ()",
+    # KL's gradients, each row divided by exp(log_scale)
+    "softmax_kl_direction": f"(Tensor student, Tensor teacher, float temperature, {_WRT})"
+    " -> (Tensor grad_student, Tensor grad_teacher, Tensor log_scale)",
+    # (1 - alpha) * cross_entropy(student, labels) + alpha * T^2 * KL(teacher || student)
+    "distillation_forward": f"({_DISTILLATION}{_MIX}int reduction, float scale) -> (Tensor loss, Tensor row_stats)",
+    "distillation_backward": "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor labels, Tensor? row_weight, "
+    f"Tensor row_stats, {_MIX}float scale, {_WRT}) -> (Tensor grad_student, Tensor grad_teacher)",
+    "distillation_forward_grad": f"({_DISTILLATION}{_MIX}int reduction, float scale, {_WRT})"
+    " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
+    # alpha * cross_entropy(softmax(teacher / T), student / T) + beta * 1/4 sum_jk w_j w_k ((t_j - t_k) - (s_j
+    # - s_k))^2
+    "dkl_forward": f"({_DKL}{_DKL_MIX}int reduction, float scale) -> (Tensor loss, Tensor row_stats)",
+    "dkl_backward": "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? class_weight, Tensor? row_weight, "
+    f"Tensor row_stats, {_DKL_MIX}bool symmetric, float scale, {_WRT}) -> (Tensor grad_student, Tensor grad_teacher)",
+    "dkl_forward_grad": f"({_DKL}{_DKL_MIX}bool symmetric, int reduction, float scale, {_WRT})"
+    " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
+    # attack: one projected step, and the start
+    "pgd_step": f"(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, int norm, {_CLIP}) -> Tensor",
+    "pgd_step_out": "(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, int norm, "
+    f"{_CLIP}, Tensor(a!) out) -> ()",
+    "pgd_start": f"(Tensor x, Tensor noise, float noise_scale, float eps, int norm, {_CLIP}) -> Tensor",
+    # relu(x * scale[c] + shift[c] + residual), channels in dim 1
+    "scale_shift_relu_forward": "(Tensor x, Tensor scale, Tensor shift, Tensor? residual) -> Tensor",
+    "scale_shift_relu_backward": "(Tensor grad_output, Tensor output, Tensor scale, bool wrt_x, bool wrt_residual)"
+    " -> (Tensor grad_x, Tensor grad_residual)",
+    # relu(conv2d(x, weight, bias, padding=1) + residual), 3x3, and its gradient by x
+    "conv3x3_forward": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu) -> Tensor",
+    "conv3x3_input_grad": "(Tensor grad_output, Tensor? output, Tensor weight) -> Tensor",
+    # the instruction set that serves the CPU ops: "portable", "avx2", "avx512"
+    "cpu_capability": "() -> str",
+}
+
+
+def arguments_of(op: str) -> Any:
+    """A named tuple of an operator's arguments: ``arguments_of(op)(*args).student``."""
+    arguments = SCHEMAS[op][1 : SCHEMAS[op].index(") ->")]
+    return namedtuple("Arguments", [argument.split()[-1] for argument in arguments.split(", ")])
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any of ``tensors`` is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
