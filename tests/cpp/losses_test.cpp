@@ -306,6 +306,55 @@ void test_softmax_kl(const Kernels& kernels, const Case& c, Divergence divergenc
   check_gradients("one side");
 }
 
+// Directions: times exp(log_scale) they are the gradients. Every other row is certain of a class by
+// so much that its gradients are about exp(-30), which only the careful way can tell.
+void test_directions(const Kernels& kernels, const Case& c) {
+  Random random;
+  Inputs in = make_inputs(c, random);
+  for (int64_t i = 1; i < c.rows; i += 2) {
+    const auto peak = static_cast<int64_t>(random.uniform() * static_cast<double>(c.classes));
+    in.student.set(i, peak, 30 * c.temperature), in.teacher.set(i, peak, 32 * c.temperature);
+  }
+  Rows grad_student(c.student, c.rows, c.classes, c.row_gap, c.class_stride, c.misalign);
+  Rows grad_teacher(c.teacher, c.rows, c.classes, c.row_gap, c.class_stride, c.misalign);
+  std::vector<double> scales(static_cast<size_t>(c.rows));
+  std::vector<float> float_scales(static_cast<size_t>(c.rows));
+  SoftmaxKlParams params;
+  params.shape.sizes[0] = c.rows;
+  params.classes = c.classes, params.temperature = c.temperature;
+  in.student.view(params.student), in.teacher.view(params.teacher);
+  grad_student.view(params.grad_student), grad_teacher.view(params.grad_teacher);
+  params.log_scales = in.is_double ? static_cast<void*>(scales.data()) : float_scales.data();
+  ScratchBlock scratch(softmax_kl_direction_scratch(c.classes) * (in.is_double ? 8 : 4));
+  (in.is_double ? kernels.kl_double : kernels.kl_float)(params, 0, c.rows, scratch.data);
+  for (int64_t i = 0; i < c.rows; ++i) {
+    const double log_scale =
+        in.is_double ? scales[static_cast<size_t>(i)] : float_scales[static_cast<size_t>(i)];
+    double largest = 0;
+    for (int64_t j = 0; j < c.classes; ++j)
+      largest = std::fmax(
+          largest, std::fmax(std::fabs(grad_student.get(i, j)), std::fabs(grad_teacher.get(i, j))));
+    bool is_equal = true;  // but for a constant: one class, and logits that rounded to the same
+    for (int64_t j = 1; j < c.classes; ++j)
+      is_equal = is_equal && in.student.get(i, j) - in.teacher.get(i, j) ==
+                                 in.student.get(i, 0) - in.teacher.get(i, 0);
+    if (is_equal) {
+      expect(largest == 0 && log_scale == -INFINITY, describe(c, "equal sides", i));
+      continue;
+    }
+    expect(largest > 0.49 && largest < 1.01, describe(c, "the largest entry of a direction", i));
+    if (i % 2 == 1) continue;  // double precision's plain formula has nothing to compare with
+    Truth truth = truth_of(in.s(i), in.t(i), params, -1);
+    for (double& x : truth.by_student) x *= std::exp(-log_scale);
+    for (double& x : truth.by_teacher) x *= std::exp(-log_scale);
+    const double terms = truth.gradient_terms * std::exp(-log_scale);
+    compare(c, "direction", grad_student, i, truth.by_student, terms);
+    compare(c, "direction", grad_teacher, i, truth.by_teacher, terms);
+  }
+  expect(grad_student.gaps_are_whole() && grad_teacher.gaps_are_whole(),
+         describe(c, "sentinels", -1));
+}
+
 // Logits that no formula likes: the point is that nothing is read or written astray, and that no
 // NaN spreads.
 void test_hard_values(const Kernels& kernels, const Case& c, Divergence divergence) {
@@ -420,6 +469,7 @@ void test_all(const Kernels& kernels) {
         test_softmax_kl(kernels, c, Divergence::kKl, true, n % 4 == 0);
         for (Divergence divergence : {Divergence::kKl, Divergence::kJeffreys, Divergence::kJs})
           test_hard_values(kernels, c, divergence);
+        test_directions(kernels, c);
         test_dkl(kernels, c, true), test_dkl(kernels, c, false);
       }
 }

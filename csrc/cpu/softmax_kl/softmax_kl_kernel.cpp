@@ -1011,17 +1011,15 @@ struct Worker {
       const T other = largest_entry(by_teacher, params.classes);
       largest = other > largest ? other : largest;
     }
-    double log_scale;
-    if (is_ordinary(largest)) {
-      const int power = power_of(largest);
-      const T factor = static_cast<T>(scaled_by_power(1.0, -power));
-      log_scale = power * 0.69314718055994530942;
+    const OrdinaryScale<T> ordinary(largest);
+    double log_scale = ordinary.log_scale;
+    if (ordinary.exists) {
       for (int64_t j = 0; j < params.classes; j += kTile) {
         const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
         const auto pass_on = [&](const RowPointer& to, const T* from, T* tile) {
           if (to.data == nullptr) return;
           T* out = to.writable(j, tile);
-          scale_row(from + j, n, factor, out);
+          scale_row(from + j, n, ordinary.factor, out);
           to.write(j, n, out);
         };
         pass_on(to_student, by_student, grad_student_tile);
@@ -1195,14 +1193,11 @@ struct LaneWorker {
     T largest_of[kLanes], factors[kLanes];
     largest.store(largest_of);
     for (int r = 0; r < kLanes; ++r) {
-      factors[r] = T(1);
+      const OrdinaryScale<T> ordinary(largest_of[r]);
+      factors[r] = ordinary.factor;
       if (r >= count) continue;
-      double log_scale;
-      if (is_ordinary(largest_of[r])) {
-        const int power = power_of(largest_of[r]);
-        factors[r] = static_cast<T>(scaled_by_power(1.0, -power));
-        log_scale = power * 0.69314718055994530942;
-      } else {
+      double log_scale = ordinary.log_scale;
+      if (!ordinary.exists) {
         place(tiles, r);
         log_scale = worker.direction_job().run();
       }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..lean import PreparedModel
 from .objectives import Objective, create_objective
-from .target import batch_norms
+from .target import BN_MODES, batch_norms
 
 NORMS = ("linf", "l2")
 INITS = ("gaussian", "uniform", "zero")
@@ -103,11 +103,20 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+def check_options(norm: str, init: str, bn: str, eps: float, step_size: float) -> None:
+    for name, value, allowed in (("norm", norm, NORMS), ("init", init, INITS), ("bn", bn, BN_MODES)):
+        check_choice(name, value, allowed)
+    check_positive("eps", eps)
+    check_positive("step_size", step_size)
+
+
+def check_counts(**counts: tuple[int, int]) -> None:
+    """Each is its value, and the least that is allowed."""
+    for name, (value, least) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def checked_clip(

@@ -15,13 +15,12 @@ from afm_kernels import pgd_start, pgd_step
 
 from ..lean import unwrap
 from . import arguments
-from .arguments import INITS, KEEPS, NORMS
 from .best import Best
 from .capture import CapturedAttack, GraphCache, capture_key, is_captured
 from .gradient import ScaledBackward
 from .input_gradient import input_gradient
 from .objectives import Objective
-from .target import BN_MODES, Target, eval_modes, in_format_of, logits_of
+from .target import Target, eval_modes, in_format_of, logits_of
 
 __all__ = ["PGDAttack", "input_gradient"]
 
@@ -95,22 +94,13 @@ class PGDAttack:
         streams: bool = False,
         max_graphs: int = 8,
     ) -> None:
-        arguments.check_choice("norm", norm, NORMS)
-        arguments.check_choice("init", init, INITS)
-        arguments.check_choice("bn", bn, BN_MODES)
-        arguments.check_positive("eps", eps)
-        arguments.check_positive("step_size", step_size)
-        for name, count, least in (
-            ("steps", steps, 0),
-            ("restarts", restarts, 1),
-            ("max_graphs", max_graphs, 1),
-            ("seed", 0 if seed is None else seed, 0),
-        ):
-            arguments.check_count(name, count, least)
+        arguments.check_options(norm, init, bn, eps, step_size)
+        arguments.check_counts(steps=(steps, 0), restarts=(restarts, 1), max_graphs=(max_graphs, 1))
+        arguments.check_counts(seed=(0 if seed is None else seed, 0))
         self.objective = arguments.checked_objective(objective, targeted, temperature)
         if keep is None:
             keep = "last" if early_stop else getattr(self.objective, "keep", "last")
-        arguments.check_choice("keep", keep, KEEPS)
+        arguments.check_choice("keep", keep, arguments.KEEPS)
         arguments.check_against_objective(self.objective, restarts, early_stop, bn, cuda_graph, keep)
         self.clip = arguments.checked_clip(clip)
         arguments.warn_of_sizes(norm, eps, step_size, self.clip)
@@ -161,16 +151,11 @@ class PGDAttack:
         use = self._teacher_use(teacher)
         arguments.check_images(x, self.clip)
         arguments.check_known(self.objective, use, teacher, x, labels, teacher_logits, x_start)
-        if use == "none" or teacher_logits is not None:
-            teacher = None
+        teacher = None if use == "none" or teacher_logits is not None else teacher
         arguments.check_bn(self.bn, student, teacher)
         target = Target(student, teacher, labels, teacher_logits)
         # Inference tensors cannot be saved for a backward, and a caller's no_grad would leave nothing to differentiate.
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            eval_modes(target.student, target.teacher, self.bn),
-        ):
+        with torch.inference_mode(False), torch.enable_grad(), eval_modes(student, teacher, self.bn):
             self.zero_gradients = torch.zeros((), dtype=torch.int64, device=x.device)
             x = x.detach()
             if x.is_inference() or x.numel() == 0:
