@@ -105,6 +105,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)  # type: ignore[arg-type]
     process.join(timeout=300)
+    process.kill()  # one that goes on would do so for hours
     assert process.exitcode == 130
     assert said.read_text().splitlines()[-1].startswith("error: interrupted; what was written is whole")
     assert torch.load(checkpoint, weights_only=True)["epoch"] >= 1
