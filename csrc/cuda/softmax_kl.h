@@ -50,6 +50,6 @@ struct RowsProblem {
 
 constexpr int kRowStats = 8;  // ROW_STATS of afm_kernels/ops.py
 constexpr int kPartial = 10;  // scalars of a split, see softmax_kl_stream.cuh
-constexpr int kOthers = 4;    // likewise: Others of softmax_kl_row.cuh
+constexpr int kOthers = 4;    // likewise: sums and columns of its gradients
 
 }  // namespace afm::cuda

@@ -238,20 +238,14 @@ __device__ __forceinline__ Factors<A> factors_of(const RowsProblem& problem, int
   return factors;
 }
 
-// The gradients of a row but those of its peaks, and where these are: -1 where there is none. See
-// Note [Certain rows].
+// Sums of the gradients of a row but those of its peaks. See Note [Certain rows].
 template <typename A>
 struct Others {
   A student = A(0), teacher = A(0);
-  int student_peak = -1, teacher_peak = -1;
-
-  __device__ __forceinline__ void add_student(A gradient, bool is_peak, int column) {
-    is_peak ? void(student_peak = column) : void(student += gradient);
-  }
-  __device__ __forceinline__ void add_teacher(A gradient, bool is_peak, int column) {
-    is_peak ? void(teacher_peak = column) : void(teacher += gradient);
-  }
 };
+
+// The columns of a row's peaks, by student and by teacher; -1 where there is none.
+constexpr int kPeaks = 2;
 
 // Whether a row may have a peak. The largest class of a side has the probability 1 / Z.
 template <Variant kVariant, typename A>
@@ -267,45 +261,29 @@ __device__ __forceinline__ bool may_have_peaks(const RowsProblem& problem,
   }
 }
 
-// Writes the peaks that this thread has come by, from the sums of the whole row.
 template <class Pair>
 __device__ __forceinline__ void write_peaks(const RowsProblem& problem, const RowPlace& place,
-                                            const Others<typename Pair::A>& others) {
+                                            typename Pair::A others_student,
+                                            typename Pair::A others_teacher,
+                                            const int (&peaks)[kPeaks]) {
   using A = typename Pair::A;
-  if (others.student_peak >= 0 && problem.grad_student.data != nullptr) {
-    Pair::StudentAccess::store_element(place.grad_student.data, problem.student.dtype,
-                                       others.student_peak, A(0) - others.student);
+  if (peaks[0] >= 0 && problem.grad_student.data != nullptr) {
+    Pair::StudentAccess::store_element(place.grad_student.data, problem.student.dtype, peaks[0],
+                                       A(0) - others_student);
   }
-  if (others.teacher_peak >= 0 && problem.grad_teacher.data != nullptr) {
-    Pair::TeacherAccess::store_element(place.grad_teacher.data, problem.teacher.dtype,
-                                       others.teacher_peak, A(0) - others.teacher);
+  if (peaks[1] >= 0 && problem.grad_teacher.data != nullptr) {
+    Pair::TeacherAccess::store_element(place.grad_teacher.data, problem.teacher.dtype, peaks[1],
+                                       A(0) - others_teacher);
   }
-}
-
-// Settles a row whose threads have written all of its gradients. Every lane of a warp takes part.
-template <class Pair, int kGroup>
-__device__ __forceinline__ void settle(const RowsProblem& problem, const RowPlace& place,
-                                       bool may_have_peaks, Others<typename Pair::A>& others,
-                                       typename Pair::A* shared) {
-  using A = typename Pair::A;
-  if constexpr (kGroup <= kWarp) may_have_peaks = __any_sync(kFullMask, may_have_peaks);
-  if (!may_have_peaks) return;
-  A sums[2] = {others.student, others.teacher};
-  reduce_in_group<kGroup, SumOf>(sums, shared);
-  others.student = sums[0];
-  others.teacher = sums[1];
-  write_peaks<Pair>(problem, place, others);
 }
 
 // Writes the gradients of one vector of classes.
 template <class Pair, Variant kVariant>
-__device__ __forceinline__ void write_gradients(const RowsProblem& problem, const RowPlace& place,
-                                                const Base<typename Pair::A>& base,
-                                                const RowStats<typename Pair::A>& stats,
-                                                const Factors<typename Pair::A>& factors,
-                                                int64_t label, const typename Pair::StudentChunk& s,
-                                                const typename Pair::TeacherChunk& t, int column,
-                                                Others<typename Pair::A>& others) {
+__device__ __forceinline__ void write_gradients(
+    const RowsProblem& problem, const RowPlace& place, const Base<typename Pair::A>& base,
+    const RowStats<typename Pair::A>& stats, const Factors<typename Pair::A>& factors,
+    int64_t label, const typename Pair::StudentChunk& s, const typename Pair::TeacherChunk& t,
+    int column, Others<typename Pair::A>& others, int (&peaks)[kPeaks]) {
   using A = typename Pair::A;
   constexpr int kN = Pair::kN;
   A student[kN], teacher[kN];
@@ -341,8 +319,16 @@ __device__ __forceinline__ void write_gradients(const RowsProblem& problem, cons
     }
     if (factors.silent) student[i] = teacher[i] = A(0);
     if (column + i >= 0 && column + i < problem.classes) {
-      others.add_student(student[i], student_peak, column + i);
-      others.add_teacher(teacher[i], teacher_peak, column + i);
+      if (student_peak) {
+        peaks[0] = column + i;
+      } else {
+        others.student += student[i];
+      }
+      if (teacher_peak) {
+        peaks[1] = column + i;
+      } else {
+        others.teacher += teacher[i];
+      }
     }
   }
   if (problem.grad_student.data != nullptr) {

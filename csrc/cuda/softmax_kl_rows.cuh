@@ -197,17 +197,23 @@ __global__ void __launch_bounds__(rows_block_threads(kGroup), kGroup > 4 ? Pair:
     __shared__ A shared_others[2 * rows_block_threads(kGroup) / kWarp];
     const Factors<A> factors = factors_of<kVariant>(problem, row, weight, stats, label.active);
     Others<A> others;
+    int peaks[kPeaks] = {-1, -1};  // those that this thread comes by
     next_pass(s, t);
 #pragma unroll
     for (int k = 0; k < kVecs; ++k) {
       const int column = (k * kGroup + lane) * kN - place.head;
       if (mine && column < problem.classes) {
         write_gradients<Pair, kVariant>(problem, place, base, stats, factors, label.label, s[k],
-                                        t[k], column, others);
+                                        t[k], column, others, peaks);
       }
     }
-    settle<Pair, kGroup>(problem, place, may_have_peaks<kVariant>(problem, stats), others,
-                         shared_others);
+    bool settles = may_have_peaks<kVariant>(problem, stats);
+    if constexpr (kGroup <= kWarp) settles = __any_sync(kFullMask, settles);
+    if (settles) {
+      A sums[2] = {others.student, others.teacher};
+      reduce_in_group<kGroup, SumOf>(sums, shared_others);
+      write_peaks<Pair>(problem, place, sums[0], sums[1], peaks);
+    }
   }
 }
 

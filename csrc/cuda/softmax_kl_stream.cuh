@@ -257,24 +257,6 @@ __device__ __forceinline__ RowTerms<typename Pair::A> reduce_terms(
   return {all[0], all[1], all[2]};
 }
 
-// What a split leaves for stream_settle_kernel. Columns as they are in memory.
-template <typename A>
-__device__ __forceinline__ void store_others(const RowsProblem& problem, int64_t row, int split,
-                                             bool may_have_peaks, const Others<A>& others,
-                                             A* shared) {
-  double* to = problem.others + (row * problem.splits + split) * kOthers;
-  if (threadIdx.x == 0) to[2] = to[3] = -1;
-  if (!may_have_peaks) return;
-  A sums[2] = {others.student, others.teacher};
-  reduce_in_block<SumOf>(sums, shared);  // also a barrier: the peaks come after what is no peak
-  if (threadIdx.x == 0) {
-    to[0] = sums[0];
-    to[1] = sums[1];
-  }
-  if (others.student_peak >= 0) to[2] = others.student_peak;
-  if (others.teacher_peak >= 0) to[3] = others.teacher_peak;
-}
-
 // The gradients of a part. Where the part is the row it is settled here, else by
 // stream_settle_kernel.
 template <class Pair, Variant kVariant>
@@ -289,19 +271,36 @@ __device__ __forceinline__ void write_part(const RowsProblem& problem, const Row
   const Factors<A> factors =
       factors_of<kVariant>(problem, row, weight_of<A>(problem, row), stats, label.active);
   Others<A> others;
+  __shared__ A shared_others[2 * Pair::kStreamThreads / kWarp];
+  __shared__ int peaks[kPeaks];
+  const bool settles = may_have_peaks<kVariant>(problem, stats);
+  if (settles) {
+    if (threadIdx.x < kPeaks) peaks[threadIdx.x] = -1;
+    __syncthreads();
+  }
   for (int vector = part.last - 1 - static_cast<int>(threadIdx.x); vector >= part.first;
        vector -= blockDim.x) {
     const int column = vector * kN - place.head;
     write_gradients<Pair, kVariant>(problem, place, base, stats, factors, label.label,
                                     load_student<Pair>(problem, place, column),
-                                    load_teacher<Pair>(problem, place, column), column, others);
+                                    load_teacher<Pair>(problem, place, column), column, others,
+                                    peaks);
   }
-  __shared__ A shared_others[2 * Pair::kStreamThreads / kWarp];
-  const bool has_peaks = may_have_peaks<kVariant>(problem, stats);
-  if (problem.splits == 1)
-    settle<Pair, Pair::kStreamThreads>(problem, place, has_peaks, others, shared_others);
-  else
-    store_others(problem, row, split, has_peaks, others, shared_others);
+  double* left = problem.splits == 1
+                     ? nullptr
+                     : problem.others + (row * problem.splits + split) * int64_t(kOthers);
+  if (settles) {
+    A sums[2] = {others.student, others.teacher};
+    reduce_in_block<SumOf>(sums, shared_others);  // a barrier too: peaks after what is none
+    if (threadIdx.x != 0) return;
+    if (left == nullptr) return write_peaks<Pair>(problem, place, sums[0], sums[1], peaks);
+    left[0] = sums[0];
+    left[1] = sums[1];
+    left[2] = peaks[0];
+    left[3] = peaks[1];
+  } else if (left != nullptr && threadIdx.x == 0) {
+    left[2] = left[3] = -1;
+  }
 }
 
 // Cross-entropy, loss and stats of a complete row; one thread writes.
@@ -457,12 +456,9 @@ __global__ void __launch_bounds__(kWarp) stream_settle_kernel(const RowsProblem 
   }
   reduce_in_warp<kWarp, SumOf>(sums);
   if (threadIdx.x != 0) return;
-  Others<A> others;
-  others.student = static_cast<A>(sums[0]);
-  others.teacher = static_cast<A>(sums[1]);
-  others.student_peak = static_cast<int>(peaks[0]);
-  others.teacher_peak = static_cast<int>(peaks[1]);
-  write_peaks<Pair>(problem, locate<Pair>(problem, row), others);
+  const int columns[kPeaks] = {static_cast<int>(peaks[0]), static_cast<int>(peaks[1])};
+  write_peaks<Pair>(problem, locate<Pair>(problem, row), static_cast<A>(sums[0]),
+                    static_cast<A>(sums[1]), columns);
 }
 
 }  // namespace afm::cuda

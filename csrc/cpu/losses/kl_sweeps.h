@@ -401,15 +401,23 @@ AFM_LOOP void gradient(const In* s, const In* t, int64_t n, const RowConstants<T
                });
 }
 
-// Past the caches, asking for the lines of the next row.
-template <class T, class In>
+// What is made already past the caches, asking for the lines of the next row.
+template <class In>
 AFM_LOOP void stream_out(const In* from, int64_t n, In* to, const Lines& next) {
-  const Lines lines = next;
-  Output<In, T> output{to, Vec<T>()};
-  sweep_out<Vec<T>>(to, n, /*stream=*/true, [&](auto access, int64_t j, int) AFM_STEP {
-    if constexpr (decltype(access)::kStreams) lines.template request_to_read<false>(j);
-    output.store(access, j, access.load(from + j, Vec<T>(T(0))));
-  });
+  constexpr int64_t kLine = 64, kStep = kLine / sizeof(In);
+  int64_t j = 0;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(to);
+  if (at % sizeof(In) != 0) {  // no line begins with an element
+    memcpy(to, from, static_cast<size_t>(n) * sizeof(In));
+    return;
+  }
+  const int64_t past = static_cast<int64_t>(at % kLine / sizeof(In));
+  for (; j < n && (past + j) % kStep != 0; ++j) to[j] = from[j];
+  for (; j + kStep <= n; j += kStep) {
+    next.request_to_read<false>(j);
+    stream_lines(to + j, from + j, kLine);
+  }
+  for (; j < n; ++j) to[j] = from[j];
 }
 
 }  // namespace

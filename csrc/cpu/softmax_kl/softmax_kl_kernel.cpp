@@ -663,7 +663,7 @@ struct Worker {
   void settle_and_stream(Peak& peak, const RowPointer& grad, int64_t j, int64_t n,
                          In* grads) const {
     peak.settle<T>(j, n, grads);
-    stream_out<T>(grads, n, reinterpret_cast<In*>(grad.at(j)), lines_to_come(j));
+    stream_out(grads, n, reinterpret_cast<In*>(grad.at(j)), lines_to_come(j));
   }
 
   // What fetches by itself keeps up with short rows.
