@@ -261,7 +261,7 @@ __device__ __forceinline__ RowTerms<typename Pair::A> reduce_terms(
 // stream_settle_kernel.
 template <class Pair, Variant kVariant>
 __device__ __forceinline__ void write_part(const RowsProblem& problem, const RowPlace& place,
-                                           const Part& part, int64_t row, int split,
+                                           const Part& part, int64_t row,
                                            const RowStats<typename Pair::A>& stats,
                                            const LabelTerm<typename Pair::A>& label) {
   using A = typename Pair::A;
@@ -286,20 +286,22 @@ __device__ __forceinline__ void write_part(const RowsProblem& problem, const Row
                                     load_teacher<Pair>(problem, place, column), column, others,
                                     peaks);
   }
-  double* left = problem.splits == 1
-                     ? nullptr
-                     : problem.others + (row * problem.splits + split) * int64_t(kOthers);
   if (settles) {
     A sums[2] = {others.student, others.teacher};
     reduce_in_block<SumOf>(sums, shared_others);  // a barrier too: peaks after what is none
-    if (threadIdx.x != 0) return;
-    if (left == nullptr) return write_peaks<Pair>(problem, place, sums[0], sums[1], peaks);
-    left[0] = sums[0];
-    left[1] = sums[1];
-    left[2] = peaks[0];
-    left[3] = peaks[1];
-  } else if (left != nullptr && threadIdx.x == 0) {
-    left[2] = left[3] = -1;
+    others.student = sums[0];
+    others.teacher = sums[1];
+  }
+  if (threadIdx.x != 0) return;
+  if (problem.splits > 1) {
+    // A block is a split of a row.
+    double* left = problem.others + blockIdx.x * int64_t(kOthers);
+    left[0] = others.student;
+    left[1] = others.teacher;
+    left[2] = settles ? peaks[0] : -1;
+    left[3] = settles ? peaks[1] : -1;
+  } else if (settles) {
+    write_peaks<Pair>(problem, place, others.student, others.teacher, peaks);
   }
 }
 
@@ -353,7 +355,7 @@ __global__ void __launch_bounds__(Pair::kStreamThreads, Pair::kMinBlocks)
   finish_row<Pair, kVariant>(problem, place, row, partial, reference, label, stats,
                              threadIdx.x == 0);
   if (problem.grad_student.data != nullptr || problem.grad_teacher.data != nullptr) {
-    write_part<Pair, kVariant>(problem, place, whole, row, 0, stats, label);
+    write_part<Pair, kVariant>(problem, place, whole, row, stats, label);
   }
 }
 
@@ -431,8 +433,8 @@ __global__ void __launch_bounds__(Pair::kStreamThreads, Pair::kMinBlocks)
                                split == 0 && threadIdx.x == 0);
   }
   if (gradients) {
-    write_part<Pair, kVariant>(problem, place, part_of<Pair::kN>(problem, place, split), row, split,
-                               stats, label);
+    write_part<Pair, kVariant>(problem, place, part_of<Pair::kN>(problem, place, split), row, stats,
+                               label);
   }
 }
 
