@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .checkpoint import load_model, load_network, model_of, read_checkpoint, require_forward, save_checkpoint
 from .fit import ClassesReordered
-from .outside import load_weights
+from .state_dicts import load_weights
 from .zoo import FAMILIES, create_model, models_text, same_weights
 
 __all__ = [

@@ -16,7 +16,6 @@ A dict of tensors and plain Python values, so that ``torch.load(path, weights_on
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from ..data import ImageDataset, as_float
 from ..errors import InputError
 from ..files import write_atomically
 from .fit import ClassesReordered, class_order
-from .outside import load_weights
+from .state_dicts import align, load_weights, state_dicts_of
+from .weight_files import read_weight_file
 from .zoo import create_model
 
 FORMAT = "advfunmatch"
@@ -57,8 +57,11 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict[str, Any
     Raises:
         InputError: if the file is missing, truncated, no checkpoint, or not one of this project's.
     """
-    checkpoint = _load(path, what)
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+    return _own(read_weight_file(path, what), path, what)
+
+
+def _own(checkpoint: Any, path: str | Path, what: str) -> dict[str, Any]:
+    if not _is_own(checkpoint):
         architecture = {"checkpoint": "; if it is another project's, model must name its architecture"}
         architecture["teacher"] = "; if it is another project's, teacher_model must name its architecture"
         raise InputError(
@@ -71,15 +74,8 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict[str, Any
     return checkpoint
 
 
-def _load(path: str | Path, what: str) -> Any:
-    if not os.path.isfile(path):
-        raise InputError(f"{what} {str(path)!r} does not exist or is not a file")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch each raise their own for a file that is not one
-        raise InputError(
-            f"{what} {str(path)!r} is not a PyTorch checkpoint, or is truncated or damaged"
-        ) from error
+def _is_own(stored: Any) -> bool:
+    return isinstance(stored, dict) and stored.get("format") == FORMAT
 
 
 def model_of(checkpoint: dict[str, Any], path: str | Path, what: str = "checkpoint") -> nn.Module:
@@ -96,53 +92,169 @@ def model_of(checkpoint: dict[str, Any], path: str | Path, what: str = "checkpoi
     return model.eval().requires_grad_(False)
 
 
-def load_model(checkpoint: str | Path) -> nn.Module:
-    """The network stored in a checkpoint of `advfunmatch train`.
+def load_model(
+    path: str | Path,
+    *,
+    model: str | None = None,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    normalize: str | None = None,
+    weights_key: str | None = None,
+) -> nn.Module:
+    """The network stored in a file, this project's or another's. Nothing in the file is run.
 
     Args:
-        checkpoint: path of a ``checkpoint.pt``.
+        path: a ``checkpoint.pt`` of `advfunmatch train`; or, where `model` is given, another project's: a file of
+            ``torch.save`` or of safetensors with a state dict, alone or under a key, with or without prefixes.
+        model: the architecture, as for `create_model`; `advfunmatch models` says whose code each is equal to.
+        num_classes: number of logits [default: the file's].
+        in_channels: channels of the images [default: the file's].
+        normalize: what another project's network expects to be done to images in [0, 1]: ``cifar10``, ``cifar100``,
+            ``svhn``, ``imagenet``, MEAN/STD such as ``0.5,0.5,0.5/0.25,0.25,0.25``, or ``none``
+            [default: what the file holds].
+        weights_key: which state dict of several, by its key, or keys with dots between.
 
     Returns:
         The network on the CPU, in eval mode, its parameters frozen. It takes images in [0, 1] and returns logits.
 
+    Warns:
+        UserWarning: the file leaves open what the network computes: it holds several sets of weights that fit, they fit
+            several architectures, or it does not show whether the images were normalised.
+
     Raises:
-        InputError: if the file is missing, damaged, or not a checkpoint of this project.
+        InputError: the file is missing, damaged or something else, or its weights are another network's.
     """
-    return model_of(read_checkpoint(checkpoint), checkpoint)
+    stored = read_weight_file(path, "checkpoint")
+    if not _is_foreign(stored, path, model, normalize, weights_key, "checkpoint"):
+        checkpoint = _own(stored, path, "checkpoint")
+        for name, given in (("num_classes", num_classes), ("in_channels", in_channels)):
+            if given is not None and given != checkpoint[name]:
+                raise InputError(f"checkpoint {str(path)!r} has {name} = {checkpoint[name]}, and not {given}")
+        return model_of(checkpoint, path)
+    assert model is not None
+    return _foreign(stored, path, model, num_classes, in_channels, normalize, weights_key, "checkpoint")
 
 
 def load_network(
-    path: str | Path, model: str | None, data: ImageDataset, what: str = "checkpoint"
+    path: str | Path,
+    model: str | None,
+    data: ImageDataset,
+    what: str = "checkpoint",
+    *,
+    normalize: str | None = None,
+    weights_key: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a file, ready to classify `data` on its device, and what the file says of it.
 
     Where the file names the same classes in another order, the logits come in the order of the data's.
 
     Args:
-        path: a checkpoint of `advfunmatch train`; or, where `model` is given, another project's: a file of
-            ``torch.save`` with a state dict, alone or under a usual key, with or without prefixes.
-        model: the architecture of another project's network, as for `create_model`.
+        path, model, normalize, weights_key: as for `load_model`, which says what is warned of.
         data: what it is to classify.
-        what: how to call the file in an error.
+        what: how to call the file in an error: checkpoint or teacher.
 
     Raises:
         InputError: the file cannot be read, or its network is another one, was made for other classes or sizes, or does
             not take these images.
     """
-    stored: dict[str, Any]
-    if model:
-        network = create_model(model, num_classes=data.num_classes, in_channels=data.in_channels)
-        network = load_weights(network, _load(path, what), f"{what} {str(path)!r}")
-        network.eval().requires_grad_(False)
+    stored = read_weight_file(path, what)
+    if _is_foreign(stored, path, model, normalize, weights_key, what):
+        assert model is not None
+        network = _foreign(
+            stored, path, model, data.num_classes, data.in_channels, normalize, weights_key, what
+        )
         stored = {"model": model, "config": {}}
     else:
-        stored = read_checkpoint(path, what)
+        stored = _own(stored, path, what)
         order = class_order(stored, data, f"{what} {str(path)!r}")
         network = model_of(stored, path, what)
         network = network if order is None else ClassesReordered(network, order)
     network.to(data.images.device)
     require_forward(network, data, f"{what} {str(path)!r}")
     return network, stored
+
+
+def _is_foreign(
+    stored: Any,
+    path: str | Path,
+    model: str | None,
+    normalize: str | None,
+    weights_key: str | None,
+    what: str,
+) -> bool:
+    """Whether a file is to be read as another project's; InputError for settings that its kind does not take."""
+    prefix = "teacher_" if what == "teacher" else ""
+    if _is_own(stored):
+        if model is not None and model != stored.get("model"):
+            raise InputError(
+                f"{prefix}model is {model!r}, but {what} {str(path)!r} was written by advfunmatch train, and is a "
+                f"{stored.get('model')!r}"
+            )
+        for name, value in (("normalize", normalize), ("weights_key", weights_key)):
+            if value is not None:
+                raise InputError(
+                    f"{prefix}{name} is {value!r}, but {what} {str(path)!r} was written by advfunmatch train, and "
+                    "needs none"
+                )
+        return False
+    return model is not None
+
+
+def _foreign(
+    stored: Any,
+    path: str | Path,
+    model: str,
+    num_classes: int | None,
+    in_channels: int | None,
+    normalize: str | None,
+    weights_key: str | None,
+    what: str,
+) -> nn.Module:
+    """Another project's network, in eval mode and frozen."""
+    settings = "teacher_" if what == "teacher" else ""
+    if num_classes is None or in_channels is None:
+        classes, channels = _sizes(stored, model, weights_key)
+        num_classes = num_classes or classes
+        in_channels = in_channels or channels
+    network = create_model(model, num_classes=num_classes, in_channels=in_channels)
+    network = load_weights(
+        network,
+        stored,
+        f"{what} {str(path)!r}",
+        normalize=normalize,
+        weights_key=weights_key,
+        settings=settings,
+    )
+    return network.eval().requires_grad_(False)
+
+
+def _sizes(stored: Any, model: str, weights_key: str | None) -> tuple[int, int]:
+    """The numbers of classes and channels that stored weights are for: the sizes of the entries that depend on them."""
+
+    def shapes(num_classes: int, in_channels: int) -> dict[str, tuple[int, ...]]:
+        with torch.device("meta"):
+            network = create_model(model, num_classes=num_classes, in_channels=in_channels)
+        return {name: tuple(value.shape) for name, value in network.state_dict().items()}
+
+    classes, channels = 10, 3
+    plain = shapes(classes, channels)
+    more = shapes(classes + 1, channels)
+    try:
+        wider = shapes(classes, channels + 1)
+    except InputError:  # it takes these channels only
+        wider = plain
+    holders = state_dicts_of(stored)
+    holders = {weights_key: holders[weights_key]} if weights_key in holders else holders
+    for weights in holders.values():
+        for place in list(align(weights, plain).values())[:1]:
+            for name, shape in plain.items():
+                found = tuple(weights[place[name]].shape) if name in place else ()
+                if found and len(found) == len(shape) and more[name] != shape:
+                    classes = found[0]
+                if len(found) > 1 and len(found) == len(shape) and wider[name] != shape:
+                    channels = found[1]
+            return max(classes, 2), max(channels, 1)
+    return classes, channels
 
 
 def require_forward(network: nn.Module, data: ImageDataset, what: str) -> int:

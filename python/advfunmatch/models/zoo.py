@@ -24,8 +24,8 @@ from .dajat import dajat_resnet18, dajat_wide_resnet
 from .gowal import swish_preactresnet, swish_wide_resnet
 from .hypersphere import Hypersphere
 from .idbh import idbh_wide_resnet
+from .libraries import timm_model, torchvision_model
 from .mobilenetv2 import mobilenetv2
-from .outside import timm_model, torchvision_model
 from .preactresnet import preactresnet
 from .preprocess import StandardizeEach
 from .resnet import resnet, resnet_lbgat
@@ -163,6 +163,12 @@ def create_model(name: str, *, num_classes: int, in_channels: int) -> nn.Module:
         raise InputError(
             f"num_classes is {num_classes} and in_channels {in_channels}, but at least 2 and 1 are needed"
         )
+    network = _create(name, num_classes, in_channels)
+    network.model_name = name  # type: ignore[assignment]  # by which `load_weights` knows what else has such weights
+    return network
+
+
+def _create(name: str, num_classes: int, in_channels: int) -> nn.Module:
     source, colon, outside = name.partition(":")
     if colon and source in OUTSIDE:
         return OUTSIDE[source](outside, num_classes, in_channels)

@@ -1,0 +1,268 @@
+"""Weights in the field's usual state dicts, put into a network: what others wrap around the same tensors.
+
+Note [Whose entries]
+~~~~~~~~~~~~~~~~~~~~
+A network's entries are looked for behind every prefix that a name can be split at. A prefix counts if all of the
+network's entries stand behind it: DataParallel's ``module.``, ``model.`` and ``net.`` of wrappers, ``1.`` of a
+Sequential, or several of them. What then is left over must be known to be no weight: a normalisation, which goes in
+front of the network, bookkeeping, or the same weights again, as wrappers hold them that know the network twice.
+Anything else refuses the file. Prefixes are thus removed from the front only, and never from a part of the entries.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .normalization import Statistics, parse_normalization, put_before, seen_mean, take_statistics
+from .zoo import find_family, same_weights
+
+# Keys under which a file's main weights are stored, the first of them that fits being taken; others come after these.
+HOLDERS = ("", "state_dict", "model_state_dict", "net", "model", "network", "weights", "best", "last")
+# The same layer in CIFAR ResNets of the kuangliu family and in torchvision's naming, which ours follows.
+RENAMED = (("shortcut.", "downsample."), ("linear.", "fc."))
+# Last parts of names that averages and profilers leave, and the first of TRADES' block that its forward never uses.
+BOOKKEEPING = ("n_averaged", "total_ops", "total_params")
+UNUSED = "sub_block1."
+
+Weights = dict[str, Tensor]
+
+
+def load_weights(
+    network: nn.Module,
+    stored: Any,
+    what: str,
+    *,
+    normalize: str | None = None,
+    weights_key: str | None = None,
+    settings: str = "",
+) -> nn.Module:
+    """A network with weights from a state dict in one of the field's usual forms.
+
+    Args:
+        network: of the architecture that the weights belong to, from `create_model`.
+        stored: what ``torch.load`` gave: a state dict, or a dict that holds some. See Note [Whose entries].
+        what: how to call the file in an error.
+        normalize: as for `parse_normalization`: goes in front of the network in place of what the file holds.
+        weights_key: which state dict of several, by its key, or keys with dots between; or the prefix of one network of
+            several in one state dict.
+        settings: what these two are called behind, as in "teacher_", for messages.
+
+    Returns:
+        `network`, behind a normalisation if there is one.
+
+    Warns:
+        UserWarning: several state dicts fit, several networks have such weights, or the file does not show what is
+            done to the images first.
+
+    Raises:
+        InputError: if the entries are not this network's; it names the first that is missing or left over.
+    """
+    given = parse_normalization(normalize, f"{settings}normalize") if normalize is not None else None
+    holders = state_dicts_of(stored)
+    if weights_key is not None:
+        holders = {weights_key: _chosen(stored, holders, weights_key, what, settings)}
+    if not holders:
+        raise InputError(f"{what} holds no state dict")
+    own, remarks = network.state_dict(), []
+    fitting, refusals = {}, []
+    for key, entries in holders.items():
+        try:
+            fitting[key] = _fit(entries, own, what, settings)
+        except InputError as error:
+            refusals.append(error)
+    if not fitting:
+        raise refusals[0]
+    key, (weights, prefix, found) = next(iter(fitting.items()))
+    if len(fitting) > 1:
+        others = ", ".join(repr(each) for each in fitting if each != key)
+        remarks.append(
+            f"{what} holds several sets of weights that fit: {key!r} is taken, not {others}; {settings}weights_key "
+            "chooses"
+        )
+    name = str(getattr(network, "model_name", ""))
+    family = find_family(name)
+    normalizes = family is not None and family[0].normalizes
+    remarks += _doubts_of_name(name, what, settings)
+    if normalizes and (given or found):
+        raise InputError(
+            f"{what} is to be normalised by "
+            f"{f'{settings}normalize = {normalize!r}' if given else 'statistics that it holds'}, but {name!r} "
+            "normalises its images itself"
+        )
+    if normalize is None and found is None and not normalizes:
+        remarks += _doubts_of_images(seen_mean(network, weights), prefix, stored, what, settings)
+    if normalize is not None and found is not None and not _same(given, found):
+        values = "/".join(",".join(f"{value:.4g}" for value in part.tolist()) for part in found)
+        remarks.append(
+            f"{what} holds the normalisation {values}, but {settings}normalize = {normalize!r} is used"
+        )
+    for remark in remarks:
+        warnings.warn(remark, stacklevel=2)
+    network.load_state_dict(weights, strict=False)
+    statistics = found if normalize is None else given
+    return network if statistics is None else put_before(network, statistics, _channels(own), what)
+
+
+def state_dicts_of(stored: Any, key: str = "") -> dict[str, Weights]:
+    """Every state dict in what a file holds, by its keys with dots between; the usual main ones first.
+
+    A mapping is one if names stand for tensors alone, at least one of them a matrix or a kernel.
+    """
+    if not isinstance(stored, Mapping):
+        return {}
+    values = list(stored.values())
+    if all(isinstance(name, str) for name in stored) and all(isinstance(value, Tensor) for value in values):
+        is_one = any(value.dim() >= 2 and value.is_floating_point() for value in values)
+        return {key: dict(stored)} if is_one else {}
+    found: dict[str, Weights] = {}
+    for name, value in stored.items():
+        if isinstance(name, str):  # the states of optimizers stand under numbers
+            found |= state_dicts_of(value, f"{key}.{name}" if key else name)
+    rank = {name: index for index, name in enumerate(HOLDERS)}
+    return dict(sorted(found.items(), key=lambda item: rank.get(item[0].split(".")[0], len(rank))))
+
+
+def align(weights: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Where a network's entries are in a state dict: prefix -> the network's name -> the stored one.
+
+    The prefixes behind which most entries stand come first, and of those the shortest.
+    """
+    names = set(own)
+    found: dict[str, dict[str, str]] = {}
+    for key in weights:
+        parts = key.split(".")
+        for index in range(len(parts)):
+            name = _own_name(".".join(parts[index:]), names)
+            if name in names:
+                prefix = "".join(part + "." for part in parts[:index])
+                found.setdefault(prefix, {})[name] = key
+    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), len(item[0]))))
+
+
+def _fit(
+    weights: Weights, own: Mapping[str, Tensor], what: str, settings: str
+) -> tuple[Weights, str, Statistics | None]:
+    """A network's weights under its own names, the prefix they had, and the normalisation beside them."""
+    places = align(weights, own)
+    needed = [name for name in own if not name.endswith("num_batches_tracked")]
+    whole = {prefix: place for prefix, place in places.items() if all(name in place for name in needed)}
+    if not whole:
+        place = next(iter(places.values()), {})
+        raise _refusal(what, "lacks", [name for name in needed if name not in place])
+    prefix, place = next(iter(whole.items()))
+    for other, again in whole.items():
+        if any(not torch.equal(weights[place[name]], weights[again[name]]) for name in needed):
+            raise InputError(
+                f"{what} holds several networks of this architecture, behind {prefix!r} and {other!r}; "
+                f"{settings}weights_key = {other.rstrip('.')!r} chooses one"
+            )
+    used = {key for place in whole.values() for key in place.values()}
+    left = {
+        key: value
+        for key, value in weights.items()
+        if key not in used
+        and key.rpartition(".")[2] not in BOOKKEEPING
+        and not any(key.startswith(each + UNUSED) for each in whole)
+    }
+    found = take_statistics(left, what)
+    if left:
+        raise _refusal(what, "has beyond the network's", list(left))
+    taken = {name: weights[key] for name, key in place.items()}
+    _require_shapes(taken, own, what)
+    return taken, prefix, found
+
+
+def _chosen(stored: Any, holders: Mapping[str, Weights], key: str, what: str, settings: str) -> Weights:
+    if key in holders:
+        return holders[key]
+    inside = [found for holder, found in holders.items() if key.startswith(f"{holder}.")]
+    for weights in (*inside, *holders.values()):
+        prefix = key
+        for holder in holders:
+            prefix = prefix.removeprefix(f"{holder}.") if holder else prefix
+        below = {name: value for name, value in weights.items() if name.startswith(prefix + ".")}
+        if below:
+            return below
+    there = ", ".join(repr(holder) for holder in holders if holder) or "a single state dict, without a key"
+    raise InputError(f"{settings}weights_key is {key!r}, but {what} holds: {there}")
+
+
+def _require_shapes(weights: Weights, own: Mapping[str, Tensor], what: str) -> None:
+    wrong = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    if wrong:
+        theirs, ours = (tuple(each[wrong[0]].shape) for each in (weights, own))
+        last = list(own)[-1].rpartition(".")[0]
+        reason = f": {theirs} in the file, {ours} in the network"
+        if theirs and ours and theirs[1:] == ours[1:] and all(n.rpartition(".")[0] == last for n in wrong):
+            reason += f"; its last layer is for {theirs[0]} classes, and not for {ours[0]}"
+        raise _refusal(what, "has another shape of", wrong, reason)
+    for name, value in weights.items():
+        if value.is_floating_point() != own[name].is_floating_point() or value.is_quantized:
+            raise _refusal(what, f"has {value.dtype} and not {own[name].dtype} as", [name])
+
+
+def _refusal(what: str, problem: str, names: list[str], reason: str = "") -> InputError:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return InputError(
+        f"{what} does not hold the weights of this architecture: it {problem} {names[0]!r}{more}{reason}"
+    )
+
+
+def _doubts_of_name(name: str, what: str, settings: str) -> list[str]:
+    """Which other networks have such weights, where the name is the plain one of them."""
+    others = same_weights(name)
+    if not others or not all(other.startswith(name + "-") for other in others):
+        return []
+    listed = ", ".join(others)
+    return [
+        f"{what} is taken for a {name!r}, but its weights fit {listed} too, which compute something else; "
+        "`advfunmatch models` says whose code each is"
+    ]
+
+
+def _doubts_of_images(mean: Tensor | None, prefix: str, stored: Any, what: str, settings: str) -> list[str]:
+    """Whether the network was trained on normalised images, of which its file says nothing."""
+    wanted = f"{settings}normalize (cifar10, cifar100, imagenet, MEAN/STD or none) says"
+    behind = [part for part in prefix.split(".") if part.isdigit() and part != "0"]
+    if behind:
+        return [
+            f"the weights in {what} stand behind {prefix!r}, second in a sequence whose first part, a normalisation as "
+            f"a rule, left no trace; images go in as they are unless {wanted} how they were normalised"
+        ]
+    if isinstance(stored, Mapping) and stored.get("normalize_input") is True:
+        return [f"{what} has normalize_input = True, but not the statistics; {wanted} which"]
+    if mean is not None and bool(((mean > 0.25) & (mean < 0.75)).all()):
+        return []
+    values = "" if mean is None else ", ".join(f"{value:.2f}" for value in mean.tolist())
+    shown = (
+        "does not show whether it was trained on normalised images"
+        if mean is None
+        else f"was trained on images of mean {values}, going by its first BatchNorm, so perhaps normalised ones"
+    )
+    return [f"{what} {shown}; they go in as they are, in [0, 1], unless {wanted} otherwise"]
+
+
+def _same(given: Statistics | None, found: Statistics) -> bool:
+    if given is None:
+        return False
+    pairs = zip(given, found, strict=True)
+    return all(len(a) in (1, len(b)) and bool(torch.isclose(a, b, atol=1e-4).all()) for a, b in pairs)
+
+
+def _channels(own: Mapping[str, Tensor]) -> int | None:
+    first = next((value for value in own.values() if value.dim() == 4), None)
+    return None if first is None else first.shape[1]
+
+
+def _own_name(name: str, own: set[str]) -> str:
+    for theirs, ours in RENAMED:
+        renamed = name.replace(theirs, ours)
+        if name not in own and renamed in own:
+            name = renamed
+    return name

@@ -1,0 +1,318 @@
+"""Weights in the forms in which others store them: each loads and is equal, is warned of, or is refused by a sentence.
+
+What may not happen is that a file loads without a word and computes something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import pathlib
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from advfunmatch import InputError, create_model, load_model
+from torch import Tensor, nn
+
+NAME = "small_cnn-8"
+MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])
+State = dict[str, Tensor]
+
+
+def settled(
+    name: str = NAME, seed: int = 0, preprocess: Callable[[Tensor], Tensor] = lambda x: x
+) -> nn.Module:
+    """A network whose batch norms have seen images in [0, 1], or what `preprocess` makes of them."""
+    torch.manual_seed(seed)
+    network = create_model(name, num_classes=7, in_channels=3)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        network(preprocess(torch.rand(32, 3, 16, 16)))
+    return network.eval()
+
+
+def normalised(x: Tensor) -> Tensor:
+    return (x - MEAN.view(1, 3, 1, 1)) / STD.view(1, 3, 1, 1)
+
+
+def under(prefix: str, state: State) -> State:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def statistics(mean: str, std: str) -> State:
+    return {mean: MEAN.view(1, 3, 1, 1), std: STD.view(1, 3, 1, 1)}
+
+
+def averaged(state: State) -> State:
+    return {**under("module.", state), "n_averaged": torch.tensor(3)}
+
+
+EQUAL: dict[str, Callable[[State], Any]] = {
+    "DataParallel": lambda s: under("module.", s),
+    "under net, with accuracies": lambda s: {"net": s, "epoch": 3, "accs": [0.1]},
+    "model_state_dict of Sequential(network)": lambda s: {"model_state_dict": under("module.0.", s)},
+    "model_best": lambda s: {"state_dict": under("module.", s), "acc": np.float64(9), "rows": np.arange(3)},
+    "optimizer beside it": lambda s: {
+        "state_dict": s,
+        "optimizer": {"state": {0: {"exp_avg": s["fc.weight"]}}},
+    },
+    "AveragedModel": averaged,
+    "Lightning": lambda s: {"state_dict": under("net.", s), "hyper_parameters": {"lr": 0.1}},
+    "torch.compile": lambda s: under("_orig_mod.", s),
+    "ema alone": lambda s: {"ema": s, "best": torch.tensor(93.1)},
+    "options of argparse": lambda s: {"state_dict": s, "args": argparse.Namespace(lr=0.1)},
+    "paths and times": lambda s: {
+        "state_dict": s,
+        "more": [pathlib.Path("a/b"), datetime.datetime(2020, 1, 1)],
+    },
+    "an attack that knows its network": lambda s: under("basic_net.", s) | under("attack.model.", s),
+    "thop": lambda s: s | {"total_ops": torch.zeros(1), "conv1.total_params": torch.zeros(1)},
+    "half precision": lambda s: {n: v.half() if v.is_floating_point() else v for n, v in s.items()},
+    "torch 0.4": lambda s: {n: v for n, v in s.items() if "num_batches" not in n},
+    "two networks of which one fits": lambda s: {
+        "teacher": create_model("small_cnn-4", num_classes=7, in_channels=3).state_dict(),
+        "student": s,
+    },
+}
+
+NORMALISED: dict[str, Callable[[State], Any]] = {
+    "mu and sigma": lambda s: statistics("mu", "sigma") | under("model.", s),
+    "Sequential(Normalize, network)": lambda s: (
+        statistics("module.0.mean", "module.0.std") | under("module.1.", s)
+    ),
+    "normalize": lambda s: statistics("normalize.mean", "normalize.std") | under("model.", s),
+    "beside plain names": lambda s: statistics("mean", "std") | s,
+    "every weight twice": lambda s: {
+        **statistics("model.0.mean", "model.0.std") | under("model.1.", s),
+        **statistics("attack.net.0.mean", "attack.net.0.std") | under("attack.net.1.", s),
+    },
+}
+
+
+def loaded(path: Path, **options: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return load_model(path, **{"model": NAME} | options)
+
+
+@pytest.mark.parametrize(
+    ("form", "zipped"),
+    [*((form, True) for form in EQUAL), ("DataParallel", False), ("options of argparse", False)],
+)
+def test_forms_that_load_without_a_word(form: str, zipped: bool, tmp_path: Path) -> None:
+    network, path = settled(), tmp_path / "w.pt"
+    torch.save(EQUAL[form](network.state_dict()), path, _use_new_zipfile_serialization=zipped)
+    x = torch.rand(2, 3, 16, 16)
+    model = loaded(path)
+    tolerance = 1e-2 if form == "half precision" else 1e-6
+    torch.testing.assert_close(model(x), network(x), rtol=tolerance, atol=tolerance)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("form", NORMALISED)
+def test_a_normalisation_in_the_file_goes_in_front(form: str, tmp_path: Path) -> None:
+    network, x = settled(preprocess=normalised), torch.rand(2, 3, 16, 16)
+    torch.save(NORMALISED[form](network.state_dict()), tmp_path / "w.pt")
+    torch.testing.assert_close(loaded(tmp_path / "w.pt")(x), network(normalised(x)))
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        (lambda s: s, r"trained on images of mean -?0\.\d\d, .* unless normalize"),
+        (lambda s: {"net": under("module.", s), "acc": 93.0}, "so perhaps normalised ones"),
+        (
+            lambda s: {"model_state_dict": under("module.1.", s)},
+            r"stand behind 'module\.1\.', second in a sequence",
+        ),
+        (
+            lambda s: {"state_dict": s, "normalize_input": True},
+            "normalize_input = True, but not the statistics",
+        ),
+    ],
+)
+def test_a_normalisation_that_is_not_in_the_file_is_asked_for(
+    form: Callable[[State], Any], said: str, tmp_path: Path
+) -> None:
+    network, path, x = settled(preprocess=normalised), tmp_path / "w.pt", torch.rand(2, 3, 16, 16)
+    torch.save(form(network.state_dict()), path)
+    with pytest.warns(UserWarning, match=said):
+        model = load_model(path, model=NAME)
+    torch.testing.assert_close(model(x), network(x))
+    model = loaded(path, normalize="0.4,0.5,0.6/0.2,0.3,0.1")
+    torch.testing.assert_close(model(x), network(normalised(x)))
+    torch.testing.assert_close(loaded(path, normalize="none")(x), network(x))
+
+
+def test_statistics_that_were_never_moved_show_nothing(tmp_path: Path) -> None:
+    torch.save(create_model(NAME, num_classes=7, in_channels=3).state_dict(), tmp_path / "w.pt")
+    with pytest.warns(UserWarning, match="does not show whether it was trained on normalised images"):
+        load_model(tmp_path / "w.pt", model=NAME)
+
+
+def test_one_of_several_sets_of_weights(tmp_path: Path) -> None:
+    networks, path, x = [settled(seed=seed) for seed in range(2)], tmp_path / "w.pt", torch.rand(2, 3, 16, 16)
+    one, two = (network.state_dict() for network in networks)
+    for keys in (
+        ("state_dict", "swa_state_dict"),
+        ("best", "last"),
+        ("model", "model_ema"),
+        ("x.net", "y.net"),
+    ):
+        first, second = keys
+        stored = {first: one, second: averaged(two), "epoch": 3}
+        if "." in first:
+            stored = {"x": {"net": one}, "y": {"net": two}}
+        torch.save(stored, path)
+        with pytest.warns(UserWarning, match=f"'{first}' is taken, not '{second}'; weights_key chooses"):
+            model = load_model(path, model=NAME)
+        torch.testing.assert_close(model(x), networks[0](x))
+        torch.testing.assert_close(loaded(path, weights_key=second)(x), networks[1](x))
+    with pytest.raises(InputError, match=r"weights_key is 'z', but checkpoint .* holds: 'x\.net', 'y\.net'"):
+        load_model(path, model=NAME, weights_key="z")
+
+
+def test_one_of_two_networks_in_a_state_dict(tmp_path: Path) -> None:
+    networks, path, x = [settled(seed=seed) for seed in range(2)], tmp_path / "w.pt", torch.rand(2, 3, 16, 16)
+    torch.save(
+        under("teacher.", networks[0].state_dict()) | under("student.", networks[1].state_dict()), path
+    )
+    with pytest.raises(InputError, match=r"several networks .* behind '\w+\.' and '\w+\.'; weights_key"):
+        load_model(path, model=NAME)
+    for name, network in zip(("teacher", "student"), networks, strict=True):
+        torch.testing.assert_close(loaded(path, weights_key=name)(x), network(x))
+
+
+def test_where_weights_fit_several_networks_the_name_decides(tmp_path: Path) -> None:
+    network, x = settled("wrn-10-1-softplus"), torch.rand(2, 3, 16, 16)
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    with pytest.warns(
+        UserWarning, match=r"taken for a 'wrn-10-1', but its weights fit wrn-10-1-softplus, wrn-"
+    ):
+        load_model(tmp_path / "w.pt", model="wrn-10-1")
+    torch.testing.assert_close(loaded(tmp_path / "w.pt", model="wrn-10-1-softplus")(x), network(x))
+
+
+@pytest.mark.parametrize(
+    ("form", "sentence"),
+    [
+        (lambda s: [1, 2], "holds no state dict"),
+        (lambda s: {"a": {"acc": torch.tensor(1.0)}}, "holds no state dict"),
+        (lambda s: {n.replace("features", "layers"): v for n, v in s.items()}, r"it lacks '.*' and \d+ more"),
+        (lambda s: s | {"popup_scores": torch.ones(3, 3)}, "beyond the network's 'popup_scores'"),
+        # A prefix on a part of the entries, and one within their names.
+        (lambda s: {("module." if "fc" in n else "") + n: v for n, v in s.items()}, "it lacks"),
+        (lambda s: {n.replace("fc.", "fc.module."): v for n, v in s.items()}, "it lacks"),
+        (
+            lambda s: s | statistics("mean", "std") | {"0.mean": torch.ones(3), "0.std": torch.ones(3)},
+            "which differ",
+        ),
+        (lambda s: s | {"mean": 100 * torch.ones(3), "std": 50 * torch.ones(3)}, r"as of images in \[0, 1\]"),
+        (
+            lambda s: {n: v.char() if n == "fc.weight" else v for n, v in s.items()},
+            "torch.int8 and not torch.float32",
+        ),
+    ],
+)
+def test_what_is_refused(form: Callable[[State], Any], sentence: str, tmp_path: Path) -> None:
+    torch.save(form(settled().state_dict()), tmp_path / "w.pt")
+    with pytest.raises(InputError, match=sentence):
+        load_model(tmp_path / "w.pt", model=NAME)
+
+
+def test_the_sizes_come_from_the_file_and_are_compared(tmp_path: Path) -> None:
+    network = create_model("resnet18", num_classes=100, in_channels=1)
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    with pytest.warns(UserWarning, match="resnet18-lbgat"):
+        assert load_model(tmp_path / "w.pt", model="resnet18")(torch.rand(1, 1, 32, 32)).shape == (1, 100)
+    with pytest.raises(
+        InputError,
+        match=r"another shape of 'fc\.weight' and 1 more: \(100, 512\) in the file, \(10, 512\) in the network; its "
+        "last layer is for 100 classes, and not for 10",
+    ):
+        load_model(tmp_path / "w.pt", model="resnet18", num_classes=10)
+
+
+class Runs:
+    """An object whose unpickling would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nothing_in_a_file_is_run(zipped: bool, tmp_path: Path) -> None:
+    path, network = tmp_path / "w.pt", settled()
+    for stored, sentence in (
+        ({"state_dict": network.state_dict(), "more": Runs(tmp_path / "ran")}, "whose code would be run"),
+        ({"more": collections.defaultdict(list, a=[1])}, "holds a collections.defaultdict, whose code"),
+        (network, r"whose code would be run; .* torch\.load\(.*torch\.save\("),
+        ({"net": network}, "SmallCNN, whose code would be run"),
+    ):
+        torch.save(stored, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(InputError, match=sentence):
+            load_model(path, model=NAME)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_are_called_what_they_are(tmp_path: Path) -> None:
+    state, path = settled().state_dict(), tmp_path / "w.pt"
+    for zipped in (True, False):
+        torch.save(state, path, _use_new_zipfile_serialization=zipped)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(InputError, match="is truncated"):
+            load_model(path, model=NAME)
+    path.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(InputError, match="is a pickle, but not one of"):
+        load_model(path, model=NAME)
+    for content, sentence in (
+        (b"", "is empty"),
+        (b"<!DOCTYPE html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS"),
+        (b"hello world", "is not a PyTorch checkpoint: neither"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=sentence):
+            load_model(path, model=NAME)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that scripting is deprecated
+        torch.jit.script(nn.Linear(2, 2)).save(path)
+    with pytest.raises(InputError, match=r"is a TorchScript program, .*torch\.jit\.load\("):
+        load_model(path, model=NAME)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("cifar", "normalize is 'cifar', but must be cifar10, cifar100"),
+        ("0.5", "MEAN/STD"),
+        ("0.5/0", "deviations positive"),
+        ("0.1,0.2/0.5,0.5", "normalises 2 channels, but the network takes 3"),
+    ],
+)
+def test_a_normalisation_that_cannot_be(given: str, sentence: str, tmp_path: Path) -> None:
+    torch.save(settled().state_dict(), tmp_path / "w.pt")
+    with pytest.raises(InputError, match=sentence):
+        load_model(tmp_path / "w.pt", model=NAME, normalize=given)
+
+
+def test_networks_that_normalise_are_not_normalised_twice(tmp_path: Path) -> None:
+    network = create_model("wrn-10-1-swish-svhn", num_classes=7, in_channels=3)
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(InputError, match="normalises its images itself"):
+        loaded(tmp_path / "w.pt", model="wrn-10-1-swish-svhn", normalize="svhn")
+    loaded(tmp_path / "w.pt", model="wrn-10-1-swish-svhn")
