@@ -339,7 +339,7 @@ struct Worker {
   }
 };
 
-// Short rows side by side, as LaneWorker of softmax_kl_kernel.cpp.
+// Short rows side by side, as LaneWorker of softmax_kl/lane_worker.h.
 template <class T>
 struct LaneWorker {
   using V = Vec<T>;
