@@ -98,7 +98,11 @@ def asked_for_its_dimensions(net: Net, x: Tensor) -> Tensor:
         x = x[-1]
     if not torch.is_tensor(x):
         raise TypeError
-    return x.mean((2, 3)) if isinstance(x, torch.Tensor) and not isinstance(x.shape, torch.Tensor) else x[0]
+    return (
+        x.mean((2, 3))
+        if isinstance(x, torch.Tensor | None) and not isinstance(x.shape, torch.Tensor)
+        else x[0]
+    )
 
 
 def zeros_of_its_size(net: Net, x: Tensor) -> Tensor:
@@ -330,6 +334,14 @@ def test_what_was_taken_for_granted_is_asserted() -> None:
     prepared = prepare_for_attack(settle(Net(statistics_where_the_images_are)))
     with pytest.raises(ValueError, match=r"x is on meta, but the network was on cpu when it was prepared"):
         prepared(torch.rand(1, 3, 8, 8, device="meta"))
+
+
+def test_cplusplus_is_not_handed_a_proxy_for_a_tensor() -> None:
+    """It would read its memory as a tensor's; the network is called as it is."""
+    network, x = settle(Net(lambda net, x: torch.autograd.Variable(x) * 2)), torch.rand(2, 3, 8, 8)
+    with pytest.warns(UserWarning, match="the whole network, which torch.fx cannot trace"):
+        prepared = prepare_for_attack(network)
+    assert_near(prepared(x), network(x), 1e-5)
 
 
 def test_statistics_that_are_gathered_are_still_gathered() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import fx
@@ -39,6 +40,8 @@ _NO_TENSORS = (
     "item",
     "tolist",
 )
+# Whose code must know a proxy for what it is.
+_ASKING_OF_PROXIES = ("torch.", __package__)
 _FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "full", "empty", "arange", "linspace", "eye")
 # Operations whose output is memory of its own; of another, an operation in place may be a write to its input.
 # fmt: off
@@ -68,17 +71,8 @@ IN_PLACE_OPERATORS = {name: _augmented(name) for name in _AUGMENTED}
 class Proxy(fx.Proxy):
     """torch.fx's proxy, with augmented assignments: without, ``x += y`` would be x + y, which leaves the tensor x.
 
-    And without assignments to its attributes, which would reach no tensor. A network's code that asks whether it is a
-    tensor is told so.
+    And without assignments to its attributes, which would reach no tensor.
     """
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # what isinstance asks, after type(self)
-        asking = sys._getframe(1)
-        module = str(asking.f_globals.get("__name__"))
-        if module.startswith(_ASKING_OF_PROXIES):
-            return type(self)
-        return torch.Tensor if is_tensor(self.node) else type(self)
 
     def __getattr__(self, name: str) -> _Attribute:
         return _Attribute(self, name)
@@ -112,8 +106,6 @@ class _Attribute(Proxy, fx.proxy.Attribute):
     """``x.name``: a node of its own only where it is not called."""
 
 
-# Whose code must know a proxy for what it is.
-_ASKING_OF_PROXIES = ("torch.", __package__)
 _PROXYS_OWN = ("tracer", "node", "root", "attr", "_node")
 
 
@@ -173,8 +165,9 @@ def refuse_write(node: Any) -> None:
 
 @contextlib.contextmanager
 def torch_patched() -> Iterator[None]:
-    """For as long as it is open, a torch.autograd.Function that is applied to a proxy is recorded, and the functions
-    that make tensors of sizes, devices and dtypes take proxies for these."""
+    """For as long as it is open, a torch.autograd.Function that is applied to a proxy is recorded, the functions that
+    make tensors of sizes, devices and dtypes take proxies for these, and isinstance tells a network's code that a proxy
+    is a tensor. (By its __class__ it must not be one: C++ would read its memory as a tensor's.)"""
     Function = torch.autograd.Function
     original = vars(Function)["apply"]
 
@@ -185,15 +178,30 @@ def torch_patched() -> Iterator[None]:
         return original.__get__(None, cls)(*args, **kwargs)
 
     factories = {name: getattr(torch, name) for name in _FACTORIES}
+    builtins.isinstance = _isinstance
     Function.apply = classmethod(apply)
     for name, factory in factories.items():
         setattr(torch, name, _taking_proxies(factory))
     try:
         yield
     finally:
+        builtins.isinstance = _PLAIN_ISINSTANCE
         Function.apply = original
         for name, factory in factories.items():
             setattr(torch, name, factory)
+
+
+_PLAIN_ISINSTANCE = isinstance
+
+
+def _isinstance(value: Any, classes: Any) -> bool:
+    if _PLAIN_ISINSTANCE(value, classes):
+        return True
+    if not issubclass(type(value), Proxy):
+        return False
+    module = str(sys._getframe(1).f_globals.get("__name__"))
+    wanted = classes if _PLAIN_ISINSTANCE(classes, tuple) else get_args(classes) or (classes,)
+    return torch.Tensor in wanted and not module.startswith(_ASKING_OF_PROXIES) and is_tensor(value.node)
 
 
 def _taking_proxies(factory: Callable[..., Any]) -> Callable[..., Any]:
