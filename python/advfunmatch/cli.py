@@ -16,6 +16,7 @@ import io
 import os
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ from rich.console import Console
 from torch import nn
 
 from . import demo as demo_module
-from .config import FRACTIONS, TrainConfig, check_teacher_model, config_from, read_settings
+from .config import FRACTIONS, TrainConfig, check_teacher_settings, config_from, read_settings
 from .data import ImageDataset, as_float, corruption_cells, is_corrupted_set, load_dataset
 from .environment import environment
 from .errors import InputError, ProcessLost, TrainingDiverged, one_of
@@ -43,7 +44,7 @@ from .evaluation import evaluate as evaluate_model
 from .files import prepare_file, write_atomically, write_json
 from .methods import PRESETS, methods_text
 from .methods import preset as make_preset
-from .models import ClassesReordered, load_network, models_text
+from .models import NORMALIZATIONS, ClassesReordered, load_network, models_text
 from .report import demo_table, write_report
 from .training import train as train_model
 from .training.digests import digest_of_network
@@ -51,6 +52,8 @@ from .training.distributed import leave_world
 from .training.run import choose_device
 
 INTERRUPTED = 130
+# Of another project's file: architecture, normalisation, key of the weights.
+ForeignOptions = tuple[str | None, str | None, str | None]
 
 app = typer.Typer(
     name="advfunmatch",
@@ -127,6 +130,19 @@ Eps = Annotated[str, typer.Option(help="radius of the attack ball, e.g. 8/255", 
 Norm = Annotated[str, typer.Option(help="norm of the ball: linf or l2")]
 Model = Annotated[str | None, typer.Option(help="architecture, if --checkpoint is another project's")]
 TeacherModel = Annotated[str | None, typer.Option(help="architecture, if --teacher is another project's")]
+Normalize = Annotated[
+    str | None,
+    typer.Option(help="what such a checkpoint expects of images: " + NORMALIZATIONS, metavar="HOW"),
+]
+TeacherNormalize = Annotated[
+    str | None, typer.Option(help="what such a teacher expects, likewise", metavar="HOW")
+]
+WeightsKey = Annotated[
+    str | None, typer.Option(help="key of the weights, where --checkpoint holds several", metavar="KEY")
+]
+TeacherWeightsKey = Annotated[
+    str | None, typer.Option(help="key of the weights, where --teacher holds several", metavar="KEY")
+]
 Limit = Annotated[int | None, typer.Option(help="use this many test images instead of all")]
 Resize = Annotated[
     int | None, typer.Option(help="scale images so that their shorter side has this many pixels")
@@ -159,7 +175,11 @@ def evaluate(
         str | None, typer.Option(help="checkpoint to measure agreement and KL against")
     ] = None,
     model: Model = None,
+    normalize: Normalize = None,
+    weights_key: WeightsKey = None,
     teacher_model: TeacherModel = None,
+    teacher_normalize: TeacherNormalize = None,
+    teacher_weights_key: TeacherWeightsKey = None,
     limit: Limit = None,
     resize: Resize = None,
     crop: Crop = None,
@@ -178,14 +198,15 @@ def evaluate(
     if "autoattack" in names:
         importlib.import_module("pyautoattack")  # before the other attacks have taken their time
     settings = dataclasses.asdict(attack_settings(eps, norm, seed, batch_size))
-    check_teacher_model(teacher_model, teacher)
+    theirs = (teacher_model, teacher_normalize, teacher_weights_key)
+    check_teacher_settings(teacher, *theirs)
     if corrupted and teacher is not None:
         raise InputError(f"teacher is {teacher!r}, but corrupted sets measure no fidelity")
     one = corruption_cells(data)[0].name if corrupted else data
     test_set = load_dataset(one, split="test", limit=limit, resize=resize, crop=crop).to(
         choose_device(device)
     )
-    network, stored = _load(checkpoint, model, test_set)
+    network, stored = _load(checkpoint, (model, normalize, weights_key), test_set)
     if corrupted:
         prepare_file(out, "out")
         measured = evaluate_corruptions(
@@ -197,11 +218,11 @@ def evaluate(
         return
     digest = None
     if teacher is None:
-        teacher, teacher_model = _remembered_teacher(stored)
+        teacher, theirs = _remembered_teacher(stored)
         digest = stored.get("digests", {}).get("teacher")
     teacher_network, doubts = None, []
     if teacher is not None:
-        teacher_network, known = _load(teacher, teacher_model, test_set, "teacher")
+        teacher_network, known = _load(teacher, theirs, test_set, "teacher")
         if digest is not None and digest != digest_of_network(teacher_network, known["model"]):
             doubts.append(f"teacher {teacher!r} is no longer the network that this student was trained with")
     prepare_file(out, "out")
@@ -222,7 +243,11 @@ def attack(
     norm: Norm = "linf",
     teacher: Annotated[str | None, typer.Option(help="checkpoint, for mismatch")] = None,
     model: Model = None,
+    normalize: Normalize = None,
+    weights_key: WeightsKey = None,
     teacher_model: TeacherModel = None,
+    teacher_normalize: TeacherNormalize = None,
+    teacher_weights_key: TeacherWeightsKey = None,
     limit: Limit = None,
     resize: Resize = None,
     crop: Crop = None,
@@ -240,16 +265,17 @@ def attack(
         raise InputError("attack 'mismatch' needs --teacher, a checkpoint to differ from")
     if attack != "mismatch" and teacher is not None:
         raise InputError(f"teacher is {teacher!r}, but attack {attack!r} uses none; mismatch does")
-    check_teacher_model(teacher_model, teacher)
+    theirs = (teacher_model, teacher_normalize, teacher_weights_key)
+    check_teacher_settings(teacher, *theirs)
     settings = dataclasses.asdict(attack_settings(eps, norm, seed, batch_size))
     test_set = load_dataset(data, split="test", limit=limit, resize=resize, crop=crop).to(
         choose_device(device)
     )
-    network, _ = _load(checkpoint, model, test_set)
+    network, _ = _load(checkpoint, (model, normalize, weights_key), test_set)
     x = as_float(test_set.images)
     if attack == "mismatch":
         assert teacher is not None
-        other, _ = _load(teacher, teacher_model, test_set, "teacher")
+        other, _ = _load(teacher, theirs, test_set, "teacher")
         prepare_file(out, "out")
         x_adv = mismatched_examples(network, other, x, **settings)
     else:
@@ -323,10 +349,18 @@ def _line(result: dict[str, Any]) -> str:
 
 
 def _load(
-    path: str, model: str | None, data: ImageDataset, what: str = "checkpoint"
+    path: str, options: ForeignOptions, data: ImageDataset, what: str = "checkpoint"
 ) -> tuple[nn.Module, dict[str, Any]]:
     """`load_network`, which says so where classes were put into another order."""
-    network, stored = load_network(path, model, data, what)
+    model, normalize, weights_key = options
+    if model is None:
+        prefix = "teacher_" if what == "teacher" else ""
+        for name, value in (("normalize", normalize), ("weights_key", weights_key)):
+            if value is not None:
+                raise InputError(
+                    f"{prefix}{name} is {value!r}, which needs {prefix}model, the architecture of the weights"
+                )
+    network, stored = load_network(path, model, data, what, normalize=normalize, weights_key=weights_key)
     if isinstance(network, ClassesReordered):
         print(
             f"note: {what} {path!r} counts its classes in another order than data {data.name!r}; matched by name",
@@ -335,11 +369,19 @@ def _load(
     return network, stored
 
 
-def _remembered_teacher(stored: dict[str, Any]) -> tuple[str | None, str | None]:
-    """The teacher that a student was trained with and its foreign architecture, if the file is still there."""
-    path = stored["config"].get("teacher")
+def _remembered_teacher(stored: dict[str, Any]) -> tuple[str | None, ForeignOptions]:
+    """The teacher that a student was trained with and what else was said of it, if the file is still there."""
+    known = stored["config"].get
+    path = known("teacher")
     there = path is not None and os.path.isfile(path)
-    return (path, stored["config"].get("teacher_model")) if there else (None, None)
+    options = known("teacher_model"), known("teacher_normalize"), known("teacher_weights_key")
+    return (path, options) if there else (None, (None, None, None))
+
+
+def _say(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as one sentence; of several processes only the first says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _print_figures(result: dict[str, Any], attacks: Sequence[str]) -> None:
@@ -362,7 +404,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        code = app(args=arguments or ["--help"], prog_name="advfunmatch", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _say
+            code = app(args=arguments or ["--help"], prog_name="advfunmatch", standalone_mode=False)
         if code == INTERRUPTED:  # typer has swallowed the KeyboardInterrupt
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0

@@ -19,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 from .attacks import BN_MODES, INITS, NORMS
 from .data.augment import MIXING, ON_STORED, parse_augmentation
 from .errors import InputError, one_of
+from .models import NORMALIZATIONS, parse_normalization
 
 REDUCTIONS = ("batchmean", "mean", "sum")
 
@@ -40,6 +41,8 @@ NAMED = {
     "out": "a folder",
     "teacher": "a checkpoint",
     "teacher_model": "an architecture",
+    "teacher_normalize": "a normalisation",
+    "teacher_weights_key": "a key of the teacher's file",
     "extra_data": "a data set",
     "data_cache": "a folder",
 }
@@ -74,6 +77,10 @@ class TrainConfig:
     out: str = field(metadata={"help": "folder for checkpoint.pt, metrics.jsonl and result.json"})
     teacher: str | None = _field("checkpoint of the teacher, for methods that match one")
     teacher_model: str | None = _field("its architecture, where --teacher is a state dict of another project")
+    teacher_normalize: str | None = _field(
+        "what such a teacher expects of images: " + NORMALIZATIONS + " [default: what its file holds]"
+    )
+    teacher_weights_key: str | None = _field("key of its weights, where its file holds several")
     epochs: int = _field("passes over the training images", 30)
     batch_size: int = _field("images a step", 128)
     limit: int | None = _field("train on this many images, drawn at random with a fixed seed")
@@ -141,6 +148,7 @@ class TrainConfig:
     monitor_images: int = _field("training images used for that, where none are held out for validation", 500)
     device: str = _field("cpu, cuda, or auto", "auto")
     save_every: int = _field("also save a checkpoint every so many steps; 0 only after epochs", 0)
+    save_safetensors: bool = _field("write each checkpoint's weights as .safetensors as well", False)
     tensorboard: bool = _field("log to DIR/tensorboard as well", False)
     resume: bool = _field("continue the run in DIR, if it has a checkpoint", False)
     overwrite: bool = _field("replace a run that DIR already holds", False)
@@ -280,10 +288,20 @@ def check_seed(seed: int) -> None:
         raise InputError(f"seed is {seed}, but must be at least 0 and below 2^63")
 
 
-def check_teacher_model(teacher_model: str | None, teacher: str | None) -> None:
-    """InputError for an architecture without weights."""
-    if teacher_model is not None and teacher is None:
-        raise InputError(f"teacher_model is {teacher_model!r}, but teacher names no file of its weights")
+def check_teacher_settings(
+    teacher: str | None, model: str | None, normalize: str | None, weights_key: str | None
+) -> None:
+    """InputError for what is said of a teacher without there being one, or a normalisation that cannot be."""
+    given = {"teacher_model": model, "teacher_normalize": normalize, "teacher_weights_key": weights_key}
+    for name, value in given.items():
+        if value is not None and teacher is None:
+            raise InputError(f"{name} is {value!r}, but teacher names no file of its weights")
+        if value is not None and model is None:
+            raise InputError(
+                f"{name} is {value!r}, which needs teacher_model, the architecture of its weights"
+            )
+    if normalize is not None:
+        parse_normalization(normalize, "teacher_normalize")
 
 
 def _check_numbers(config: TrainConfig) -> None:
@@ -363,4 +381,6 @@ def _check_combinations(config: TrainConfig) -> None:
             f"{config.batch_size} images, but each batch needs images of data and of extra_data"
         )
     parse_augmentation(config.augment)
-    check_teacher_model(config.teacher_model, config.teacher)
+    check_teacher_settings(
+        config.teacher, config.teacher_model, config.teacher_normalize, config.teacher_weights_key
+    )

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import json
 import pathlib
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from advfunmatch import InputError, create_model, load_model
+from advfunmatch import InputError, create_model, load_dataset, load_model
+from advfunmatch.cli import run
+from advfunmatch.models import load_network
 from torch import Tensor, nn
 
 NAME = "small_cnn-8"
@@ -316,3 +320,114 @@ def test_networks_that_normalise_are_not_normalised_twice(tmp_path: Path) -> Non
     with pytest.raises(InputError, match="normalises its images itself"):
         loaded(tmp_path / "w.pt", model="wrn-10-1-swish-svhn", normalize="svhn")
     loaded(tmp_path / "w.pt", model="wrn-10-1-swish-svhn")
+
+
+def test_safetensors_of_others(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    network, path, x = settled(), tmp_path / "w.safetensors", torch.rand(2, 3, 16, 16)
+    safetensors.save_file(under("module.", network.state_dict()), path)
+    torch.testing.assert_close(loaded(path)(x), network(x))
+    path.rename(tmp_path / "w.bin")  # known by its head, whatever its ending
+    torch.testing.assert_close(loaded(tmp_path / "w.bin")(x), network(x))
+    whole = (tmp_path / "w.bin").read_bytes()
+    for length in (20, len(whole) // 2):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match="is truncated"):
+            load_model(path, model=NAME)
+    path.write_bytes(b"x" * 100)
+    with pytest.raises(InputError, match="is damaged, or not a file of safetensors"):
+        load_model(path, model=NAME)
+
+
+FEW = ["--data", "digits", "--limit", "64", "--device", "cpu"]
+TRAIN = [
+    "train",
+    *FEW,
+    "--model",
+    "small_cnn-4",
+    "--epochs",
+    "1",
+    "--eps",
+    "0.1",
+    "--steps",
+    "1",
+    "--eval-limit",
+    "50",
+]
+
+
+def test_safetensors_of_a_run_know_what_they_are(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    more = ["--method", "pgd_at", "--save-safetensors", "--channels-last", "--validation", "50"]
+    assert run([*TRAIN, *more, "--out", str(tmp_path)]) == 0
+    x = torch.rand(4, 1, 8, 8)
+    for name in ("checkpoint", "best"):
+        ours = load_model(tmp_path / f"{name}.safetensors")
+        torch.testing.assert_close(ours(x), load_model(tmp_path / f"{name}.pt")(x))
+    data = load_dataset("digits", split="test", limit=4)
+    _, stored = load_network(tmp_path / "checkpoint.safetensors", None, data)
+    assert stored["config"]["method"] == "pgd_at"
+
+
+def test_the_command_line_takes_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    network = create_model("small_cnn-4", num_classes=10, in_channels=1)
+    network(4 * load_dataset("digits", split="train", limit=200).images.float() / 255 - 2)
+    path, figures = tmp_path / "w.pt", tmp_path / "x.json"
+    other = create_model("small_cnn-4", num_classes=10, in_channels=1).state_dict()
+    torch.save({"best": other, "last": network.state_dict()}, path)
+    theirs = ["--teacher", str(path), "--teacher-model", "small_cnn-4"]
+    said_of_it = ["--teacher-normalize", "0.5/0.25", "--teacher-weights-key", "last"]
+    out = str(tmp_path / "run")
+    assert run([*TRAIN, "--method", "funmatch", *theirs, *said_of_it, "--out", out]) == 0
+    assert not re.search("unless teacher_normalize|is taken", capsys.readouterr().err)
+    network = load_model(path, model="small_cnn-4", normalize="0.5/0.25", weights_key="last")
+    images = load_dataset("digits", split="test", limit=64)
+    correct = network(images.images.float() / 255).argmax(1) == images.labels
+    options = ["--model", "small_cnn-4", "--normalize", "0.5/0.25", "--weights-key", "last"]
+    evaluate = ["evaluate", *FEW, "--attacks", "clean", "--out", str(figures), "--checkpoint"]
+    assert run([*evaluate, str(path), *options]) == 0
+    assert json.loads(figures.read_text())["clean"] == pytest.approx(
+        100 * correct.double().mean().item(), abs=0.006
+    )
+    # The two sides, told the same and told apart.
+    for side, equal in ((options, True), ([*options[:2], "--normalize", "none", *options[4:]], False)):
+        assert run([*evaluate, str(path), *side, *theirs, *said_of_it]) == 0
+        assert (json.loads(figures.read_text())["kl_clean"] < 1e-9) == equal
+    # A student remembers what was said of its teacher: no doubts are left when it is compared with it.
+    capsys.readouterr()
+    assert run([*evaluate, out + "/checkpoint.pt"]) == 0
+    assert "agreement" in json.loads(figures.read_text())
+    assert capsys.readouterr().err == ""
+    # Without these words there are doubts, each one line.
+    assert run([*evaluate, str(path), *options[:2]]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["warning", "warning"]
+    assert "'best' is taken, not 'last'" in lines[0]
+    attack = [
+        "attack",
+        *FEW,
+        "--attack",
+        "fgsm",
+        "--eps",
+        "0.1",
+        "--out",
+        str(tmp_path / "x.npz"),
+        "--checkpoint",
+    ]
+    assert run([*attack, str(path), *options]) == 0
+    assert capsys.readouterr().err == ""
+    for command, sentence in (
+        ([*evaluate, str(path), "--normalize", "0.5/0.25"], "which needs model"),
+        (
+            [*evaluate, out + "/checkpoint.pt", *theirs, "--teacher-normalize", "c"],
+            "teacher_normalize is 'c'",
+        ),
+        (
+            [*TRAIN, "--method", "funmatch", *theirs, "--teacher-normalize", "c", "--out", out],
+            "teacher_normalize is",
+        ),
+        ([*evaluate, str(path), *options[:-1], "first"], "weights_key is 'first', but"),
+    ):
+        assert run(command) == 2
+        assert sentence in capsys.readouterr().err

@@ -16,6 +16,7 @@ A dict of tensors and plain Python values, so that ``torch.load(path, weights_on
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..errors import InputError
 from ..files import write_atomically
 from .fit import ClassesReordered, class_order
 from .state_dicts import align, load_weights, state_dicts_of
-from .weight_files import read_weight_file
+from .weight_files import read_weight_file, write_safetensors
 from .zoo import create_model
 
 FORMAT = "advfunmatch"
@@ -43,12 +44,20 @@ REQUIRED = {
 }
 
 
-def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Replace `path` atomically; InputError if it cannot be written, and the old one then stays."""
+def save_checkpoint(path: Path, checkpoint: dict[str, Any], safetensors: bool = False) -> None:
+    """Replace `path` atomically; InputError if it cannot be written, and the old one then stays.
+
+    With `safetensors` the weights go into a file of that ending beside it, with all that Note [Checkpoint] has at the
+    file's head but for what a continued run needs.
+    """
     # Through memory: torch.save into a file reports a full disk as an assertion of its zip writer.
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "version": VERSION, **checkpoint}, buffer)
+    whole = {"format": FORMAT, "version": VERSION, **checkpoint}
+    torch.save(whole, buffer)
     write_atomically(path, buffer.getvalue())
+    if safetensors:
+        about = {name: value for name, value in whole.items() if name not in ("state_dict", "training")}
+        write_safetensors(path.with_suffix(".safetensors"), checkpoint["state_dict"], about)
 
 
 def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict[str, Any]:
@@ -158,11 +167,14 @@ def load_network(
             not take these images.
     """
     stored = read_weight_file(path, what)
+    doubts: list[warnings.WarningMessage] = []
     if _is_foreign(stored, path, model, normalize, weights_key, what):
         assert model is not None
-        network = _foreign(
-            stored, path, model, data.num_classes, data.in_channels, normalize, weights_key, what
-        )
+        with warnings.catch_warnings(record=True) as doubts:
+            warnings.simplefilter("always")
+            network = _foreign(
+                stored, path, model, data.num_classes, data.in_channels, normalize, weights_key, what
+            )
         stored = {"model": model, "config": {}}
     else:
         stored = _own(stored, path, what)
@@ -171,6 +183,8 @@ def load_network(
         network = network if order is None else ClassesReordered(network, order)
     network.to(data.images.device)
     require_forward(network, data, f"{what} {str(path)!r}")
+    for doubt in doubts:  # of a network that is refused nobody needs to know them
+        warnings.warn(doubt.message, stacklevel=2)
     return network, stored
 
 

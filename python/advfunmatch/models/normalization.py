@@ -20,6 +20,7 @@ from ..errors import InputError
 from .preprocess import STATISTICS as PREPROCESS
 
 STATISTICS = {**PREPROCESS, "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+NORMALIZATIONS = f"{', '.join(STATISTICS)}, MEAN/STD with commas between channels, or none"
 # Last parts of the names under which files hold a mean and a standard deviation.
 NAMES = (("mean", "std"), ("mu", "sigma"), ("_mean", "_std"), ("image_mean", "image_std"))
 Statistics = tuple[Tensor, Tensor]
@@ -61,9 +62,8 @@ def parse_normalization(text: str, name: str = "normalize") -> Statistics | None
         mean_values, std_values = parts
     except ValueError:
         mean_values = std_values = []
-    allowed = f"{', '.join(STATISTICS)}, none, or MEAN/STD such as 0.5,0.5,0.5/0.25,0.25,0.25"
     if not mean_values or len(mean_values) != len(std_values):
-        raise InputError(f"{name} is {text!r}, but must be {allowed}")
+        raise InputError(f"{name} is {text!r}, but must be {NORMALIZATIONS}")
     found = torch.tensor(mean_values), torch.tensor(std_values)
     _check(*found, f"{name} is {text!r}, but")
     return found

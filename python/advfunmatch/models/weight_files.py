@@ -13,19 +13,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import json
 import os
 import pathlib
 import pickletools
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import InputError
+from ..files import write_atomically
 
 BEGINNINGS = {
     b"\x89HDF": "an HDF5 file, as Keras writes them",
@@ -35,6 +38,7 @@ BEGINNINGS = {
     b"\x1f\x8b": "a gzip archive: unpack it first",
     b"\x93NUMPY": "a NumPy array",
 }
+ABOUT = "advfunmatch"  # the entry in the head of our files of safetensors
 MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # with which the older files of torch.save begin, within a pickle
 NO_SUCH_TYPE = re.compile(r"(?:Unsupported (?:global: GLOBAL|class)|GLOBAL) ([\w.]+)")
 
@@ -90,19 +94,56 @@ def read_weight_file(path: str | Path, what: str) -> Any:
         raise _refusal(path, what, error) from error
 
 
-def _read_safetensors(path: str | Path, what: str) -> dict[str, torch.Tensor]:
+def write_safetensors(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Replace a file of safetensors atomically.
+
+    Args:
+        path: the file.
+        weights: the tensors; they are stored contiguous, whatever their memory format, and each for itself.
+        about: plain values, which go as JSON into the file's head, where `read_weight_file` finds them.
+
+    Raises:
+        InputError: it cannot be written; the old one then stays.
+    """
+    import safetensors.torch
+
+    kept = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
+    head = {"format": "pt", ABOUT: json.dumps(about)}
+    write_atomically(path, safetensors.torch.save(kept, head))
+
+
+def _read_safetensors(path: str | Path, what: str) -> dict[str, Any]:
+    """Its tensors; of a file with a head of `write_safetensors` that head, and the tensors as ``state_dict``."""
     try:
         import safetensors.torch
     except ImportError:
         raise InputError(f"{what} needs the package safetensors: pip install safetensors") from None
     try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        cut = any(
-            word in str(error) for word in ("IncompleteBuffer", "HeaderTooSmall", "InvalidHeaderLength")
-        )
-        damage = "truncated" if cut else "damaged, or not a file of safetensors"
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(ABOUT, "null"))
+        tensors = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, ValueError) as error:
+        damage = "truncated" if _ends_early(path) else "damaged, or not a file of safetensors"
         raise InputError(f"{what} is {damage}: {error}") from error
+    return {**about, "state_dict": tensors} if isinstance(about, dict) else tensors
+
+
+def _ends_early(path: str | Path) -> bool:
+    """Whether a file of safetensors is shorter than its head says."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if file.read(1) != b"{":
+            return False
+        file.seek(8)
+        size = os.path.getsize(path)
+        if size < 8 + length:
+            return True
+        try:
+            head = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in head.items() if name != "__metadata__"]
+        except (ValueError, LookupError, TypeError):
+            return False
+    return size < 8 + length + max(ends, default=0)
 
 
 def _require_whole_archive(path: str | Path, what: str) -> None:

@@ -166,6 +166,7 @@ def set_up(config: TrainConfig) -> Run:
             remove_partial_files(run.out)
             if run.state.best is None:  # and none of a run that this one replaces
                 run.best_path.unlink(missing_ok=True)
+                run.best_path.with_suffix(".safetensors").unlink(missing_ok=True)
             record = {"config": config.to_dict(), "environment": run.made_with, "digests": run.digests}
             write_json(run.out / "run.json", record | {"teacher_accuracy": run.teacher_accuracy})
     return run
@@ -190,10 +191,19 @@ def _put_together(config: TrainConfig, world: World, device: torch.device) -> Ru
         raise InputError("reduction is 'sum', but several processes need a mean: batchmean or mean")
     if config.tensorboard:
         importlib.import_module("torch.utils.tensorboard")
+    if config.save_safetensors:
+        importlib.import_module("safetensors")
     splits, read = load_splits(config, device)
     teacher, teacher_model = None, ""
     if config.teacher:
-        teacher, stored = load_network(config.teacher, config.teacher_model, splits.train, "teacher")
+        teacher, stored = load_network(
+            config.teacher,
+            config.teacher_model,
+            splits.train,
+            "teacher",
+            normalize=config.teacher_normalize,
+            weights_key=config.teacher_weights_key,
+        )
         teacher_model = stored["model"]
         if config.channels_last:
             teacher.to(memory_format=torch.channels_last)

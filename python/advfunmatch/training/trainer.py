@@ -317,7 +317,7 @@ def save(run: Run) -> None:
             return
         write_json_lines(run.out / "metrics.jsonl", run.state.metrics)
         checkpoint = described(run) | {"epoch": run.epochs_done, **run.state.to_checkpoint()}
-        save_checkpoint(run.checkpoint_path, checkpoint)
+        save_checkpoint(run.checkpoint_path, checkpoint, run.config.save_safetensors)
         if run.state.best and run.state.best["step"] == run.state.step:
             save_best(run)
 
@@ -325,7 +325,7 @@ def save(run: Run) -> None:
 def save_best(run: Run) -> None:
     """Replace best.pt by the best epoch's weights, which checkpoint.pt holds too, so that the two cannot disagree."""
     if run.state.best:
-        save_checkpoint(run.best_path, described(run) | run.state.best)
+        save_checkpoint(run.best_path, described(run) | run.state.best, run.config.save_safetensors)
 
 
 def described(run: Run) -> dict[str, Any]:
