@@ -33,7 +33,8 @@ them. So wherever a class has more than half of p, c is d at that class, exactly
 products, and with λ both keep their digits. No entry of a gradient is then a difference of numbers that are not small.
 JS takes the logarithms at each side's heaviest class for zero in the same way. A tile knows the heaviest class before
 it takes the sums. A streamed row does not; but what loses digits is the sums of one lane, the one that had that class,
-and a lane's share of the row is small: where a row turns out certain, that lane's classes are read again.
+and a lane's share of the row is small: where a row turns out certain, that lane's classes are read again. On NVIDIA's
+GPUs exp2 gives 0 for what is below the normal numbers, which gaps of more than 80 reach.
 
 Note [Row scalars]
 ~~~~~~~~~~~~~~~~~~

@@ -156,7 +156,9 @@ class Problem:
         """Runs ``tile_kernel``; ``reduction`` None wants no loss."""
         rows = self.rows
         block = max(16, launch.next_power_of_2(rows.classes))
-        tile_rows = max(1, launch.LIMITS.tile // self.double // block)
+        # JS has few elements a lane; of half precision twice as many make an access of 16 bytes
+        wide = 2 if self.is_js and self.vector > 4 else 1
+        tile_rows = max(1, wide * launch.LIMITS.tile // self.double // block)
         programs = triton.cdiv(rows.num_rows, tile_rows)
         loss = None
         if reduction == 0:
@@ -205,7 +207,7 @@ class Problem:
         return loss
 
     def tile_warps(self, elements: int) -> int:
-        """256 lanes with 8 elements of each side, 4 in float64 and of JS, or 16 if little else is kept of a row."""
+        """256 lanes with 8 elements of each side, 4 in float64, or 16 if little else is kept of a row; JS has 512."""
         many = elements > (1024 if self.is_js else 4096)
         return launch.warps(512 if many else min(256, elements * self.double // 8))
 

@@ -110,6 +110,8 @@ def tile_kernel(
         offset_s, offset_t = row_offsets(max_s, max_t)
         gap = (s - offset_s[:, None]) - (t - offset_t[:, None])
         lowest = tl.min(gap, axis=1)
+        if DIVERGENCE == JEFFREYS:
+            highest = tl.max(gap, axis=1)
         d = clamp_far(gap * inv_t)
         # The mean of d, or where one class has more than half of p, d there. See Note [Certain rows].
         certain = z_t < 2.0
@@ -132,12 +134,13 @@ def tile_kernel(
         base_p = kl
         base_q = kl
         if DIVERGENCE == JEFFREYS:
-            p = e_t / z_t[:, None]
-            q = e_s / z_s[:, None]
             x = d - centre[:, None]
-            value = tl.sum(jeffreys_terms(p, q, x - tail[:, None]), axis=1)
-            value = tl.where((lowest == -INF) | (tl.max(gap, axis=1) == INF), value + INF, value)
-            slope_q = tl.sum(q * x, axis=1)
+            slope_q = tl.sum(e_s * x, axis=1) / z_s
+            value = tl.sum(
+                jeffreys_terms(e_t * (1.0 / z_t)[:, None], e_s * (1.0 / z_s)[:, None], x - tail[:, None]),
+                axis=1,
+            )
+            value = tl.where((lowest == -INF) | (highest == INF), value + INF, value)
         if DIVERGENCE == JS:
             certain_s = z_s < 2.0
             heavy = tl.where(certain_s[:, None] & (e_s < 1.0), 0.0, e_s)
