@@ -131,6 +131,8 @@ def dkl_kernel(
     # A class that is the largest on both sides is counted apart, and the mean of d taken about d of the class that has
     # more than half of the weight: where a row is certain of a class, what is small is then no difference of what is
     # not. See Note [Certain rows] in row_math.py.
+    # NaN in a row that is no distribution, so that its sums are.
+    shared_s = tl.where((tl.abs(max_s) < INF) & (tl.abs(max_t) < INF), max_s, INF - INF)
     sum_s = zeros
     sum_t = zeros
     below = zeros  # exp((t - max_t)/T) (s - max_s)
@@ -144,7 +146,7 @@ def dkl_kernel(
         t, _ = load_block(at_t, start, in_rows, bound, -INF, ACC, BLOCK)
         in_s, in_t = s > -INF, t > -INF
         e_t = tl.exp2((t - max_t[:, None]) * to_log2)
-        is_shared = (s == max_s[:, None]) & (t == max_t[:, None])
+        is_shared = (s == shared_s[:, None]) & (t == max_t[:, None])
         sum_s += tl.where(mask & ~is_shared, tl.exp2((s - max_s[:, None]) * to_log2), 0.0)
         sum_t += tl.where(mask & ~is_shared, e_t, 0.0)
         marks += (mask & is_shared).to(tl.int32)
