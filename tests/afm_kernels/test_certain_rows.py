@@ -17,7 +17,7 @@ from afm_kernels import distillation_loss, dkl_loss, softmax_kl_div, softmax_kl_
 from afm_kernels.ops import DIVERGENCES, backend_for
 
 STEM = "softmax_kl"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # a call takes long then
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # a call takes a second then: the two gaps take turns
 ROWS = 3 if INTERPRETED else 7
 GAPS = (14.0, 85.0) if INTERPRETED else (5.0, 14.0, 30.0, 60.0, 85.0)
 CLASSES = (10, 128, 129, 1000, 32000)
@@ -57,8 +57,8 @@ def recompute_modes(device: torch.device) -> tuple[bool, ...]:
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_softmax_kl(device: torch.device, divergence: str, classes: int) -> None:
-    for who in WHO:
-        for gap in GAPS:
+    for turn, who in enumerate(WHO):
+        for gap in GAPS[turn % 2 :: 2] if INTERPRETED else GAPS:
             student, teacher = certain_rows(classes, gap, who)
             truth = certain_divergence(student, teacher, 1.0, divergence, BETA)
             for recompute in recompute_modes(device):
