@@ -69,8 +69,8 @@ def test_the_best_epoch_is_kept_beside_the_last(
     def scripted(run, epoch):  # type: ignore[no-untyped-def]
         return {"validation_clean": 50.0 + epoch, "validation_pgd10": scores[epoch]}
 
-    def recorded(path: Path, checkpoint: dict[str, object]) -> None:
-        save(path, checkpoint)
+    def recorded(path: Path, checkpoint: dict[str, object], *rest: object) -> None:
+        save(path, checkpoint, *rest)
         saved[path.name, checkpoint["epoch"]] = torch.load(path, weights_only=True)
 
     config = make_config(epochs=4, validation=40, ema=0.5)

@@ -355,10 +355,10 @@ def test_tensorboard_has_every_epoch_once_after_a_stop(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def save_that_is_too_late(path: Path, checkpoint: dict[str, object]) -> None:
+    def save_that_is_too_late(path: Path, checkpoint: dict[str, object], *rest: object) -> None:
         if checkpoint["epoch"] == 2:  # the second epoch is on the board already
             raise KeyboardInterrupt
-        save(path, checkpoint)
+        save(path, checkpoint, *rest)
 
     config = make_config(epochs=3, tensorboard=True)
     save = advfunmatch.training.trainer.save_checkpoint
