@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import advfunmatch.cli
 import numpy as np
 import pytest
 import torch
@@ -277,8 +276,9 @@ def test_only_train_goes_on_after_an_interrupt(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("train_model", "load_dataset", "methods_text"):
-        monkeypatch.setattr(advfunmatch.cli, name, interrupted)
+    stopped = ("train.train_model", "evaluate.load_dataset", "attack.load_dataset", "listings.methods_text")
+    for name in stopped:
+        monkeypatch.setattr(f"advfunmatch.cli.{name}", interrupted)
     arguments = {
         "train": [*TRAIN, "--out", str(tmp_path / "run")],
         "evaluate": evaluate(teacher, tmp_path / "figures.json"),

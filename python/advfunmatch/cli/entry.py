@@ -1,0 +1,84 @@
+"""Run the command that was asked for, and turn what goes wrong into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import typer
+
+from ..errors import InputError, ProcessLost, TrainingDiverged
+from .attack import attack
+from .demo import demo
+from .evaluate import evaluate
+from .listings import methods, models
+from .report import report
+from .train import train
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="advfunmatch",
+    help="Adversarial distillation: train, attack and evaluate robust students.\n\nStart with `advfunmatch demo`, or "
+    "`advfunmatch train --data digits --model small_cnn --method pgd_at --eps 0.15 --out runs/teacher`.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (train, evaluate, attack, report, methods, models, demo):
+    app.command()(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit. See Note [Exit codes]."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _say
+            code = app(args=arguments or ["--help"], prog_name="advfunmatch", standalone_mode=False)
+        if code == INTERRUPTED:  # typer has swallowed the KeyboardInterrupt
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
+    except InputError as error:
+        return _fail(str(error), 2)
+    except TrainingDiverged as error:
+        return _fail(str(error), 1)
+    except ProcessLost:
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        sentence = "interrupted; what was written is whole"
+        if "train" in arguments[:1]:
+            sentence += ", and train --resume goes on from its last checkpoint"
+        return _fail(sentence, INTERRUPTED)
+    except ModuleNotFoundError as error:
+        return _fail(f"{error.name} is not installed: pip install 'advfunmatch[train]'", 2)
+    except Exception as error:
+        # typer's own complaints about flags know their exit code and say what is wrong.
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            return _fail(error.format_message(), 2)
+        if isinstance(error, torch.OutOfMemoryError):
+            sentence = f"the device is out of memory; a smaller --batch-size needs less ({error})"
+            return _fail(sentence, 2, everywhere=True)
+        raise
+
+
+def _say(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as one sentence; of several processes only the first says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def _fail(sentence: str, code: int, *, everywhere: bool = False) -> int:
+    """Say what is wrong; of several processes only the first does, unless each fails for itself."""
+    if everywhere or os.environ.get("RANK", "0") == "0":
+        print(f"error: {sentence}", file=sys.stderr)
+    return code

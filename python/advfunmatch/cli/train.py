@@ -1,0 +1,44 @@
+"""`advfunmatch train`: its options are the fields of `TrainConfig`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ..config import config_from, read_settings
+from ..methods import preset as make_preset
+from ..training import train as train_model
+from ..training.distributed import leave_world
+from .options import with_settings
+
+
+@with_settings
+def train(preset: str | None, config: str | None, **flags: Any) -> None:
+    """Train a network.
+
+    Writes checkpoint.pt, metrics.jsonl (a row an epoch), result.json and run.json into --out, and with --validation
+    best.pt, the best epoch. A setting comes from its
+    flag, else from --config, else from --preset, else from the method (see `advfunmatch methods`). Several processes:
+    torchrun --nproc-per-node=N -m advfunmatch train ...
+    """
+    settings = make_preset(preset) if preset else {}
+    settings |= read_settings(config) if config else {}
+    settings |= {name: value for name, value in flags.items() if value is not None}
+    resolved = config_from(settings)
+    try:
+        result = train_model(resolved)
+    finally:
+        leave_world()
+    if not result:  # the first process reports
+        return
+    print(f"{_line(result)}   {result['seconds']:.1f} s   {resolved.out}")
+    if best := result.get("best"):
+        print(
+            f"{_line(best)}   best epoch, {best['epoch']}   {os.path.join(resolved.out, best['checkpoint'])}"
+        )
+
+
+def _line(result: dict[str, Any]) -> str:
+    """The figures of one network after training."""
+    line = f"clean {result['clean']:.2f} %   PGD-20 {result['pgd20']:.2f} %"
+    return line + (f"   agreement {result['agreement']:.2f} %" if "agreement" in result else "")
