@@ -24,6 +24,7 @@ from advfunmatch import InputError, create_model, load_dataset, load_model
 from advfunmatch.cli import run
 from advfunmatch.models import load_network
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 NAME = "small_cnn-8"
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])
@@ -82,6 +83,12 @@ EQUAL: dict[str, Callable[[State], Any]] = {
     "thop": lambda s: s | {"total_ops": torch.zeros(1), "conv1.total_params": torch.zeros(1)},
     "half precision": lambda s: {n: v.half() if v.is_floating_point() else v for n, v in s.items()},
     "torch 0.4": lambda s: {n: v for n, v in s.items() if "num_batches" not in n},
+    "numbers among the weights": lambda s: {**s, "epoch": 3, "best": 0.9},
+    "a defaultdict": lambda s: collections.defaultdict(
+        dict, net=s, seen=collections.defaultdict(list, a=[1])
+    ),
+    "arrays of NumPy": lambda s: {n: v.numpy() for n, v in s.items()},
+    "accuracies' mean": lambda s: {"net": s, "mean": 93.1, "std": 0.2},
     "two networks of which one fits": lambda s: {
         "teacher": create_model("small_cnn-4", num_classes=7, in_channels=3).state_dict(),
         "student": s,
@@ -110,7 +117,10 @@ def loaded(path: Path, **options: Any) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("form", "zipped"),
-    [*((form, True) for form in EQUAL), ("DataParallel", False), ("options of argparse", False)],
+    [
+        *((form, True) for form in EQUAL),
+        *((form, False) for form in ("DataParallel", "options of argparse", "a defaultdict")),
+    ],
 )
 def test_forms_that_load_without_a_word(form: str, zipped: bool, tmp_path: Path) -> None:
     network, path = settled(), tmp_path / "w.pt"
@@ -128,6 +138,75 @@ def test_a_normalisation_in_the_file_goes_in_front(form: str, tmp_path: Path) ->
     network, x = settled(preprocess=normalised), torch.rand(2, 3, 16, 16)
     torch.save(NORMALISED[form](network.state_dict()), tmp_path / "w.pt")
     torch.testing.assert_close(loaded(tmp_path / "w.pt")(x), network(normalised(x)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mean": MEAN, "std": STD},
+        {"args": argparse.Namespace(mean=tuple(MEAN.tolist()), std=tuple(STD.tolist()))},
+        {"data": {"normalize": {"mu": MEAN.tolist(), "sigma": STD.numpy()}}},
+    ],
+)
+def test_a_normalisation_beside_the_weights_goes_in_front_and_is_said(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    network, path, x = settled(preprocess=normalised), tmp_path / "w.pt", torch.rand(2, 3, 16, 16)
+    torch.save({"state_dict": network.state_dict()} | options, path)
+    with pytest.warns(
+        UserWarning, match=r"0\.4,0\.5,0\.6/0\.2,0\.3,0\.1 beside its weights.* in front of the network"
+    ):
+        model = load_model(path, model=NAME)
+    torch.testing.assert_close(model(x), network(normalised(x)))
+    torch.testing.assert_close(loaded(path, normalize="none")(x), network(x))
+
+
+def random_mask(layer: nn.Module, dim: int = 0) -> None:
+    prune.random_unstructured(layer, "weight", 0.5)
+    prune.random_unstructured(layer, "bias", 0.5)
+
+
+COMPUTED: dict[str, Callable[[nn.Module], Any]] = {
+    "pruning": random_mask,
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "weight norm of all": lambda layer: nn.utils.parametrizations.weight_norm(layer, dim=None),
+    "weight norm of columns": lambda layer: nn.utils.weight_norm(layer, dim=1),
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
+    "spectral norm by hooks": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_weights_that_are_computed_are_computed(kind: str, tmp_path: Path) -> None:
+    network = settled().requires_grad_(False)
+    COMPUTED[kind](network.fc)
+    if kind.startswith("weight norm"):
+        length = "parametrizations.weight.original0" if "columns" not in kind else "weight_g"
+        network.fc.get_parameter(length).data.mul_(2)
+    network.train()(torch.rand(4, 3, 16, 16))  # a step of spectral norm's iteration
+    state, x = network.eval().state_dict(), torch.rand(2, 3, 16, 16)
+    torch.save({"state_dict": under("module.", state)}, tmp_path / "w.pt")
+    with pytest.warns(
+        UserWarning, match=f"'module.fc.weight'.* by {' '.join(kind.split()[:2])}; that is computed"
+    ):
+        model = load_model(tmp_path / "w.pt", model=NAME, normalize="none")
+    torch.testing.assert_close(model(x), network(x))
+
+
+def test_dark_images_of_one_channel_are_no_normalised_ones(tmp_path: Path) -> None:
+    network, path = create_model("small_cnn-8", num_classes=7, in_channels=1), tmp_path / "w.pt"
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    x = torch.rand(32, 1, 16, 16) ** 6  # a mean of 0.14, as MNIST's
+    network(x)
+    torch.save(network.state_dict(), path)
+    loaded(path)
+    network((x - 0.1307) / 0.3081)
+    torch.save(network.state_dict(), path)
+    with pytest.warns(UserWarning, match=r"unless normalize \(mnist, fashion_mnist, MEAN/STD or none\)"):
+        load_model(path, model="small_cnn-8")
 
 
 @pytest.mark.parametrize(
@@ -210,10 +289,24 @@ def test_where_weights_fit_several_networks_the_name_decides(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("form", "sentence"),
     [
-        (lambda s: [1, 2], "holds no state dict"),
+        (lambda s: [1, 2], "holds no state dict, but a list"),
+        (
+            lambda s: {"acc": 0.9, "more": [torch.ones(2, 2)]},
+            r"holds no state dict, but a dict of 'acc' \(float\), 'more' \(list\)",
+        ),
         (lambda s: {"a": {"acc": torch.tensor(1.0)}}, "holds no state dict"),
+        (
+            lambda s: {
+                n.replace("fc.weight", "fc.parametrizations.weight.original"): v for n, v in s.items()
+            },
+            "'fc.weight' as a parametrization of 'original', whose code is not in the file",
+        ),
+        (lambda s: {"net": s, "mean": [125.3, 123.0, 113.9], "std": [63.0] * 3}, "normalize says what goes"),
         (lambda s: {n.replace("features", "layers"): v for n, v in s.items()}, r"it lacks '.*' and \d+ more"),
-        (lambda s: s | {"popup_scores": torch.ones(3, 3)}, "beyond the network's 'popup_scores'"),
+        (
+            lambda s: s | {"popup_scores": torch.ones(3, 3)},
+            "has 'popup_scores', HYDRA's: .* is not in the file",
+        ),
         # A prefix on a part of the entries, and one within their names.
         (lambda s: {("module." if "fc" in n else "") + n: v for n, v in s.items()}, "it lacks"),
         (lambda s: {n.replace("fc.", "fc.module."): v for n, v in s.items()}, "it lacks"),
@@ -262,7 +355,7 @@ def test_nothing_in_a_file_is_run(zipped: bool, tmp_path: Path) -> None:
     path, network = tmp_path / "w.pt", settled()
     for stored, sentence in (
         ({"state_dict": network.state_dict(), "more": Runs(tmp_path / "ran")}, "whose code would be run"),
-        ({"more": collections.defaultdict(list, a=[1])}, "holds a collections.defaultdict, whose code"),
+        ({"more": collections.UserDict(a=[1])}, "holds a collections.UserDict, whose code"),
         (network, r"whose code would be run; .* torch\.load\(.*torch\.save\("),
         ({"net": network}, "SmallCNN, whose code would be run"),
     ):
@@ -367,6 +460,8 @@ def test_safetensors_of_a_run_know_what_they_are(tmp_path: Path) -> None:
     data = load_dataset("digits", split="test", limit=4)
     _, stored = load_network(tmp_path / "checkpoint.safetensors", None, data)
     assert stored["config"]["method"] == "pgd_at"
+    assert run([*TRAIN, "--method", "ce", "--overwrite", "--out", str(tmp_path)]) == 0
+    assert not [*tmp_path.glob("*.safetensors")]  # of a run that is no more
 
 
 def test_the_command_line_takes_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

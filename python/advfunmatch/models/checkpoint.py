@@ -15,6 +15,7 @@ A dict of tensors and plain Python values, so that ``torch.load(path, weights_on
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from pathlib import Path
@@ -27,7 +28,8 @@ from ..data import ImageDataset, as_float
 from ..errors import InputError
 from ..files import write_atomically
 from .fit import ClassesReordered, class_order
-from .state_dicts import align, load_weights, state_dicts_of
+from .reparametrized import with_plain_weights
+from .state_dicts import agreement, align, load_weights, state_dicts_of
 from .weight_files import read_weight_file, write_safetensors
 from .zoo import create_model
 
@@ -48,7 +50,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any], safetensors: bool = 
     """Replace `path` atomically; InputError if it cannot be written, and the old one then stays.
 
     With `safetensors` the weights go into a file of that ending beside it, with all that Note [Checkpoint] has at the
-    file's head but for what a continued run needs.
+    file's head but for what a continued run needs. Without, such a file of earlier weights is removed.
     """
     # Through memory: torch.save into a file reports a full disk as an assertion of its zip writer.
     buffer = io.BytesIO()
@@ -58,6 +60,8 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any], safetensors: bool = 
     if safetensors:
         about = {name: value for name, value in whole.items() if name not in ("state_dict", "training")}
         write_safetensors(path.with_suffix(".safetensors"), checkpoint["state_dict"], about)
+    else:
+        path.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict[str, Any]:
@@ -259,7 +263,9 @@ def _sizes(stored: Any, model: str, weights_key: str | None) -> tuple[int, int]:
         wider = plain
     holders = state_dicts_of(stored)
     holders = {weights_key: holders[weights_key]} if weights_key in holders else holders
-    for weights in holders.values():
+    for weights in sorted(holders.values(), key=lambda weights: -agreement(weights, plain)):
+        with contextlib.suppress(InputError):  # whose sentence is for `load_weights` to say
+            weights = with_plain_weights(dict(weights), "")[0]
         for place in list(align(weights, plain).values())[:1]:
             for name, shape in plain.items():
                 found = tuple(weights[place[name]].shape) if name in place else ()

@@ -10,8 +10,10 @@ they fit badly, or the statistics are as they were made, the file shows nothing.
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,15 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .preprocess import STATISTICS as PREPROCESS
 
-STATISTICS = {**PREPROCESS, "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    **PREPROCESS,
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashion_mnist": ((0.2860,), (0.3530,)),
+}
 NORMALIZATIONS = f"{', '.join(STATISTICS)}, MEAN/STD with commas between channels, or none"
+# The means that images in [0, 1] have, of one channel and of several; that of normalised ones is about 0.
+USUAL_MEANS = {1: (0.05, 0.95), 3: (0.15, 0.9)}
 # Last parts of the names under which files hold a mean and a standard deviation.
 NAMES = (("mean", "std"), ("mu", "sigma"), ("_mean", "_std"), ("image_mean", "image_std"))
 Statistics = tuple[Tensor, Tensor]
@@ -65,8 +74,14 @@ def parse_normalization(text: str, name: str = "normalize") -> Statistics | None
     if not mean_values or len(mean_values) != len(std_values):
         raise InputError(f"{name} is {text!r}, but must be {NORMALIZATIONS}")
     found = torch.tensor(mean_values), torch.tensor(std_values)
-    _check(*found, f"{name} is {text!r}, but")
+    check_statistics(*found, f"{name} is {text!r}, but")
     return found
+
+
+def normalizations_of(channels: int | None) -> str:
+    """The values of `normalize` that fit images of so many channels, for a sentence."""
+    fitting = [name for name, (mean, _) in STATISTICS.items() if channels in (None, len(mean))]
+    return ", ".join([*fitting, "MEAN/STD or none"])
 
 
 def take_statistics(left: dict[str, Tensor], what: str) -> Statistics | None:
@@ -88,16 +103,55 @@ def take_statistics(left: dict[str, Tensor], what: str) -> Statistics | None:
     for mean, std in pairs.values():
         if not (torch.equal(mean, first[0]) and torch.equal(std, first[1])):
             raise InputError(f"{what} holds several normalisations, which differ: {', '.join(pairs)}")
-    _check(*first, f"{what} holds a normalisation {next(iter(pairs))!r} whose")
+    check_statistics(*first, f"{what} holds a normalisation {next(iter(pairs))!r} whose")
     return first
 
 
-def _check(mean: Tensor, std: Tensor, beginning: str) -> None:
+def check_statistics(mean: Tensor, std: Tensor, beginning: str) -> None:
+    """InputError, which starts with `beginning`, unless they can be of images in [0, 1]."""
     if len(mean) != len(std) or not bool((mean.abs() <= 1).all() and (std > 0).all() and (std <= 4).all()):
         raise InputError(
             f"{beginning} means must be at most 1 and deviations positive, as of images in [0, 1], and not "
             f"{mean.tolist()} and {std.tolist()}"
         )
+
+
+def statistics_beside(stored: Any, in_channels: int | None) -> tuple[str, Statistics, bool] | None:
+    """A mean and a standard deviation that a file holds beside its weights, such as among its options.
+
+    Returns:
+        The mean's key, both, and whether they are the images' for certain: a number for each of several channels, or
+        under a name that says so. A lone number may be an accuracy's. None if there are none.
+    """
+    for key, mean, std in _pairs_beside(stored, ""):
+        certain = len(mean) > 1 or any(word in key.lower() for word in ("norm", "image"))
+        if len(mean) == len(std) and len(mean) in (1, in_channels) and (certain or bool(mean.abs() <= 1)):
+            return key, (mean, std), certain
+    return None
+
+
+def _pairs_beside(stored: Any, key: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    entries = vars(stored) if isinstance(stored, argparse.Namespace) else stored
+    if not isinstance(entries, Mapping):
+        return
+    for name, value in entries.items():
+        partner = next((std for mean, std in NAMES if name == mean and std in entries), None)
+        if partner is None:
+            yield from _pairs_beside(value, f"{key}{name}.")
+            continue
+        mean, std = _numbers(value), _numbers(entries[partner])
+        if mean is not None and std is not None:
+            yield f"{key}{name}", mean, std
+
+
+def _numbers(value: Any) -> Tensor | None:
+    """A number or a list of them as (C,); None for anything else."""
+    try:
+        found = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    plain = found.is_floating_point() or isinstance(value, list | tuple)
+    return found.flatten().float() if plain and not found.is_complex() else None
 
 
 def put_before(network: nn.Module, statistics: Statistics, in_channels: int | None, what: str) -> Normalized:
@@ -106,6 +160,12 @@ def put_before(network: nn.Module, statistics: Statistics, in_channels: int | No
     if in_channels is not None and len(mean) not in (1, in_channels):
         raise InputError(f"{what} normalises {len(mean)} channels, but the network takes {in_channels}")
     return Normalized(network, mean, std)
+
+
+def is_usual(mean: Tensor) -> bool:
+    """Whether a mean (C,) is one of images in [0, 1], rather than of normalised ones."""
+    low, high = USUAL_MEANS[1 if len(mean) == 1 else 3]
+    return bool(((mean > low) & (mean < high)).all())
 
 
 def seen_mean(network: nn.Module, weights: Mapping[str, Tensor]) -> Tensor | None:

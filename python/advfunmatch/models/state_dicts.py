@@ -6,7 +6,8 @@ A network's entries are looked for behind every prefix that a name can be split 
 network's entries stand behind it: DataParallel's ``module.``, ``model.`` and ``net.`` of wrappers, ``1.`` of a
 Sequential, or several of them. What then is left over must be known to be no weight: a normalisation, which goes in
 front of the network, bookkeeping, or the same weights again, as wrappers hold them that know the network twice.
-Anything else refuses the file. Prefixes are thus removed from the front only, and never from a part of the entries.
+Anything else refuses the file, unless weights are computed from it (Note [Computed weights]). Prefixes are thus
+removed from the front only, and never from a part of the entries.
 """
 
 from __future__ import annotations
@@ -15,11 +16,23 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .normalization import Statistics, parse_normalization, put_before, seen_mean, take_statistics
+from .normalization import (
+    Statistics,
+    check_statistics,
+    is_usual,
+    normalizations_of,
+    parse_normalization,
+    put_before,
+    seen_mean,
+    statistics_beside,
+    take_statistics,
+)
+from .reparametrized import with_plain_weights
 from .zoo import find_family, same_weights
 
 # Keys under which a file's main weights are stored, the first of them that fits being taken; others come after these.
@@ -57,8 +70,8 @@ def load_weights(
         `network`, behind a normalisation if there is one.
 
     Warns:
-        UserWarning: several state dicts fit, several networks have such weights, or the file does not show what is
-            done to the images first.
+        UserWarning: several state dicts fit, several networks have such weights, the file does not show what is done to
+            the images first, or what goes in front, or into the weights, was found beside them.
 
     Raises:
         InputError: if the entries are not this network's; it names the first that is missing or left over.
@@ -68,17 +81,21 @@ def load_weights(
     if weights_key is not None:
         holders = {weights_key: _chosen(stored, holders, weights_key, what, settings)}
     if not holders:
-        raise InputError(f"{what} holds no state dict")
+        raise InputError(f"{what} holds no state dict, but {_contents(stored)}")
     own, remarks = network.state_dict(), []
-    fitting, refusals = {}, []
+    fitting, refusals = {}, {}
     for key, entries in holders.items():
         try:
-            fitting[key] = _fit(entries, own, what, settings)
+            fitting[key] = _fit_plain(entries, own, what, settings)
         except InputError as error:
-            refusals.append(error)
+            refusals[key] = error
     if not fitting:
-        raise refusals[0]
-    key, (weights, prefix, found) = next(iter(fitting.items()))
+        raise max(refusals.items(), key=lambda item: agreement(holders[item[0]], own))[1]
+    key, (weights, prefix, found, computed) = next(iter(fitting.items()))
+    remarks += [
+        f"{what} holds {names[0]!r}{_more(names)} by {kind}; that is computed into the weights"
+        for kind, names in computed.items()
+    ]
     if len(fitting) > 1:
         others = ", ".join(repr(each) for each in fitting if each != key)
         remarks.append(
@@ -95,8 +112,12 @@ def load_weights(
             f"{f'{settings}normalize = {normalize!r}' if given else 'statistics that it holds'}, but {name!r} "
             "normalises its images itself"
         )
+    if normalize is None and found is None and (beside := statistics_beside(stored, _channels(own))):
+        found, remark = _from_beside(*beside, normalizes, what, settings)
+        remarks.append(remark)
     if normalize is None and found is None and not normalizes:
-        remarks += _doubts_of_images(seen_mean(network, weights), prefix, stored, what, settings)
+        mean, channels = seen_mean(network, weights), _channels(own)
+        remarks += _doubts_of_images(mean, channels, prefix, stored, what, settings)
     if normalize is not None and found is not None and not _same(given, found):
         values = "/".join(",".join(f"{value:.4g}" for value in part.tolist()) for part in found)
         remarks.append(
@@ -112,20 +133,37 @@ def load_weights(
 def state_dicts_of(stored: Any, key: str = "") -> dict[str, Weights]:
     """Every state dict in what a file holds, by its keys with dots between; the usual main ones first.
 
-    A mapping is one if names stand for tensors alone, at least one of them a matrix or a kernel.
+    A mapping is one if names in it stand for tensors, or for NumPy's arrays, at least one of them a matrix or a kernel.
+    What else it holds, such as numbers of epochs, is no weight.
     """
     if not isinstance(stored, Mapping):
         return {}
-    values = list(stored.values())
-    if all(isinstance(name, str) for name in stored) and all(isinstance(value, Tensor) for value in values):
-        is_one = any(value.dim() >= 2 and value.is_floating_point() for value in values)
-        return {key: dict(stored)} if is_one else {}
+    tensors = {name: tensor for name, value in stored.items() if (tensor := _as_tensor(value)) is not None}
     found: dict[str, Weights] = {}
+    if all(isinstance(name, str) for name in stored) and any(
+        value.dim() >= 2 and value.is_floating_point() for value in tensors.values()
+    ):
+        found[key] = tensors
     for name, value in stored.items():
         if isinstance(name, str):  # the states of optimizers stand under numbers
             found |= state_dicts_of(value, f"{key}.{name}" if key else name)
     rank = {name: index for index, name in enumerate(HOLDERS)}
     return dict(sorted(found.items(), key=lambda item: rank.get(item[0].split(".")[0], len(rank))))
+
+
+def _as_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        return torch.as_tensor(value.astype(value.dtype.newbyteorder("=")))
+    return value if isinstance(value, Tensor) else None
+
+
+def _contents(stored: Any) -> str:
+    """What a file holds, for a sentence."""
+    if not isinstance(stored, Mapping):
+        return f"a {type(stored).__name__}"
+    shown = [f"{name!r} ({type(value).__name__})" for name, value in list(stored.items())[:5]]
+    more = f" and {len(stored) - len(shown)} more" if len(stored) > len(shown) else ""
+    return f"a {type(stored).__name__} of {', '.join(shown) or 'nothing'}{more}"
 
 
 def align(weights: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -143,6 +181,41 @@ def align(weights: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, dict[s
                 prefix = "".join(part + "." for part in parts[:index])
                 found.setdefault(prefix, {})[name] = key
     return dict(sorted(found.items(), key=lambda item: (-len(item[1]), len(item[0]))))
+
+
+def agreement(weights: Weights, own: Iterable[str]) -> int:
+    """How many of a network's entries there are."""
+    return max((len(place) for place in align(weights, own).values()), default=0)
+
+
+def _fit_plain(
+    weights: Weights, own: Mapping[str, Tensor], what: str, settings: str
+) -> tuple[Weights, str, Statistics | None, dict[str, list[str]]]:
+    """As `_fit`, and which weights were computed, by how. See Note [Computed weights]."""
+    try:
+        return *_fit(weights, own, what, settings), {}
+    except InputError:
+        plain, computed = with_plain_weights(dict(weights), what)
+        if not computed:
+            raise
+        return *_fit(plain, own, what, settings), computed
+
+
+def _from_beside(
+    key: str, statistics: Statistics, certain: bool, normalizes: bool, what: str, settings: str
+) -> tuple[Statistics | None, str]:
+    """What goes in front of the network of a mean and a deviation that were found beside it, and what to say of it."""
+    values = "/".join(",".join(f"{value:.4g}" for value in part.tolist()) for part in statistics)
+    has = f"{what} has the mean and deviation {values} beside its weights, at {key!r}"
+    if normalizes:
+        return None, f"{has}, which are not used: the network normalises its images itself"
+    if not certain:
+        return None, f"{has}; if they are the images', {settings}normalize = '{values}' puts them in front"
+    try:
+        check_statistics(*statistics, f"{has}, but")
+    except InputError as error:
+        raise InputError(f"{error}; {settings}normalize says what goes in front of the network") from None
+    return statistics, f"{has}; they go in front of the network, unless {settings}normalize says otherwise"
 
 
 def _fit(
@@ -208,10 +281,13 @@ def _require_shapes(weights: Weights, own: Mapping[str, Tensor], what: str) -> N
 
 
 def _refusal(what: str, problem: str, names: list[str], reason: str = "") -> InputError:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return InputError(
-        f"{what} does not hold the weights of this architecture: it {problem} {names[0]!r}{more}{reason}"
+        f"{what} does not hold the weights of this architecture: it {problem} {names[0]!r}{_more(names)}{reason}"
     )
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _doubts_of_name(name: str, what: str, settings: str) -> list[str]:
@@ -226,9 +302,11 @@ def _doubts_of_name(name: str, what: str, settings: str) -> list[str]:
     ]
 
 
-def _doubts_of_images(mean: Tensor | None, prefix: str, stored: Any, what: str, settings: str) -> list[str]:
+def _doubts_of_images(
+    mean: Tensor | None, channels: int | None, prefix: str, stored: Any, what: str, settings: str
+) -> list[str]:
     """Whether the network was trained on normalised images, of which its file says nothing."""
-    wanted = f"{settings}normalize (cifar10, cifar100, imagenet, MEAN/STD or none) says"
+    wanted = f"{settings}normalize ({normalizations_of(channels)}) says"
     behind = [part for part in prefix.split(".") if part.isdigit() and part != "0"]
     if behind:
         return [
@@ -237,7 +315,7 @@ def _doubts_of_images(mean: Tensor | None, prefix: str, stored: Any, what: str, 
         ]
     if isinstance(stored, Mapping) and stored.get("normalize_input") is True:
         return [f"{what} has normalize_input = True, but not the statistics; {wanted} which"]
-    if mean is not None and bool(((mean > 0.25) & (mean < 0.75)).all()):
+    if mean is not None and is_usual(mean):
         return []
     values = "" if mean is None else ", ".join(f"{value:.2f}" for value in mean.tolist())
     shown = (

@@ -18,6 +18,7 @@ import os
 import pathlib
 import pickletools
 import re
+import types
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,8 +40,13 @@ BEGINNINGS = {
     b"\x93NUMPY": "a NumPy array",
 }
 ABOUT = "advfunmatch"  # the entry in the head of our files of safetensors
+FACTORIES = (list, dict, set, int, float, str, tuple, bool)  # what a defaultdict is made with
 MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # with which the older files of torch.save begin, within a pickle
 NO_SUCH_TYPE = re.compile(r"(?:Unsupported (?:global: GLOBAL|class)|GLOBAL) ([\w.]+)")
+
+
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    return {}
 
 
 def _values_only() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
@@ -49,7 +55,12 @@ def _values_only() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     kinds += [pathlib.PurePosixPath, pathlib.PureWindowsPath]
     # A path of the other system cannot be made here; its pure form can.
     kinds += [(pathlib.PurePosixPath, "pathlib.PosixPath"), (pathlib.PureWindowsPath, "pathlib.WindowsPath")]
-    kinds += [datetime.datetime, datetime.date, datetime.timedelta]
+    kinds += [datetime.datetime, datetime.date, datetime.timedelta, datetime.timezone, types.SimpleNamespace]
+    # A dict that makes what is missing by calling something becomes one that does not.
+    kinds += [(_plain_dict, "collections.defaultdict")]
+    kinds += [
+        (kind, f"{module}.{kind.__name__}") for module in ("builtins", "__builtin__") for kind in FACTORIES
+    ]
     kinds += [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
     reconstruct, (scalar, *_) = np.empty(0).__reduce__()[0], np.float64(0).__reduce__()
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # before and since NumPy 2
