@@ -474,7 +474,8 @@ def test_the_command_line_takes_the_same(tmp_path: Path, capsys: pytest.CaptureF
     theirs = ["--teacher", str(path), "--teacher-model", "small_cnn-4"]
     said_of_it = ["--teacher-normalize", "0.5/0.25", "--teacher-weights-key", "last"]
     out = str(tmp_path / "run")
-    assert run([*TRAIN, "--method", "funmatch", *theirs, *said_of_it, "--out", out]) == 0
+    bare = ["--weights-key" if flag == "--teacher-weights-key" else flag for flag in said_of_it]
+    assert run([*TRAIN, "--method", "funmatch", *theirs, *bare, "--out", out]) == 0
     assert not re.search("unless teacher_normalize|is taken", capsys.readouterr().err)
     network = load_model(path, model="small_cnn-4", normalize="0.5/0.25", weights_key="last")
     images = load_dataset("digits", split="test", limit=64)
@@ -499,6 +500,7 @@ def test_the_command_line_takes_the_same(tmp_path: Path, capsys: pytest.CaptureF
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines] == ["warning", "warning"]
     assert "'best' is taken, not 'last'" in lines[0]
+    assert [f"warning: {text}" for text in json.loads(figures.read_text())["warnings"]] == lines
     attack = [
         "attack",
         *FEW,

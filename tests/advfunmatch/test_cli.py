@@ -291,6 +291,21 @@ def test_only_train_goes_on_after_an_interrupt(
     assert ("train --resume goes on" in said) == goes_on
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_examples_of_a_pixel_are_read_back(tmp_path: Path, channels: int) -> None:
+    images, labels = np.random.default_rng(0).random((6, channels, 1, 1), np.float32), np.arange(6) % 3
+    arrays = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
+    np.savez(tmp_path / "pixels.npz", **arrays, axes=np.array("NCHW"))
+    network = create_model("small_cnn-4", num_classes=3, in_channels=channels)
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    data, model = f"npz:{tmp_path / 'pixels.npz'}", ["--model", "small_cnn-4", "--normalize", "none"]
+    command = attack(
+        tmp_path / "w.pt", tmp_path / "x.npz", *model, "--data", data, "--attack", "fgsm", "--eps", "0.1"
+    )
+    assert run(command) == 0
+    assert load_dataset(f"npz:{tmp_path / 'x.npz'}", split="test").images.shape == images.shape
+
+
 @pytest.mark.parametrize("limit", [1, 3])
 def test_an_archive_of_adversarial_examples_is_data_again(
     limit: int, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -181,7 +181,9 @@ def test_axes_are_found_from_all_sizes(
         ((6, 3, 32, 3), r"can be read as \(N, C, H, W\) or as \(N, H, W, C\)"),
         ((6, 3, 3, 3), "can be read as"),
         ((6, 1, 8, 3), "can be read as"),
-        ((6, 4, 4, 4), "images must be"),
+        ((6, 4, 4, 4), r"which of 4, 4, 4 counts the channels it does not show.* axes = 'NCHW' or 'NHWC'"),
+        ((6, 4, 3, 5), r"which of 4, 3, 5 counts the channels"),
+        ((4, 3, 5, 6), r"which of 4, 3, 5 counts the channels"),
         ((6, 784), "images must be"),
         ((32, 32, 3), "images must be"),
         ((5, 32, 32, 3), "as many labels"),
@@ -191,6 +193,23 @@ def test_axes_in_doubt_are_refused(tmp_path: Path, shape: tuple[int, ...], messa
     np.savez(tmp_path / "a.npz", x_train=np.zeros(shape, np.uint8), y_train=np.arange(6) % 2)
     with pytest.raises(InputError, match=message):
         load_dataset(f"npz:{tmp_path / 'a.npz'}", split="train")
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 5), (6, 3, 32, 3), (6, 1, 1, 1), (6, 2, 1, 1), (6, 4, 4, 4)])
+def test_an_archive_can_say_which_axis_is_which(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    images = np.random.default_rng(SEED).integers(0, 256, shape, dtype=np.uint8)
+    stored = {"x_train": images, "y_train": np.arange(6) % 2}
+    for axes, order in (("NCHW", (0, 1, 2, 3)), ("NHWC", (0, 3, 1, 2))):
+        np.savez(tmp_path / "a.npz", **stored, axes=np.array(axes))
+        data = load_dataset(f"npz:{tmp_path / 'a.npz'}", split="train")
+        np.testing.assert_array_equal(data.images, images.transpose(order))
+    for axes, message in (
+        ("NCWH", "axes in .* is 'NCWH', but must be one of"),
+        ("NHW", "but axes says 'NHW'"),
+    ):
+        np.savez(tmp_path / "a.npz", **stored, axes=np.array(axes))
+        with pytest.raises(InputError, match=message):
+            load_dataset(f"npz:{tmp_path / 'a.npz'}", split="train")
 
 
 def test_both_splits_of_an_archive_decide(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from .options import Ball, Checkpoint, Data, Foreign, Images, with_groups
 def attack(
     checkpoint: Checkpoint,
     data: Data,
-    out: Annotated[Path, typer.Option(help=".npz file to write: x_test, y_test, x_clean, class_names")],
+    out: Annotated[Path, typer.Option(help=".npz file to write: x_test, y_test, x_clean, class_names, axes")],
     attack: Annotated[str, typer.Option(help="one of: mismatch, " + ", ".join(ATTACKS))] = "pgd20",
     *,
     ball: Ball,
@@ -63,6 +63,7 @@ def attack(
     tensors = {"x_test": x_adv, "y_test": test_set.labels, "x_clean": x}
     arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
     arrays["class_names"] = np.array(test_set.class_names)  # for a class that no image kept
+    arrays["axes"] = np.array("NCHW")  # which few pixels, or many channels, would not show
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_atomically(out, buffer.getvalue())
     print(f"{attack}: accuracy {100 * correct.double().mean():.2f} % on {len(test_set)} images; {out}")

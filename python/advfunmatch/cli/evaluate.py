@@ -48,8 +48,9 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint on the test split.
 
-    Writes the figures as JSON. A student is compared with its teacher too, if that is where it was. Of a corrupted set,
-    such as cifar10c:PATH, each corruption and severity is measured, and their means.
+    Writes the figures as JSON, under "warnings" what the files of weights leave open too. A student is compared with
+    its teacher, if that is where it was. Of a corrupted set, such as cifar10c:PATH, each corruption and severity is
+    measured, and their means.
     """
     corrupted = is_corrupted_set(data)
     attacks = ("clean" if corrupted else "clean,pgd20") if attacks is None else attacks
@@ -67,24 +68,30 @@ def evaluate(
     if corrupted:
         prepare_file(out, "out")
         measured = evaluate_corruptions(network, data, names, **images.loading, **settings)
+        figures = measured.to_dict()
+        figures["warnings"] = stored["doubts"] + figures["warnings"]
         about = {"checkpoint": checkpoint, "model": stored["model"], "data": data}
-        write_json(out, measured.to_dict() | about | {"environment": environment(test_set.images.device)})
+        write_json(out, figures | about | {"environment": environment(test_set.images.device)})
         print("\n".join(measured.to_text(name) for name in names))
         return
     digest = None
     if teacher is None:
         teacher, theirs = remembered_teacher(stored)
         digest = stored.get("digests", {}).get("teacher")
-    teacher_network, doubts = None, []
+    teacher_network, doubts, said = None, [], stored["doubts"]
     if teacher is not None:
         teacher_network, known = load(teacher, theirs, test_set, "teacher")
+        said += known["doubts"]
         if digest is not None and digest != digest_of_network(teacher_network, known["model"]):
             doubts.append(f"teacher {teacher!r} is no longer the network that this student was trained with")
     prepare_file(out, "out")
     result = evaluate_model(network, test_set, names, teacher=teacher_network, **settings).to_dict()
     result["warnings"] = doubts + result["warnings"]
     result |= {"checkpoint": checkpoint, "model": stored["model"], "data": data, "teacher": teacher}
-    write_json(out, result | {"environment": environment(test_set.images.device)})
+    about = {"environment": environment(test_set.images.device)}
+    write_json(
+        out, result | about | {"warnings": said + result["warnings"]}
+    )  # what was said is not printed again
     _print_figures(result, names)
 
 

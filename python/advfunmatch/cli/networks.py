@@ -24,7 +24,10 @@ class ForeignWeights(NamedTuple):
 def load(
     path: str, foreign: ForeignWeights, data: ImageDataset, what: str = "checkpoint"
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """`load_network`, which says so where classes were put into another order."""
+    """`load_network`, which says so where classes were put into another order.
+
+    Under ``doubts`` the dict has all that was said.
+    """
     if foreign.model is None:
         prefix = "teacher_" if what == "teacher" else ""
         for name, value in foreign._asdict().items():
@@ -36,10 +39,9 @@ def load(
         path, foreign.model, data, what, normalize=foreign.normalize, weights_key=foreign.weights_key
     )
     if isinstance(network, ClassesReordered):
-        print(
-            f"note: {what} {path!r} counts its classes in another order than data {data.name!r}; matched by name",
-            file=sys.stderr,
-        )
+        note = f"{what} {path!r} counts its classes in another order than data {data.name!r}; matched by name"
+        print(f"note: {note}", file=sys.stderr)
+        stored["doubts"].append(note)
     return network, stored
 
 

@@ -21,6 +21,9 @@ from ..methods import PRESETS
 from ..models import NORMALIZATIONS
 from .networks import ForeignWeights
 
+# Other names of train's options: there only a teacher's file can hold several sets of weights.
+ALIASES = {"teacher_weights_key": ("--teacher-weights-key", "--weights-key")}
+
 Checkpoint = Annotated[str, typer.Option(help="checkpoint.pt of advfunmatch train")]
 Data = Annotated[str, typer.Option(help="as for train; its test split is used")]
 
@@ -138,7 +141,11 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return _with_signature(
         command,
         [
-            _option(name, Annotated[kind | None, typer.Option(help=text, show_default=False)], None)
+            _option(
+                name,
+                Annotated[kind | None, typer.Option(*ALIASES.get(name, ()), help=text, show_default=False)],
+                None,
+            )
             for name, (kind, text) in options.items()
         ],
     )

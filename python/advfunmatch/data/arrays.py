@@ -4,7 +4,7 @@ Note [Axes]
 ~~~~~~~~~~~
 The number of labels says which axis counts the images: the first, or else the last. The axis of channels is that of one
 or three, or one shorter than both others; what leaves more than one reading, or none, is refused rather than guessed.
-All arrays of a file are read the same way.
+All arrays of a file are read the same way. An archive's array ``axes`` decides before all that: "NCHW", "NHWC".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, one_of
 from .dataset import UNLABELLED
 
 MOST_CLASSES = 1_000_000  # more is a mistake, such as indices in place of labels
@@ -27,15 +27,19 @@ LAYOUTS: dict[str, tuple[int, ...]] = {
     "(H, W, C, N)": (3, 2, 0, 1),
     "(H, W, N)": (2, 0, 1),
 }
+AXES = "in an archive, an array axes = 'NCHW' or 'NHWC' says which it is"
 ALLOWED = "images must be (N, H, W), (N, H, W, C) or (N, C, H, W) with as many labels"
 
 
-def find_axes(arrays: Sequence[tuple[str, tuple[int, ...], int]], path: str) -> tuple[int, ...]:
+def find_axes(
+    arrays: Sequence[tuple[str, tuple[int, ...], int]], path: str, said: str | None = None
+) -> tuple[int, ...]:
     """The order of axes that makes each array (N, C, H, W), or (N, H, W). See Note [Axes].
 
     Args:
         arrays: name, shape and number of labels of each.
         path: the file, for an error's sentence.
+        said: what the file itself says of them, such as "NCHW".
 
     Raises:
         InputError: the arrays can be read in no way, or in several.
@@ -43,11 +47,15 @@ def find_axes(arrays: Sequence[tuple[str, tuple[int, ...], int]], path: str) -> 
     >>> find_axes([("x", (10, 32, 32, 4), 10)], "FILE")
     (0, 3, 1, 2)
     """
+    if said is not None:
+        return _axes_said(arrays, path, said)
     shared = list(LAYOUTS)
     for name, shape, labels in arrays:
         readings = _readings(shape, labels)
         if not readings:
-            raise InputError(f"{name} has shape {shape} and {labels} labels in {path!r}; {ALLOWED}")
+            raise InputError(
+                f"{name} has shape {shape} and {labels} labels in {path!r}; {_missing(shape, labels)}"
+            )
         shared = [layout for layout in shared if layout in readings]
     name, shape, _ = arrays[0]
     if not shared:
@@ -56,9 +64,34 @@ def find_axes(arrays: Sequence[tuple[str, tuple[int, ...], int]], path: str) -> 
     if len(shared) > 1:
         raise InputError(
             f"{name} has shape {shape} in {path!r}, which can be read as {' or as '.join(shared)}; store it as one "
-            "that leaves no doubt, such as (N, H, W) for grey images"
+            f"that leaves no doubt, such as (N, H, W) for grey images; {AXES}"
         )
     return LAYOUTS[shared[0]]
+
+
+def _axes_said(arrays: Sequence[tuple[str, tuple[int, ...], int]], path: str, said: str) -> tuple[int, ...]:
+    """The order of axes that a file asks for; InputError where its arrays are not such ones."""
+    by_letters = {layout.strip("()").replace(", ", ""): axes for layout, axes in LAYOUTS.items()}
+    if said not in by_letters:
+        raise one_of(f"axes in {path!r}", said, by_letters)
+    axes = by_letters[said]
+    for name, shape, labels in arrays:
+        if len(shape) != len(axes) or shape[axes[0]] != labels or 0 in shape:
+            raise InputError(
+                f"{name} has shape {shape} and {labels} labels in {path!r}, but axes says {said!r}"
+            )
+    return axes
+
+
+def _missing(shape: tuple[int, ...], labels: int) -> str:
+    """Why an array of that shape can be read in no way."""
+    if len(shape) == 4 and labels in (shape[0], shape[-1]) and 0 not in shape:
+        sizes = shape[1:] if shape[0] == labels else shape[:-1]
+        return (
+            f"which of {', '.join(map(str, sizes))} counts the channels it does not show: they are taken to be 1 or 3, "
+            f"or fewer than rows and columns; {AXES}"
+        )
+    return ALLOWED
 
 
 def _readings(shape: tuple[int, ...], labels: int) -> list[str]:

@@ -159,6 +159,8 @@ def load_network(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a file, ready to classify `data` on its device, and what the file says of it.
 
+    What the file leaves open is warned of, and stands in that dict under ``doubts``.
+
     Where the file names the same classes in another order, the logits come in the order of the data's.
 
     Args:
@@ -189,7 +191,7 @@ def load_network(
     require_forward(network, data, f"{what} {str(path)!r}")
     for doubt in doubts:  # of a network that is refused nobody needs to know them
         warnings.warn(doubt.message, stacklevel=2)
-    return network, stored
+    return network, stored | {"doubts": [str(doubt.message) for doubt in doubts]}
 
 
 def _is_foreign(

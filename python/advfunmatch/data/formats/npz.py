@@ -1,4 +1,5 @@
-"""NumPy archives: PATH holds x_train, y_train, x_test, y_test; and class_names, unless the labels show all classes.
+"""NumPy archives: PATH holds x_train, y_train, x_test, y_test; class_names, unless the labels show all classes; axes,
+unless the sizes show which is which.
 
 The names that MedMNIST and the published sets of generated images use are read too.
 """
@@ -40,6 +41,7 @@ def read_npz(wanted: Wanted) -> Contents:
         headers = {name: _header(archive, name) for name, _ in keys.values() if name in archive.files}
         labels = {name: archive[name] for _, name in keys.values() if name in archive.files}
         class_names = archive["class_names"] if "class_names" in archive.files else None
+        said = str(archive["axes"]) if "axes" in archive.files else None
     own = keys[wanted.split]
     if any(dtype.hasobject for _, _, dtype in headers.values()):
         raise InputError(OBJECTS.format(repr(path)))
@@ -52,7 +54,7 @@ def read_npz(wanted: Wanted) -> Contents:
     }
     # Both splits decide, so that they cannot be read in different ways, nor a class be missing from one of them.
     pairs = [own, *(pair for pair in keys.values() if pair != own and {*pair} <= {*shapes, *labels})]
-    axes = find_axes([(x, shapes[x], len(numbers[y])) for x, y in pairs], path)
+    axes = find_axes([(x, shapes[x], len(numbers[y])) for x, y in pairs], path, said)
     every_label = np.concatenate(list(numbers.values()))
     if class_names is not None:
         names = _checked_names(class_names, int(every_label.max()), path)
