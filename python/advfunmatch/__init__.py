@@ -8,6 +8,10 @@ Public are the names in ``__all__`` here and in the packages below, and nothing 
 * ``methods``: the table of distillation methods and their settings.
 * ``training``, ``evaluation``, ``report``: `train`, `evaluate`, and what they found as tables and pages.
 
+One's own networks, data, methods and attacks come in as arguments of `train` and `evaluate`, or by `register_model`,
+`register_dataset`, `register_method` and `register_attack`, in files that ``--import`` names or in installed packages
+(see ``plugins``).
+
 Imports run one way, from the bottom of that list to the top.
 """
 
@@ -19,25 +23,33 @@ from afm_kernels.version import __version__
 
 from .attacks import PGDAttack
 from .config import TrainConfig
-from .data import ImageDataset, load_dataset
+from .data import ImageDataset, as_dataset, load_dataset, register_dataset
 from .errors import InputError, TrainingDiverged
 from .evaluation import evaluate
 from .lean import prepare_for_attack
-from .models import create_model, load_model
+from .methods import Method, register_method
+from .models import create_model, load_model, register_model
+from .plugins import load_plugins
 from .training import train
 
 __all__ = [
     "ImageDataset",
     "InputError",
+    "Method",
     "PGDAttack",
     "TrainConfig",
     "TrainingDiverged",
     "__version__",
+    "as_dataset",
     "create_model",
     "evaluate",
     "load_dataset",
     "load_model",
+    "load_plugins",
     "prepare_for_attack",
+    "register_dataset",
+    "register_method",
+    "register_model",
     "train",
 ]
 

@@ -20,6 +20,7 @@ from .attacks import BN_MODES, INITS, NORMS
 from .data.augment import MIXING, ON_STORED, parse_augmentation
 from .errors import InputError, one_of
 from .models import NORMALIZATIONS, parse_normalization
+from .plugins import load_plugins
 
 REDUCTIONS = ("batchmean", "mean", "sum")
 
@@ -59,22 +60,24 @@ def _field(help: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def _needed(help: str) -> Any:
+    """A setting that must be there once the configuration is resolved; "" until it is given."""
+    return field(default="", metadata={"help": help, "needed": True})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides what a run computes.
 
     Settings whose default is the method's, and `step_size`, are None until `resolve` fills them in; their types are
-    those of a resolved configuration, which is what everything but the command line works with.
+    those of a resolved configuration, which is what everything but the command line works with. `data`, `model` and
+    `method` stay "" where `train` is given them as objects.
     """
 
-    data: str = field(
-        metadata={"help": "digits, or FORM:PATH with a form such as folder, npz, cifar10 or imagenet"}
-    )
-    model: str = field(
-        metadata={"help": "network to train, e.g. small_cnn, small_cnn-8, resnet18, wrn-34-10"}
-    )
-    method: str = field(metadata={"help": "row of the method table, e.g. advfunmatch"})
-    out: str = field(metadata={"help": "folder for checkpoint.pt, metrics.jsonl and result.json"})
+    data: str = _needed("digits, or FORM:PATH with a form such as folder, npz, cifar10 or imagenet")
+    model: str = _needed("network to train, e.g. small_cnn, small_cnn-8, resnet18, wrn-34-10")
+    method: str = _needed("row of the method table, e.g. advfunmatch")
+    out: str = _needed("folder for checkpoint.pt, metrics.jsonl and result.json")
     teacher: str | None = _field("checkpoint of the teacher, for methods that match one")
     teacher_model: str | None = _field("its architecture, where --teacher is a state dict of another project")
     teacher_normalize: str | None = _field(
@@ -139,6 +142,9 @@ class TrainConfig:
     scale_by_t2: bool = _field("multiply matched terms by temperature² [default: the method's]")
     teacher_input: str = _field("the teacher sees adversarial or clean images [default: the method's]")
     teacher_gradient: bool = _field("attack through the teacher too [default: the method's]")
+    settings: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "settings that the method itself brings, e.g. gamma=3"}
+    )
 
     awp: bool = _field("perturb the weights against each step too (Wu et al. 2020)", False)
     awp_gamma: float = _field("size of that, relative to each weight's norm", 5e-3)
@@ -146,6 +152,9 @@ class TrainConfig:
 
     eval_every: int = _field("monitor clean and PGD-10 accuracy every so many epochs; 0 never", 1)
     monitor_images: int = _field("training images used for that, where none are held out for validation", 500)
+    imports: tuple[str, ...] = _field(
+        "Python file or module that registers models, data sets, methods or attacks", ()
+    )
     device: str = _field("cpu, cuda, or auto", "auto")
     save_every: int = _field("also save a checkpoint every so many steps; 0 only after epochs", 0)
     save_safetensors: bool = _field("write each checkpoint's weights as .safetensors as well", False)
@@ -161,6 +170,14 @@ class TrainConfig:
         """
         types = get_type_hints(TrainConfig)
         config = replace(self, **{name: _typed(name, getattr(self, name), types[name]) for name in types})
+        for setting in fields(TrainConfig):
+            if (
+                setting.metadata.get("needed")
+                and not getattr(config, setting.name)
+                and setting.name not in NAMED
+            ):
+                raise _missing(setting)
+        config = replace(config, imports=load_plugins(config.imports))
         for fill_in, _ in _completions:
             config = fill_in(config)
         if config.step_size is None:
@@ -179,8 +196,11 @@ class TrainConfig:
         return round(self.extra_ratio * self.batch_size) if self.extra_data else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return asdict(self)
+        """The fields as plain values, such as JSON has."""
+        own = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in self.settings.items()
+        }
+        return {**asdict(replace(self, settings=own)), "imports": list(self.imports)}
 
 
 FillIn = Callable[[TrainConfig], TrainConfig]
@@ -201,12 +221,35 @@ def config_from(settings: Mapping[str, Any]) -> TrainConfig:
         if name not in types:
             raise one_of("setting", name, types)
     for setting in fields(TrainConfig):
-        if setting.default is MISSING and setting.name not in settings:
-            raise InputError(f"{setting.name} is missing: {setting.metadata['help']} (--{setting.name})")
+        if setting.metadata.get("needed") and setting.name not in settings:
+            raise _missing(setting)
     return TrainConfig(**{name: _typed(name, value, types[name]) for name, value in settings.items()})
 
 
+def default_settings() -> dict[str, Any]:
+    """The value of each setting that is not given."""
+    return {
+        setting.name: setting.default if setting.default_factory is MISSING else setting.default_factory()
+        for setting in fields(TrainConfig)
+    }
+
+
+def _missing(setting: Any) -> InputError:
+    return InputError(f"{setting.name} is missing: {setting.metadata['help']} (--{setting.name})")
+
+
 def _typed(name: str, value: Any, kind: Any) -> Any:
+    if name == "settings":
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return dict(value)
+        raise InputError(f"settings is {value!r}, but must be of type dict, such as {{'gamma': 3}}")
+    if name == "imports":
+        given = [value] if isinstance(value, str | os.PathLike) else value
+        if isinstance(given, list | tuple) and all(isinstance(each, str | os.PathLike) for each in given):
+            return tuple(os.fspath(each) for each in given)
+        raise InputError(
+            f"imports is {value!r}, but must be of type tuple, files and modules such as 'my.py'"
+        )
     allowed = get_args(kind) or (kind,)
     if isinstance(value, os.PathLike) and str in allowed:
         return os.fspath(value)

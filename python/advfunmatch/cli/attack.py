@@ -18,7 +18,7 @@ from ..evaluation import ATTACKS, attack_images, attack_settings, mismatched_exa
 from ..files import prepare_file, write_atomically
 from ..training.run import choose_device
 from .networks import load
-from .options import Ball, Checkpoint, Data, Foreign, Images, with_groups
+from .options import Ball, Checkpoint, Data, Foreign, Images, Plugins, with_groups
 
 
 @with_groups
@@ -32,6 +32,7 @@ def attack(
     teacher: Annotated[str | None, typer.Option(help="checkpoint, for mismatch")] = None,
     foreign: Foreign,
     images: Images,
+    plugins: Plugins,
 ) -> None:
     """Write adversarial examples as .npz.
 

@@ -21,7 +21,7 @@ from ..files import prepare_file, write_json
 from ..training.digests import digest_of_network
 from ..training.run import choose_device
 from .networks import load, remembered_teacher
-from .options import Ball, Checkpoint, Data, Foreign, Images, with_groups
+from .options import Ball, Checkpoint, Data, Foreign, Images, Plugins, with_groups
 
 
 @with_groups
@@ -45,6 +45,7 @@ def evaluate(
     ] = None,
     foreign: Foreign,
     images: Images,
+    plugins: Plugins,
 ) -> None:
     """Measure a checkpoint on the test split.
 

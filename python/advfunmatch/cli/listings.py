@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ..methods import methods_text
 from ..models import models_text
+from .options import Plugins, with_groups
 
 
-def methods() -> None:
+@with_groups
+def methods(*, plugins: Plugins) -> None:
     """Print the table of methods.
 
     What each attack maximises, its loss, and its defaults with their sources.
@@ -14,7 +16,8 @@ def methods() -> None:
     print(methods_text())
 
 
-def models() -> None:
+@with_groups
+def models(*, plugins: Plugins) -> None:
     """Print the table of networks.
 
     The names that --model takes, whose code each network is equal to, and which share one state dict.

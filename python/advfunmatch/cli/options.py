@@ -19,6 +19,7 @@ import typer
 from ..config import FRACTIONS, TrainConfig
 from ..methods import PRESETS
 from ..models import NORMALIZATIONS
+from ..plugins import load_plugins
 from .networks import ForeignWeights
 
 # Other names of train's options: there only a teacher's file can hold several sets of weights.
@@ -94,6 +95,46 @@ class Images:
         return {"limit": self.limit, "resize": self.resize, "crop": self.crop}
 
 
+# Settings of `TrainConfig` that are given piece by piece.
+REPEATED = {
+    "settings": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="a setting that the method itself brings; repeatable", metavar="NAME=VALUE"
+        ),
+    ],
+    "imports": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            help="Python file or module that registers models, data sets, methods or attacks; repeatable",
+            metavar="FILE|MODULE",
+        ),
+    ],
+}
+
+
+def _load(imports: list[str] | None) -> list[str] | None:
+    load_plugins(imports or ())
+    return imports
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugins:
+    """What is to be loaded before the other options are looked at, because it registers what they name."""
+
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            help="Python file or module that registers models, data sets, methods or attacks; repeatable",
+            metavar="FILE|MODULE",
+            callback=_load,
+            is_eager=True,
+        ),
+    ] = None
+
+
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     """Put one option for each field of a group into the place of a parameter whose type is a dataclass."""
     types = typing.get_type_hints(command, include_extras=True)
@@ -133,7 +174,9 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     }
     for setting in dataclasses.fields(TrainConfig):
         text = setting.metadata["help"]
-        if setting.default is dataclasses.MISSING:
+        if setting.name in REPEATED:
+            continue
+        if setting.metadata.get("needed"):
             text += " [required]"
         elif setting.default is not None and setting.default is not False and setting.default != "":
             text += f" [default: {'8/255' if setting.name == 'eps' else setting.default}]"
@@ -147,7 +190,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
                 None,
             )
             for name, (kind, text) in options.items()
-        ],
+        ]
+        + [_option(name, annotation, None) for name, annotation in REPEATED.items()],
     )
 
 

@@ -9,13 +9,17 @@ from typing import Annotated
 import typer
 
 from ..report import write_report
+from .options import Plugins, with_groups
 
 
+@with_groups
 def report(
     runs: Annotated[list[Path], typer.Argument(help="folders that advfunmatch train wrote")],
     out: Annotated[Path, typer.Option(help="HTML file to write; the same goes beside it as PNG")] = Path(
         "report.html"
     ),
+    *,
+    plugins: Plugins,
 ) -> None:
     """Compare runs in one HTML page.
 

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from ..config import config_from, read_settings
+from ..errors import InputError
 from ..methods import preset as make_preset
 from ..training import train as train_model
 from ..training.distributed import leave_world
@@ -23,7 +24,10 @@ def train(preset: str | None, config: str | None, **flags: Any) -> None:
     """
     settings = make_preset(preset) if preset else {}
     settings |= read_settings(config) if config else {}
-    settings |= {name: value for name, value in flags.items() if value is not None}
+    own = flags.pop("settings")
+    settings |= {name: value for name, value in flags.items() if value is not None and value != []}
+    if own:
+        settings["settings"] = {**settings.get("settings", {}), **parse_own(own)}
     resolved = config_from(settings)
     try:
         result = train_model(resolved)
@@ -36,6 +40,17 @@ def train(preset: str | None, config: str | None, **flags: Any) -> None:
         print(
             f"{_line(best)}   best epoch, {best['epoch']}   {os.path.join(resolved.out, best['checkpoint'])}"
         )
+
+
+def parse_own(given: list[str]) -> dict[str, str]:
+    """Names and values from what --set was given."""
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise InputError(f"set is {text!r}, but must be NAME=VALUE, such as gamma=3")
+        found[name.strip().replace("-", "_")] = value.strip()
+    return found
 
 
 def _line(result: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 def any_colour(files: Iterable[Encoded]) -> bool:
     """Whether one of these images has colour; reads headers, up to the first that has."""
-    return any(_read(file, _has_colour) for file in files)
+    return any(_read(file, has_colour) for file in files)
 
 
 def decoded_parts(files: Iterator[Encoded], colour: bool, wanted: Wanted) -> Iterator[np.ndarray]:
@@ -47,7 +47,7 @@ def decoded_parts(files: Iterator[Encoded], colour: bool, wanted: Wanted) -> Ite
     with ThreadPoolExecutor() as pool:
         while part := [file for _, file in zip(range(PART), files, strict=False)]:
             decoded = list(
-                pool.map(lambda file: _read(file, lambda image: _decode(image, colour, wanted)), part)
+                pool.map(lambda file: _read(file, lambda image: decode(image, colour, wanted)), part)
             )
             for file, (array, opaque) in zip(part, decoded, strict=True):
                 name = _name(file)
@@ -84,15 +84,16 @@ def _read(file: Encoded, look: Callable[[Image.Image], Result]) -> Result:
         raise InputError(f"image {_name(file)!r} cannot be read: {error}") from error
 
 
-def _has_colour(image: Image.Image) -> bool:
+def has_colour(image: Image.Image) -> bool:
+    """Whether it is more than grey, its palette included."""
     if image.mode in ("P", "PA"):
         palette = np.array(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)
         return bool((palette != palette[:, :1]).any())
     return image.mode not in GREY_MODES
 
 
-def _decode(image: Image.Image, colour: bool, wanted: Wanted) -> tuple[np.ndarray, bool]:
-    """The pixels, and whether all of them are opaque."""
+def decode(image: Image.Image, colour: bool, wanted: Wanted | None = None) -> tuple[np.ndarray, bool]:
+    """The pixels (H, W, 3) where `colour` and (H, W) otherwise, uint8, and whether all of them are opaque."""
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     if image.mode in ("I", "F") and not deep:
         raise ValueError("it has 32 bits a pixel, which have no fixed range; 8 or 16 do")
@@ -104,7 +105,7 @@ def _decode(image: Image.Image, colour: bool, wanted: Wanted) -> tuple[np.ndarra
         image = image.convert("RGBA")
         opaque = image.getchannel("A").getextrema()[0] == 255
     image = image.convert("RGB" if colour else "L")
-    if wanted.resize is not None or wanted.crop is not None:
+    if wanted is not None and (wanted.resize is not None or wanted.crop is not None):
         image = _sized(image, wanted)
     return np.array(image), opaque
 

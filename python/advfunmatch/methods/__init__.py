@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .listing import methods_text
+from .method import ATTACK_READS, METHODS, SETTINGS, Default, Method, get_method, register_method
 from .presets import PRESETS, preset
 from .settings import unused_settings
-from .table import ATTACK_READS, METHODS, SETTINGS, Default, Method, get_method, make_attack
+from .table import make_attack
 from .terms import Logits, Loss, Network
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "make_attack",
     "methods_text",
     "preset",
+    "register_method",
     "unused_settings",
 ]

@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-from ..config import TrainConfig, complete_with
+from ..config import TrainConfig, complete_with, default_settings
 from ..data.augment import MIXING, parse_augmentation
 from ..errors import InputError
-from .table import METHODS, get_method
-
-# What a setting is when neither the user nor the method says.
-FALLBACKS: dict[str, Any] = {
-    "alpha": 1.0,
-    "beta": 1.0,
-    "begin_epoch": 0,
-    "detach_target": False,
-    "temperature": 1.0,
-    "reduction": "batchmean",
-    "scale_by_t2": False,
-    "teacher_input": "adversarial",
-    "teacher_gradient": True,
-    "attack_init": "gaussian",
-    "attack_bn": "eval",
-}
+from .method import FALLBACKS, METHODS, get_method
 
 
 def fill_in_defaults(config: TrainConfig) -> TrainConfig:
-    """The configuration with the method's value for each setting that was left to it.
+    """The configuration with the method's value for each setting that was left to it, and all of its own settings.
 
     Raises:
-        InputError: there is no such method.
+        InputError: there is no such method, or a setting of its own is none or cannot be.
     """
     method = get_method(config.method)
     filled: dict[str, Any] = {}
     for name, fallback in FALLBACKS.items():
         if getattr(config, name) is None:
             filled[name] = method.defaults[name].value if name in method.defaults else fallback
-    return replace(config, **filled)
+    return replace(config, settings=method.own_settings(config.settings), **filled)
 
 
 def check_with_method(config: TrainConfig) -> None:
@@ -61,7 +46,7 @@ def check_with_method(config: TrainConfig) -> None:
 def unused_settings(config: TrainConfig) -> list[str]:
     """Settings of a resolved configuration that were changed, and that its method never looks at."""
     unused = get_method(config.method).unused
-    defaults: dict[str, Any] = {setting.name: setting.default for setting in fields(TrainConfig)}
+    defaults = default_settings()
     usual = replace(config, **{name: defaults[name] for name in unused}).resolve()
     return [name for name in unused if getattr(config, name) != getattr(usual, name)]
 

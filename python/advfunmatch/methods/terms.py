@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,54 +24,104 @@ from afm_kernels import distillation_loss, softmax_kl_div
 
 from ..config import TrainConfig
 from ..data import UNLABELLED
+from ..errors import one_of
+from ..models import logits_in
+from .features import Layers, features_of
 
-Network = Callable[[Tensor], Tensor]
+Network = Callable[[Tensor], Any]
 
 
 class Logits:
     """What both networks say about one batch; each runs on each input once, when a loss first asks for it.
 
     Logits are float32 at least, whatever the network computes in: see Note [Loss arithmetic].
+
+    Args:
+        student, teacher: the networks; of one that answers with an object, its ``logits`` are taken.
+        x: clean images (N, C, H, W).
+        labels: (N,), integers of any width, int64 from then on; −1 for an image without one.
+        epoch: counted from 0.
+        layers: whose outputs are kept for `features`.
+
+    Attributes:
+        x_adv: adversarial images like x; x itself for a method without an attack.
+        student_clean, student_adv, teacher_clean, teacher_adv: logits (N, classes); the teacher's without a graph.
     """
 
     def __init__(
-        self, student: Network, teacher: Network | None, x: Tensor, labels: Tensor, epoch: int
+        self,
+        student: Network,
+        teacher: Network | None,
+        x: Tensor,
+        labels: Tensor,
+        epoch: int,
+        layers: Layers | None = None,
     ) -> None:
         self.student, self.teacher = student, teacher
-        self.x, self.x_adv, self.labels, self.epoch = x, x, labels, epoch
+        self.x, self.x_adv, self.labels, self.epoch = x, x, labels.long(), epoch
+        self._layers = layers or {}
+        self._modules: dict[str, Any] = {"student": student, "teacher": teacher}
+        self._features: dict[str, dict[str, Tensor]] = {}
 
     def for_student(self, student: Network) -> Logits:
-        """The same batch for another student; what the teacher said is kept."""
-        other = Logits(student, self.teacher, self.x, self.labels, self.epoch)
-        other.x_adv = self.x_adv
+        """The same batch for another function of the same student; what the teacher said is kept."""
+        other = Logits(student, self.teacher, self.x, self.labels, self.epoch, self._layers)
+        other.x_adv, other._modules = self.x_adv, self._modules
         kept = ("teacher_clean", "teacher_adv")
         other.__dict__.update({name: value for name, value in self.__dict__.items() if name in kept})
+        other._features = {name: found for name, found in self._features.items() if name in kept}
         return other
+
+    def features(self, of: str) -> dict[str, Tensor]:
+        """The outputs of the layers that the method names, by name.
+
+        Args:
+            of: ``"student_clean"``, ``"student_adv"``, ``"teacher_clean"`` or ``"teacher_adv"``: the forward that gave
+                them, the same that gave the logits.
+
+        Raises:
+            InputError: one of the layers is none of the network's, or cannot be kept; see ``features``.
+        """
+        if of not in FORWARDS:
+            raise one_of("features", of, FORWARDS)
+        getattr(self, of)
+        return self._features[of]
 
     @cached_property
     def student_clean(self) -> Tensor:
-        return _wide(self.student(self.x))
+        return self._student(self.x, "student_clean")
 
     @cached_property
     def student_adv(self) -> Tensor:
-        return _wide(self.student(self.x_adv))
+        return self._student(self.x_adv, "student_adv")
 
     @cached_property
     def teacher_clean(self) -> Tensor:
-        return self._teacher(self.x)
+        return self._teacher(self.x, "teacher_clean")
 
     @cached_property
     def teacher_adv(self) -> Tensor:
-        return self._teacher(self.x_adv)
+        return self._teacher(self.x_adv, "teacher_adv")
+
+    def _student(self, x: Tensor, name: str) -> Tensor:
+        return self._logits("student", self.student, x, name)
 
     @torch.no_grad()
-    def _teacher(self, x: Tensor) -> Tensor:
+    def _teacher(self, x: Tensor, name: str) -> Tensor:
         if self.teacher is None:
             raise RuntimeError("a loss that matches a teacher was called without one")
-        return _wide(self.teacher(x))
+        return self._logits("teacher", self.teacher, x, name)
+
+    def _logits(self, side: str, network: Network, x: Tensor, name: str) -> Tensor:
+        with features_of(self._modules[side], self._layers.get(side, ()), side) as found:
+            logits = logits_in(network(x))
+        self._features[name] = found
+        return _wide(logits)
 
 
-Loss = Callable[[Logits, TrainConfig], Tensor]
+FORWARDS = ("student_clean", "student_adv", "teacher_clean", "teacher_adv")
+# Of `Logits`, the resolved `TrainConfig`, and a method's own settings.
+Loss = Callable[..., Tensor]
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from ..data import ImageDataset, as_float
 from ..errors import InputError
 from ..files import write_atomically
 from .fit import ClassesReordered, class_order
+from .outputs import logits_in
 from .reparametrized import with_plain_weights
 from .state_dicts import agreement, align, load_weights, state_dicts_of
 from .weight_files import read_weight_file, write_safetensors
@@ -293,7 +294,7 @@ def require_forward(network: nn.Module, data: ImageDataset, what: str) -> int:
     images = as_float(data.images[:2])
     try:
         with torch.no_grad():
-            logits = network(images)
+            logits = logits_in(network(images))
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         height, width = data.image_size
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

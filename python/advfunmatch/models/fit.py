@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..data import ImageDataset
 from ..data.classes import match_classes
 from ..errors import InputError
+from .outputs import logits_in
 
 
 class ClassesReordered(nn.Module):
@@ -28,7 +29,7 @@ class ClassesReordered(nn.Module):
         self.train(network.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.network(x).index_select(1, self.order)
+        return logits_in(self.network(x)).index_select(1, self.order)
 
 
 def class_order(checkpoint: dict[str, Any], data: ImageDataset, what: str) -> Tensor | None:

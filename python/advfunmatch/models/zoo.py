@@ -1,7 +1,8 @@
 """Networks by name: `create_model("wrn-34-10", num_classes=10, in_channels=3)`.
 
 Every network takes images in [0, 1] and returns logits. In a name the
-numbers that a spelling holds in <> are its parameters; a new network is one more row of `FAMILIES`.
+numbers that a spelling holds in <> are its parameters; a new network is one more row of `MODELS`, the package's own of
+`FAMILIES`, one's own by `register_model`.
 
 Note [One state dict, several networks]
 ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
@@ -12,14 +13,17 @@ trace in a state dict: weights of the one network load into the other, and compu
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from torch import nn
 
 from ..errors import InputError, one_of
+from ..plugins import Origin, Registry, caller, load_installed
 from .dajat import dajat_resnet18, dajat_wide_resnet
 from .gowal import swish_preactresnet, swish_wide_resnet
 from .hypersphere import Hypersphere
@@ -53,8 +57,7 @@ class Family:
 
     def numbers(self, name: str) -> tuple[int, ...] | None:
         """The numbers in a name of this row; None if it is not one."""
-        pattern = re.sub("<([^>]*)>", lambda m: f"({m[1]})" if "|" in m[1] else r"(\d+)", self.spelling)
-        match = re.fullmatch(pattern, name)
+        match = re.fullmatch(_pattern(self.spelling), name)
         return None if match is None else tuple(map(int, match.groups()))
 
     def name(self, numbers: Sequence[int]) -> str:
@@ -131,13 +134,88 @@ OUTSIDE: dict[str, Callable[[str, int, int], nn.Module]] = {
     "torchvision": torchvision_model,
     "timm": timm_model,
 }
+Build = TypeVar("Build", bound=Callable[..., nn.Module])
+SPELLING = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.+-]|<[a-z_]+>|<\d+(\|\d+)*>)*")
+EXAMPLE = "7"  # a number that a name of a row may have, to see which other rows it would be of
+
+
+def _overlap(spelling: str) -> str | None:
+    """A row that some name of this spelling is of already, or the other way about."""
+    name = _example(spelling)
+    for family in MODELS.values():
+        if family.numbers(name) is not None or re.fullmatch(_pattern(spelling), _example(family.spelling)):
+            return family.spelling
+    return None
+
+
+def _pattern(spelling: str) -> str:
+    parts = re.split("(<[^>]*>)", spelling)
+    groups = [f"({part[1:-1]})" if "|" in part else r"(\d+)" for part in parts[1::2]]
+    return "".join(re.escape(part) + group for part, group in zip(parts[::2], [*groups, ""], strict=True))
+
+
+def _example(spelling: str) -> str:
+    return re.sub("<([^>]*)>", lambda m: m[1].split("|")[0] if "|" in m[1] else EXAMPLE, spelling)
+
+
+MODELS: Registry[Family] = Registry("model", _overlap)
+
+
+def register_model(name: str, *, normalizes: bool = False) -> Callable[[Build], Build]:
+    """Give a network a name, by which ``create_model`` and ``--model NAME`` find it.
+
+    The decorated function, or class, takes ``(num_classes, in_channels)`` and returns an ``nn.Module`` that maps images
+    in [0, 1], (N, C, H, W), to logits (N, num_classes). For each number in <> of the name, as in ``mynet-<width>``, it
+    takes one more.
+
+    Args:
+        name: letters, digits, ``_``, ``-``, ``.``, ``+``, and numbers in <>.
+        normalizes: whether the network normalises the images itself.
+
+    Raises:
+        InputError: the name is taken, or the function's arguments are others.
+
+    Example:
+        >>> @register_model("doctest_linear-<hidden>")
+        ... def linear(num_classes, in_channels, hidden):
+        ...     return nn.Sequential(nn.Flatten(), nn.LazyLinear(hidden), nn.Linear(hidden, num_classes))
+        >>> create_model("doctest_linear-32", num_classes=10, in_channels=1)[2].out_features
+        10
+    """
+    origin = caller()
+
+    def register(build: Build) -> Build:
+        described = (inspect.getdoc(build) or "").partition("\n")[0].rstrip(".")
+        _add(Family(name, build, name, described or getattr(build, "__qualname__", ""), normalizes), origin)
+        return build
+
+    return register
+
+
+def _add(family: Family, origin: Origin) -> None:
+    numbers = family.spelling.count("<") if isinstance(family.spelling, str) else 0
+    try:
+        inspect.signature(family.build).bind(*range(2 + numbers))
+    except TypeError as error:
+        wanted = ", ".join(["num_classes", "in_channels", *["number"] * numbers])
+        raise InputError(
+            f"model {family.spelling!r} of {origin} is built by a function that cannot be called as ({wanted}): {error}"
+        ) from error
+    MODELS.add(family.spelling, family, origin, SPELLING)
+
+
+for _family in FAMILIES:
+    _add(_family, caller(1))
 
 
 def find_family(name: str) -> tuple[Family, tuple[int, ...]] | None:
-    """The row that a name is of, and its numbers."""
-    for family in FAMILIES:
-        if (numbers := family.numbers(name)) is not None:
-            return family, numbers
+    """The row that a name is of, and its numbers; installed plugins are looked at for one that is not here."""
+    for look_further in (load_installed, None):
+        for family in MODELS.values():
+            if (numbers := family.numbers(name)) is not None:
+                return family, numbers
+        if look_further is not None:
+            look_further()
     return None
 
 
@@ -145,7 +223,7 @@ def create_model(name: str, *, num_classes: int, in_channels: int) -> nn.Module:
     """A freshly initialised network.
 
     Args:
-        name: one of the spellings in `FAMILIES`, such as ``small_cnn-32``, ``resnet18`` or ``wrn-34-10``; or
+        name: one of the spellings in `MODELS`, such as ``small_cnn-32``, ``resnet18`` or ``wrn-34-10``; or
             ``torchvision:NAME`` or ``timm:NAME``. ``advfunmatch models`` lists them with their origins.
         num_classes: number of logits.
         in_channels: channels of the images.
@@ -173,9 +251,16 @@ def _create(name: str, num_classes: int, in_channels: int) -> nn.Module:
     if colon and source in OUTSIDE:
         return OUTSIDE[source](outside, num_classes, in_channels)
     if (found := find_family(name)) is None:
-        names = [family.spelling for family in FAMILIES] + [f"{source}:NAME" for source in OUTSIDE]
-        raise one_of("model", name, names)
+        raise one_of("model", name, [*MODELS, *(f"{source}:NAME" for source in OUTSIDE)])
     family, numbers = found
+    if MODELS.origin(family.spelling).kind != "built in":
+        network = family.build(num_classes, in_channels, *numbers)
+        if not isinstance(network, nn.Module):
+            raise InputError(
+                f"model {name!r} of {MODELS.origin(family.spelling)} is built as a {type(network).__name__}, but must "
+                "be a torch.nn.Module"
+            )
+        return network
     try:
         return family.build(num_classes, in_channels, *numbers)
     except (RuntimeError, OverflowError) as error:  # more memory than there is, or than can be addressed
@@ -193,7 +278,7 @@ def same_weights(name: str) -> list[str]:
     family, numbers = found
     weights = family.weights.format(*numbers)
     others = []
-    for other in FAMILIES:
+    for other in MODELS.values():
         pattern = re.escape(other.weights).replace(r"\{\}", r"(\d+)")
         if other is not family and (match := re.fullmatch(pattern, weights)):
             others.append(other.name([int(number) for number in match.groups()]))
@@ -207,6 +292,12 @@ def models_text() -> str:
         star = "*" if family.normalizes else " "
         lines.append(f"{family.spelling:<36} {star} {family.origin}")
     lines += ["torchvision:NAME, timm:NAME".ljust(36) + "   theirs, untrained", ""]
+    if outside := MODELS.outside():
+        lines.append("From plugins:")
+        for name, origin in outside.items():
+            star = "*" if MODELS[name].normalizes else " "
+            lines.append(f"{name:<36} {star} {MODELS[name].origin} ({origin})")
+        lines.append("")
     lines.append("One state dict fits each of these, but they compute different things; the name decides:")
     groups: dict[str, list[str]] = {}
     for family in FAMILIES:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TrainConfig
+from ..config import TrainConfig, default_settings
 from ..errors import InputError
 from ..models import read_checkpoint
 from .averaging import WeightAverage
 
 # Settings that may differ between a run and its continuation: they do not decide what is computed.
-FREE_ON_RESUME = ("resume", "overwrite", "device", "save_every", "tensorboard", "out", "teacher")
+FREE_ON_RESUME = ("resume", "overwrite", "device", "save_every", "tensorboard", "out", "teacher", "imports")
 
 
 @dataclass
@@ -89,8 +89,10 @@ def checkpoint_to_resume(path: Any, config: TrainConfig) -> dict[str, Any] | Non
     if not path.exists():
         return None
     checkpoint = read_checkpoint(path, "checkpoint to resume")
-    defaults = {setting.name: setting.default for setting in fields(TrainConfig)}
-    stored, wanted = defaults | checkpoint["config"], config.to_dict()  # an older run has fewer settings
+    stored, wanted = (
+        default_settings() | checkpoint["config"],
+        config.to_dict(),
+    )  # an older run has fewer settings
     for name, value in wanted.items():
         if name not in FREE_ON_RESUME and stored[name] != value:
             raise InputError(

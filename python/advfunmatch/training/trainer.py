@@ -149,7 +149,7 @@ def train_step(run: Run, epoch: int, index: int, indices: Tensor) -> Tensor:
         x_start = run.attack.draw_start(x) if run.attack else x
         (x, labels, x_start), weight = world.share(x, labels, x_start)
 
-    logits = Logits(run.student, run.teacher, x, labels, epoch)
+    logits = Logits(run.student, run.teacher, x, labels, epoch, run.method.layers(config))
     if run.attack is not None:
         with run.autocast():
             x_adv = run_attack(run.attack, run.method, logits, run.lean_student, run.lean_teacher, x_start)
@@ -161,7 +161,7 @@ def train_step(run: Run, epoch: int, index: int, indices: Tensor) -> Tensor:
         state.optimizer.zero_grad(set_to_none=True)
     with worst_weights(run, logits, weight):
         with run.autocast():
-            loss = weight * run.method.loss(logits, config)
+            loss = weight * run.method.outer_loss(logits, config)
         state.scaler.scale(loss * share_of_group).backward()
         if index == group[-1]:
             step_optimizer(run)
@@ -205,7 +205,7 @@ def worst_weights(run: Run, logits: Logits, weight: float) -> AbstractContextMan
     def loss_of(proxy: Network) -> Tensor:
         # fp16 gradients would need a scale of their own, so these are float32 there.
         with nullcontext() if config.precision == "fp16" else run.autocast():
-            return weight * run.method.loss(logits.for_student(proxy), config)
+            return weight * run.method.outer_loss(logits.for_student(proxy), config)
 
     return perturbed_weights(run.student, loss_of, config.awp_gamma, run.world)
 
