@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from afm_kernels.ops import DEVICES, backend_info
 
 
@@ -9,7 +11,7 @@ def main() -> None:
     info = backend_info()
     for name, version in info["versions"].items():
         print(f"{name:<12} {version or '-'}")
-    print()
+    print(f"\n{'folder':<12} {Path(__file__).parent}")
     for backend, status in info["backends"].items():
         print(f"{backend:<12} {status}")
     if info["cpu_capability"]:

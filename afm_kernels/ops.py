@@ -57,6 +57,7 @@ What every backend may assume, because ``functional`` has checked it, and must d
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -293,12 +294,48 @@ def _auto_backend(op: str, device_type: str) -> str:
 
 _AUTO = {(op, device): _auto_backend(op, device) for (op, device), served in TABLE.items() if served}
 
+# Whether plain PyTorch serves a device for want of a compiled module only, which is said at the first call. One that is
+# there and does not load has said so itself.
+_unbuilt = {
+    "cpu": STATUS["cpp"].startswith("not built"),
+    "cuda": STATUS["cuda"].startswith("not built") and not STATUS["triton"].startswith("registered"),
+}
+
+
+def _warn_unbuilt(device_type: str) -> None:
+    _unbuilt[device_type] = False
+    folder = Path(__file__).parent
+    backend = "cpp" if device_type == "cpu" else "cuda"
+    name = _COMPILED_MODULES[backend]
+    elsewhere = [
+        str(Path(entry).resolve())
+        for entry in sys.path
+        if Path(entry, folder.name, name).exists() and Path(entry).resolve() != folder.parent.resolve()
+    ]
+    if elsewhere:
+        remedy = f"{elsewhere[0]} holds a build of them: run Python in a folder that holds no afm_kernels of its own"
+    elif (folder.parent / "setup.py").exists():
+        remedy = f"build them with `python setup.py build_ext --inplace` in {folder.parent}"
+    else:
+        remedy = "install the package again where its build finds a compiler"
+    warnings.warn(
+        f"afm_kernels was imported from {folder}, which lacks the compiled kernels ({name}), so that plain PyTorch "
+        f"serves {device_type} tensors, many times slower; {remedy}. use_backend('reference') asks for it and says "
+        "nothing",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
 
 def backend_for(op: str, device_type: str) -> str:
     """The name of the backend that serves ``op`` on ``device_type`` in this thread."""
     name = selection.name
     if name == "auto":
-        return _AUTO.get((op, device_type), "reference")
+        name = _AUTO.get((op, device_type), "reference")
+        # A warning cannot be traced; there Inductor fuses the reference.
+        if name == "reference" and not torch.compiler.is_compiling() and _unbuilt.get(device_type):
+            _warn_unbuilt(device_type)
+        return name
     if name != "reference" and name not in TABLE.get((op, device_type), ()):
         raise RuntimeError(
             f"use_backend({name!r}): that backend does not serve {op} on {device_type!r}; served there by "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,6 +185,53 @@ def test_the_choice_is_the_threads_own() -> None:
     done.set()
     thread.join()
     assert seen == ["reference"]
+
+
+SAID_OF_A_MISSING_MODULE = """
+import sys, warnings
+import torch
+sys.path[:0] = sys.argv[1:]
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    from afm_kernels import ops, pgd_start, softmax_kl_div, use_backend
+    rows = torch.zeros(2, 3)
+    with use_backend("reference"):
+        softmax_kl_div(rows, rows)
+    ops.backend_for("softmax_kl_forward", "mps")
+    if ops.STATUS["triton"].startswith("registered"):
+        ops.backend_for("softmax_kl_forward", "cuda")
+    assert not said, said
+    torch.compile(lambda x: softmax_kl_div(x, x), fullgraph=True, backend="eager")(rows)
+    assert not said, said
+    for _ in range(2):
+        softmax_kl_div(rows, rows)
+        pgd_start(rows, eps=0.1)
+(warning,) = said
+print(warning.message)
+"""
+
+
+def test_a_compiled_module_that_is_missing_is_said_once(tmp_path: Path) -> None:
+    """As in the folder of a clone that was installed, but not built in place: Python finds the sources first."""
+    clone, installed = tmp_path / "clone", tmp_path / "installed"
+    shutil.copytree(
+        Path(afm_kernels.__file__).parent, clone / "afm_kernels", ignore=shutil.ignore_patterns("*.so")
+    )
+    (installed / "afm_kernels").mkdir(parents=True)
+    (installed / "afm_kernels" / "_cpu.abi3.so").touch()
+
+    done = subprocess.run(
+        [sys.executable, "-c", SAID_OF_A_MISSING_MODULE, str(clone), str(installed)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"imported from {clone / 'afm_kernels'}, which lacks the compiled kernels" in done.stdout
+    assert (
+        f"{installed} holds a build of them: run Python in a folder that holds no afm_kernels" in done.stdout
+    )
 
 
 def test_command_line() -> None:
