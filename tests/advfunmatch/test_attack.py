@@ -436,8 +436,7 @@ def test_captured_attacks_equal_eager_ones_for_every_shape_and_after_an_update(
         assert torch.equal(captured(lean_student, lean_teacher, x), want)
         assert len(captured._graphs) <= 2
         with torch.no_grad():
-            student[0].weight.mul_(1.1)
-        lean_student.refresh_()
+            student[0].weight.mul_(1.1)  # which both see, the replayed one too
 
 
 def test_graphs_are_kept_by_recent_use() -> None:
@@ -539,14 +538,40 @@ def test_images_and_radii_outside_the_clip_range_are_pointed_out(student, images
     """Normalised images, or a radius of 8 for 8/255, would be attacked without a sign of the mistake."""
     with pytest.warns(UserWarning, match=r"eps=8 is more than .* range of clip=\(0\.0, 1\.0\)"):
         PGDAttack("cross_entropy", eps=8)
-    attack = PGDAttack("cross_entropy", eps=EPS, steps=1)
+    attack = PGDAttack("cross_entropy", eps=EPS, step_size=EPS, steps=1)
     with pytest.warns(UserWarning, match=r"x holds values from -.* outside clip=\(0\.0, 1\.0\)"):
         attack(student, None, images - 0.5, LABELS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attack(student, None, images, LABELS)
-        PGDAttack("cross_entropy", eps=8, steps=1, clip=(0, 255))(student, None, 255 * images, LABELS)
-        PGDAttack("cross_entropy", eps=8, steps=1, clip=None)(student, None, images - 0.5, LABELS)
+        PGDAttack("cross_entropy", eps=8, steps=4, clip=(0, 255))(student, None, 255 * images, LABELS)
+        PGDAttack("cross_entropy", eps=8, steps=4, clip=None)(student, None, images - 0.5, LABELS)
+
+
+def test_the_default_step_follows_the_radius() -> None:
+    assert PGDAttack(eps=0.5).step_size == 0.125
+    assert PGDAttack().step_size == 2 / 255
+
+
+@pytest.mark.parametrize(
+    ("options", "reaches"),
+    [
+        ({"eps": 0.5, "step_size": 2 / 255}, False),
+        ({"eps": 8 / 255, "steps": 4, "init": "zero"}, True),
+        ({"eps": 8 / 255, "steps": 3, "init": "zero"}, False),
+        ({"eps": 8 / 255, "steps": 2, "init": "uniform"}, True),
+        ({"eps": 8 / 255, "steps": 1, "init": "uniform"}, False),
+        ({"eps": 0.003, "steps": 1, "step_size": 1e-4, "init": "gaussian"}, True),  # the noise alone does
+        ({"eps": 0.5, "steps": 1, "norm": "l2", "init": "uniform"}, True),  # it starts there
+        ({"eps": 0.5, "steps": 3, "norm": "l2"}, False),
+        ({"eps": 0.5, "steps": 0}, True),  # a start is what was asked for
+    ],
+)
+def test_steps_that_do_not_reach_the_edge_are_pointed_out(options: dict, reaches: bool) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        PGDAttack("cross_entropy", **options)
+    assert ["do not reach the edge" in str(each.message) for each in said] == [True] * (not reaches)
 
 
 def test_numpys_numbers_are_numbers(student, teacher, images) -> None:

@@ -966,6 +966,50 @@ def test_wide_3x3_convolutions_are_winograds(monkeypatch: pytest.MonkeyPatch) ->
     assert not [op for op in calls if op.startswith("conv3x3")]
 
 
+def _steps(**options: bool) -> Callable[[nn.Module, Tensor], None]:
+    def step(net: nn.Module, x: Tensor) -> None:
+        net.eval()(x).square().sum().backward()
+        torch.optim.SGD(net.parameters(), lr=1.0, **options).step()
+
+    return step
+
+
+CHANGES: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "foreach": _steps(foreach=True),
+    "fused": _steps(fused=True),
+    "one by one": _steps(foreach=False),
+    "load_state_dict": lambda net, x: net.load_state_dict(settle(copy.deepcopy(net), SEED + 1).state_dict()),
+    "batch statistics": lambda net, x: net.train()(x),
+    "a buffer": lambda net, x: net.bn.running_mean.add_(1),
+    "a new parameter": lambda net, x: setattr(net.fc, "weight", nn.Parameter(-net.fc.weight.detach())),
+    "data replaced": lambda net, x: setattr(net.b.weight, "data", -net.b.weight.data),
+    "dtype": lambda net, x: net.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_forgotten_refresh_is_made_up_for(change: str) -> None:
+    net, x = settle(Net(residual)), torch.rand(2, 3, 8, 8)
+    prepared = prepare_for_attack(net)
+    before = prepared(x)
+    CHANGES[change](net, x)
+    live = net.eval()(x.to(net.fc.weight.dtype))
+    assert change == "dtype" or not torch.allclose(before, live, atol=1e-3)
+    assert_near(prepared(x), live.float(), 1e-5)
+
+
+def test_nothing_is_read_again_where_nothing_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = settle(Net(residual)).train(), torch.rand(2, 3, 8, 8)
+    prepared = prepare_for_attack(net)
+    monkeypatch.setattr(prepared, "refresh_", pytest.fail)
+    out_and_gradient(prepared, x)
+    net.eval()(x)
+    net.fc.weight.data.mul_(2)  # leaves no trace: this is what refresh_ is for
+    prepared(x)
+    monkeypatch.undo()
+    assert_near(prepared.refresh_()(x), net(x), 1e-5)
+
+
 def test_refresh_follows_replaced_parameters() -> None:
     net = settle(Net(residual))
     prepared = prepare_for_attack(net)

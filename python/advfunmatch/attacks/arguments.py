@@ -56,7 +56,12 @@ def check_against_objective(
 
 
 def warn_of_sizes(
-    norm: str, eps: float, step_size: float, clip: tuple[float | None, float | None] | None
+    norm: str,
+    eps: float,
+    step_size: float,
+    steps: int,
+    init: str,
+    clip: tuple[float | None, float | None] | None,
 ) -> None:
     """Say so where a radius or a step is one that nobody means."""
     if norm == "linf" and clip is not None and None not in clip:
@@ -67,14 +72,16 @@ def warn_of_sizes(
                 "kept; for images in [0, 1] a radius such as 8/255 is usual",
                 stacklevel=3,
             )
-    for text in radius_warnings(norm, eps, step_size):
+    for text in radius_warnings(norm, eps, step_size, steps, init):
         warnings.warn(text, stacklevel=3)
 
 
-def radius_warnings(norm: str, eps: float, step_size: float | None = None) -> list[str]:
+def radius_warnings(
+    norm: str, eps: float, step_size: float | None = None, steps: int = 0, init: str = "uniform"
+) -> list[str]:
     """Sentences about a radius or a step that is not the one usually meant.
 
-    >>> radius_warnings("l2", 0.5, 0.125)
+    >>> radius_warnings("l2", 0.5, 0.125, steps=10)
     []
     """
     found = []
@@ -83,12 +90,32 @@ def radius_warnings(norm: str, eps: float, step_size: float | None = None) -> li
             f"eps={eps:g} is a radius of linf attacks; in l2 it lets an image change next to nothing, and "
             "0.5 = 128/255 is usual for CIFAR"
         )
-    if step_size is not None and step_size > 2 * eps:
+    if step_size is None:
+        return found
+    if step_size > 2 * eps:
         found.append(
             f"step_size={step_size:g} is more than the diameter of the ball, 2 * eps = {2 * eps:g}, so every step "
             f"leaves it; eps/4 = {eps / 4:g} is usual"
         )
+    reach = steps * step_size
+    if steps > 0 and reach < _furthest_from_edge(norm, eps, init) * (1 - 1e-6):
+        found.append(
+            f"steps={steps} of step_size={step_size:g} go {reach:g} from the {init} start and do not reach the edge of "
+            f"the ball, eps={eps:g}; take more steps, or larger ones (eps/4 = {eps / 4:g} is usual)"
+        )
     return found
+
+
+def _furthest_from_edge(norm: str, eps: float, init: str) -> float:
+    """How far steps must reach for some of what ``init`` starts from to get to the edge of the ball.
+
+    In linf a uniform start is half a radius from the nearer edge on average; in l2 it lies next to the edge, as nearly
+    all of a ball in many dimensions does. A Gaussian of 0.001 is within 0.004 of the image in linf, and at right angles
+    to a gradient in l2.
+    """
+    if init == "uniform":
+        return eps / 2 if norm == "linf" else 0.0
+    return eps - 0.004 if (norm, init) == ("linf", "gaussian") else eps
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -103,11 +130,12 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def check_options(norm: str, init: str, bn: str, eps: float, step_size: float) -> None:
+def check_options(norm: str, init: str, bn: str, eps: float, step_size: float | None) -> None:
     for name, value, allowed in (("norm", norm, NORMS), ("init", init, INITS), ("bn", bn, BN_MODES)):
         check_choice(name, value, allowed)
     check_positive("eps", eps)
-    check_positive("step_size", step_size)
+    if step_size is not None:
+        check_positive("step_size", step_size)
 
 
 def check_counts(**counts: tuple[int, int]) -> None:

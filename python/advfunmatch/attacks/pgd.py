@@ -33,7 +33,7 @@ class PGDAttack:
             see Note [Objective contract] in ``objectives``.
         norm: "linf" (steps of the gradient's sign) or "l2" (steps of the gradient divided by its norm).
         eps: radius of the ball, in the units of x.
-        step_size: length of a step in that norm.
+        step_size: length of a step in that norm; None is eps/4.
         steps: number of steps K.
         init: "gaussian" (x + 0.001·N(0, 1)), "uniform" (in the ball) or "zero".
         clip: the range of valid images, or None.
@@ -59,7 +59,8 @@ class PGDAttack:
             of exactly zero, or none that was finite, at every step, so that they have not been attacked. None before.
 
     Warns:
-        UserWarning: eps or step_size is one that nobody means: see ``radius_warnings``.
+        UserWarning: eps or step_size is one that nobody means, such as steps that do not reach the edge of the ball
+            together: see ``radius_warnings``.
 
     Raises:
         ValueError, TypeError: an argument outside what is listed here.
@@ -78,7 +79,7 @@ class PGDAttack:
         objective: str | Objective = "mismatch",
         norm: str = "linf",
         eps: float = 8 / 255,
-        step_size: float = 2 / 255,
+        step_size: float | None = None,
         steps: int = 10,
         init: str = "gaussian",
         clip: tuple[float | None, float | None] | None = (0.0, 1.0),
@@ -95,6 +96,7 @@ class PGDAttack:
         max_graphs: int = 8,
     ) -> None:
         arguments.check_options(norm, init, bn, eps, step_size)
+        step_size = eps / 4 if step_size is None else step_size
         arguments.check_counts(steps=(steps, 0), restarts=(restarts, 1), max_graphs=(max_graphs, 1))
         arguments.check_counts(seed=(0 if seed is None else seed, 0))
         self.objective = arguments.checked_objective(objective, targeted, temperature)
@@ -103,7 +105,7 @@ class PGDAttack:
         arguments.check_choice("keep", keep, arguments.KEEPS)
         arguments.check_against_objective(self.objective, restarts, early_stop, bn, cuda_graph, keep)
         self.clip = arguments.checked_clip(clip)
-        arguments.warn_of_sizes(norm, eps, step_size, self.clip)
+        arguments.warn_of_sizes(norm, eps, step_size, steps, init, self.clip)
         self.norm = norm
         self.eps = float(eps)
         self.step_size = float(step_size)
@@ -154,6 +156,7 @@ class PGDAttack:
         teacher = None if use == "none" or teacher_logits is not None else teacher
         arguments.check_bn(self.bn, student, teacher)
         target = Target(student, teacher, labels, teacher_logits)
+        target.follow_()
         # Inference tensors cannot be saved for a backward, and a caller's no_grad would leave nothing to differentiate.
         with torch.inference_mode(False), torch.enable_grad(), eval_modes(student, teacher, self.bn):
             self.zero_gradients = torch.zeros((), dtype=torch.int64, device=x.device)

@@ -29,6 +29,13 @@ class Target(NamedTuple):
             teacher_logits=None if self.teacher_logits is None else self.teacher_logits[index],
         )
 
+    def follow_(self) -> None:
+        """Bring prepared networks up to date, also those in code that was compiled or captured, which cannot see it."""
+        for network in (self.student, self.teacher):
+            for module in () if network is None else network.modules():
+                if isinstance(module, PreparedModel):
+                    module.follow_()
+
     def in_its_format(self, x: Tensor) -> Tensor:
         """x in the memory format of the prepared networks, so that it is converted once and not at every step."""
         formats = {m.memory_format for m in (self.student, self.teacher) if isinstance(m, PreparedModel)}

@@ -14,7 +14,8 @@ traced graph then holds:
 
 Dropout and Identity are gone, and an in-place operation whose input has no other name is an ordinary one. The copy's
 tensors need no gradient, so no weight-gradient graph is ever built. ``refresh_`` writes the live network's current
-values into the same memory: a captured CUDA graph that reads it stays valid.
+values into the same memory: a captured CUDA graph that reads it stays valid. A call does so itself where the live
+network was seen to change: see ``sources`` for what is seen.
 
 Hooks of the network itself, and a ``__call__`` of its class, run around the prepared graph; a submodule with hooks is
 kept whole, with them. Where the activations' memory format would show (in code that is kept whole, or an in-place
@@ -39,6 +40,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from .copies import Uncopied, copy_of
 from .layers import FoldedConv, ScaleShiftReLU, being_exported
 from .rewrite import Rewriter
+from .sources import Sources
 from .trace import first_line, has_own_call, hooks_of, trace
 from .wrappers import unwrap, wrapped_network
 
@@ -66,7 +68,9 @@ def prepare_for_attack(
             format could change the logits.
 
     Returns:
-        A ``PreparedModel``. After an update of the live weights, call its ``refresh_()``.
+        A ``PreparedModel``. It follows an update of the live weights at its next call, or where ``refresh_()`` is
+        called. That is needed after writes through ``.data`` or NumPy, which leave no trace, and inside what was
+        compiled or captured by the caller.
 
     Raises:
         TypeError: model is not a module, or dtype is not a floating-point torch.dtype.
@@ -157,6 +161,7 @@ class PreparedModel(nn.Module):
                 module.prepare_conv3x3()
         self._copies = self._pairs_to_copy()
         self._parametrizations = [m for m in live.modules() if isinstance(m, ParametrizationList)]
+        self._sources = Sources(live)
         self.train(False)
         self.refresh_()
 
@@ -199,6 +204,8 @@ class PreparedModel(nn.Module):
         return network
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.follow_()
         self._require_assumed(x)
         x = x.to(dtype=self.dtype)
         if x.dim() == 4 and not being_exported():
@@ -219,7 +226,13 @@ class PreparedModel(nn.Module):
                 layer.refresh_()
             for copied, live, name in self._copies:
                 getattr(copied, name).copy_(getattr(live, name))
+        self._sources.note()
         return self
+
+    def follow_(self) -> None:
+        """``refresh_``, if the live network was seen to change since the last time; reads nothing from the device."""
+        if self._sources.have_changed():
+            self.refresh_()
 
     def train(self, mode: bool = True) -> PreparedModel:
         """Does nothing: a prepared network is in eval mode whatever its owner is in."""
