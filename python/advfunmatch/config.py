@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any, get_args, get_type_hints
@@ -267,23 +267,59 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     raise InputError(f"{name} is {value!r}, but must be of type {wanted}")
 
 
-def read_settings(path: str) -> dict[str, Any]:
+class SettingsFile(dict[str, Any]):
+    """Settings as a file holds them, and the line that each is in."""
+
+    def __init__(self, path: str, settings: Mapping[str, Any], lines: Mapping[str, int]) -> None:
+        super().__init__(settings)
+        self.path, self.lines = path, dict(lines)
+
+    def located(self, error: InputError, others: Collection[str] = ()) -> InputError:
+        """The error with the file and line of the setting that it names first, if that is one of the file's.
+
+        Args:
+            error: about a configuration that these settings went into.
+            others: names of the settings that came from elsewhere.
+        """
+        sentence = str(error)
+        for name, line in self.lines.items():
+            if name not in others and sentence.startswith((f"{name} ", f"setting is {name!r},")):
+                return InputError(f"{self.path}, line {line}: {sentence}")
+        return error
+
+
+def read_settings(path: str) -> SettingsFile:
     """The settings in a YAML file of names and values, or in the run.json of a run; InputError if it is neither."""
     import yaml
 
     try:
         with open(path, encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # 2026-13-01 is a ValueError
+            loader = yaml.SafeLoader(file)
+            node = loader.get_single_node()
+            settings = None if node is None else loader.construct_document(node)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:  # 2026-13-01 is a ValueError
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise InputError(f"config {path!r} cannot be read as YAML: {reason}") from error
     if isinstance(settings, dict) and {"config", "environment"} <= set(settings):
         settings = settings["config"]
+        node = next(value for key, value in node.value if key.value == "config")
         for how_it_was_started in ("resume", "overwrite"):  # which is no part of what is to be repeated
             settings.pop(how_it_was_started, None)
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise InputError(f"config {path!r} must hold lines such as 'epochs: 30'")
-    return settings
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise InputError(f"{path}, line {line}: {key.value} was given in line {lines[key.value]} already")
+        lines[key.value] = line
+    return SettingsFile(path, settings, lines)
 
 
 def parse_number(text: str | float, name: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -18,5 +19,28 @@ class ProcessLost(RuntimeError):
 
 
 def one_of(what: str, given: object, allowed: Iterable[str]) -> InputError:
-    """The error for a name that is not in a list."""
-    return InputError(f"{what} is {given!r}, but must be one of: {', '.join(allowed)}")
+    """The error for a name that is not in a list, with the nearest that is.
+
+    >>> one_of("norm", "L2", ["linf", "l2"])
+    InputError("norm is 'L2', but must be one of: linf, l2. Did you mean 'l2'?")
+    """
+    names = list(allowed)
+    return InputError(
+        f"{what} is {given!r}, but must be one of: {', '.join(names)}{did_you_mean(given, names)}"
+    )
+
+
+def did_you_mean(given: object, names: Iterable[str]) -> str:
+    """`. Did you mean 'NAME'?` for the name that is spelt most like what was given, or nothing.
+
+    >>> did_you_mean("adad", ["ce", "adaad"]), did_you_mean("vgg", ["small_cnn"])
+    (". Did you mean 'adaad'?", '')
+    """
+    by_spelling = {_spelling(name): name for name in names}
+    near = difflib.get_close_matches(_spelling(str(given)), by_spelling, n=1)
+    return f". Did you mean {by_spelling[near[0]]!r}?" if near else ""
+
+
+def _spelling(name: str) -> str:
+    """Without what nobody means: capitals, and which of - and _ it is."""
+    return name.lower().replace("_", "-")

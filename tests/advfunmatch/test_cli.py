@@ -10,11 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import advfunmatch
 import numpy as np
 import pytest
 import torch
-from advfunmatch import create_model, load_dataset
+from advfunmatch import create_model, load_dataset, load_model
 from advfunmatch.cli import run
+from advfunmatch.config import config_from, read_settings
+from advfunmatch.methods import PRESETS, preset
 from processes import start
 
 TRAIN = ["train", "--data", "digits", "--model", "small_cnn-4", "--method", "ce", "--epochs", "1"]
@@ -191,7 +194,64 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_config_with_nothing_after_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_text("seed:\n")
     arguments = [*TRAIN, "--out", str(tmp_path / "run"), "--config", str(tmp_path / "run.yaml")]
-    assert "seed is None, but must be of type int" in refused(arguments, capsys)
+    assert "run.yaml, line 1: seed is None, but must be of type int" in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed: 1\nepochs: 0\n", "line 2: epochs is 0, but must be at least 1"),
+        ("# a\n\nepocs: 3\n", "line 3: setting is 'epocs', but must be one of: "),
+        ("lr: much\n", "line 1: lr is 'much', but must be a number"),
+        ("model: resnet\n", "line 1: model is 'resnet', but"),
+        ("epochs: 3\nseed: 0\nepochs: 4\n", "line 3: epochs was given in line 1 already"),
+        ("epochs: [3\n", "line 2, column 1"),
+        ("lr: 0.1\neps: -1\n", "error: eps is -2"),  # the flag's
+    ],
+)
+def test_an_error_in_a_config_names_its_line(
+    text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    arguments = ["train", "--data", "digits", "--method", "ce", "--out", str(tmp_path / "run")]
+    arguments += ["--model", "small_cnn-4"] if "model" not in text else []
+    arguments += ["--eps", "-2"] if "eps:" in text else []
+    said = refused([*arguments, "--config", str(tmp_path / "run.yaml")], capsys)
+    assert expected in said
+    assert "epocs" not in text or said.endswith("Did you mean 'epochs'?")
+
+
+def test_a_presets_text_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["presets"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(PRESETS)
+    for name in PRESETS:
+        assert run(["presets", name]) == 0
+        (tmp_path / "preset.yaml").write_text(capsys.readouterr().out)
+        assert read_settings(str(tmp_path / "preset.yaml")).keys() == preset(name).keys()
+        common = {"data": "digits", "out": "x", "teacher": "t.pt"}
+        read = config_from({**common, **read_settings(str(tmp_path / "preset.yaml"))})
+        assert read == config_from({**common, **preset(name)})
+    assert "Did you mean 'mart-cifar10'?" in refused(["presets", "mart_cifar"], capsys)
+
+
+def test_the_folder_of_a_run_does_for_its_checkpoint(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = tmp_path / "runs" / "student"
+    folder = str(Path(teacher).parent)
+    assert run([*TRAIN, "--method", "funmatch", "--teacher", folder, "--out", str(student)]) == 0
+    assert run(evaluate(student, tmp_path / "figures.json", "--attacks", "clean")) == 0
+    assert json.loads((tmp_path / "figures.json").read_text())["teacher"] == folder
+    assert torch.equal(*(next(load_model(path).parameters()) for path in (folder, teacher)))
+    assert run([*TRAIN, "--seed", "1", "--out", str(tmp_path / "runs" / "other")]) == 0
+    assert run(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "report.html")]) == 0
+    assert "2 runs" in (tmp_path / "report.html").read_text()
+    assert "as a folder it holds no checkpoint.pt" in refused(evaluate(tmp_path, tmp_path / "x.json"), capsys)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"advfunmatch {advfunmatch.__version__}\n"
 
 
 def test_missing_flag(capsys: pytest.CaptureFixture[str]) -> None:

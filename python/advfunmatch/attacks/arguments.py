@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import did_you_mean
 from ..lean import PreparedModel
 from .objectives import Objective, create_objective
 from .target import BN_MODES, batch_norms
@@ -120,7 +121,9 @@ def _furthest_from_edge(norm: str, eps: float, init: str) -> float:
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(allowed)}, got {value!r}{did_you_mean(value, allowed)}"
+        )
 
 
 def check_positive(name: str, value: float) -> None:

@@ -6,16 +6,18 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
+
+from afm_kernels.version import __version__
 
 from ..errors import InputError, ProcessLost, TrainingDiverged
 from .attack import attack
 from .demo import demo
 from .evaluate import evaluate
-from .listings import methods, models
+from .listings import methods, models, presets
 from .report import report
 from .train import train
 
@@ -29,8 +31,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (train, evaluate, attack, report, methods, models, demo):
+for command in (train, evaluate, attack, report, methods, models, presets, demo):
     app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
+) -> None:
+    """What comes before a command."""
+    if version:
+        print(f"advfunmatch {__version__}")
+        raise typer.Exit
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

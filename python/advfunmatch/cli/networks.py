@@ -49,7 +49,7 @@ def remembered_teacher(stored: dict[str, Any]) -> tuple[str | None, ForeignWeigh
     """The teacher that a student was trained with and what else was said of it, if the file is still there."""
     known = stored["config"].get
     path = known("teacher")
-    if path is None or not os.path.isfile(path):
+    if path is None or not os.path.exists(path):
         return None, ForeignWeights()
     return path, ForeignWeights(
         known("teacher_model"), known("teacher_normalize"), known("teacher_weights_key")

@@ -25,7 +25,7 @@ from .networks import ForeignWeights
 # Other names of train's options: there only a teacher's file can hold several sets of weights.
 ALIASES = {"teacher_weights_key": ("--teacher-weights-key", "--weights-key")}
 
-Checkpoint = Annotated[str, typer.Option(help="checkpoint.pt of advfunmatch train")]
+Checkpoint = Annotated[str, typer.Option(help="checkpoint.pt of advfunmatch train, or its folder")]
 Data = Annotated[str, typer.Option(help="as for train; its test split is used")]
 
 

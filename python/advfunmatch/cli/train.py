@@ -23,14 +23,18 @@ def train(preset: str | None, config: str | None, **flags: Any) -> None:
     torchrun --nproc-per-node=N -m advfunmatch train ...
     """
     settings = make_preset(preset) if preset else {}
-    settings |= read_settings(config) if config else {}
+    file = read_settings(config) if config else None
+    settings |= file or {}
     own = flags.pop("settings")
-    settings |= {name: value for name, value in flags.items() if value is not None and value != []}
+    given = {name: value for name, value in flags.items() if value is not None and value != []}
+    settings |= given
     if own:
         settings["settings"] = {**settings.get("settings", {}), **parse_own(own)}
-    resolved = config_from(settings)
     try:
+        resolved = config_from(settings)
         result = train_model(resolved)
+    except InputError as error:
+        raise file.located(error, given) if file else error from None
     finally:
         leave_world()
     if not result:  # the first process reports

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .listing import methods_text
 from .method import ATTACK_READS, METHODS, SETTINGS, Default, Method, get_method, register_method
-from .presets import PRESETS, preset
+from .presets import PRESETS, preset, presets_text
 from .settings import unused_settings
 from .table import make_attack
 from .terms import Logits, Loss, Network
@@ -23,6 +23,7 @@ __all__ = [
     "make_attack",
     "methods_text",
     "preset",
+    "presets_text",
     "register_method",
     "unused_settings",
 ]

@@ -2,7 +2,9 @@
 
 A preset fixes what its source fixes: the method, the schedule, the optimizer and the attack. Data, teacher and folder
 are the user's. Sources are the official code's training scripts, in the repositories that `advfunmatch methods` lists
-(for pgd_at: Rice et al. 2020, which AdaAD's script follows); `speedrun` is this project's own.
+(for pgd_at: Rice et al. 2020, which AdaAD's script follows), but for the two of AdvFunMatch: of its paper only the
+abstract is known, which fixes the loss, that both sides see the same images, and strong augmentations. `NOTES` says
+what of `advfunmatch-cifar10` is this project's choice, and `speedrun` is its own.
 
 Milestones count completed epochs. The scripts of TRADES and MART count epochs from one and divide the learning rate at
 the start of epoch 75, which is after 74. Those of ARD and IAD mean to divide twice but divide the first rate again, so
@@ -11,8 +13,10 @@ that it stays at 0.01 from epoch 100 on; the presets divide twice, as the papers
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from ..config import FRACTIONS
 from ..errors import one_of
 
 _CIFAR = {"batch_size": 128, "momentum": 0.9, "nesterov": False, "augment": "crop,flip", "steps": 10}
@@ -74,6 +78,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": "resnet18",
         "weight_decay": 5e-4,
     },
+    "advfunmatch-cifar10": {
+        **_CIFAR,
+        **_EPS8,
+        **_200,
+        "method": "advfunmatch",
+        "model": "resnet18",
+        "weight_decay": 5e-4,
+        "augment": "crop,flip,autoaugment",
+    },
     # Not from a paper: large batches and a one-cycle schedule as in cifar10-airbench, AdvFunMatch's loss, EMA weights,
     # and half the attack steps in the first half of the run. Meant for one large GPU.
     "speedrun": {
@@ -96,6 +109,37 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_every": 5,
     },
 }
+
+# Where each is from, in the words of `advfunmatch presets`.
+NOTES = {
+    "pgd_at-cifar10": "Rice et al. 2020, which AdaAD's script follows",
+    "trades-cifar10": "the official code's script; epochs counted from one there",
+    "mart-cifar10": "the official code's script; epochs counted from one there",
+    "ard-cifar10": "the official code's script, but divided twice, as in the paper",
+    "iad-cifar10": "the official code's script, but divided twice, as in the paper",
+    "rslad-cifar10": "the official code's script",
+    "adaad-cifar10": "the official code's script",
+    "advfunmatch-cifar10": "the loss, the same images on both sides and AutoAugment are from the paper's abstract; "
+    "this project's choice are schedule, optimizer and attack: AdaAD's, whose inner loss is the same",
+    "speedrun": "this project's own, for one large GPU: one-cycle and large batches as in cifar10-airbench",
+}
+
+
+def presets_text(name: str | None = None) -> str:
+    """The presets with their sources, or one as a file for --config."""
+    if name is None:
+        width = max(map(len, PRESETS))
+        return "\n".join(f"{each:<{width}}  {NOTES[each]}" for each in PRESETS)
+    lines = [f"# {name}: {NOTES[name]}"] if name in NOTES else []
+    return "\n".join(
+        lines + [f"{setting}: {_as_written(setting, value)}" for setting, value in preset(name).items()]
+    )
+
+
+def _as_written(setting: str, value: Any) -> str:
+    """The value as YAML, a radius of whole pixel values as a fraction."""
+    levels = round(255 * value) if setting in FRACTIONS else 0
+    return f"{levels}/255" if levels and value == levels / 255 else json.dumps(value)
 
 
 def preset(name: str) -> dict[str, Any]:

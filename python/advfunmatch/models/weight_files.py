@@ -39,6 +39,7 @@ BEGINNINGS = {
     b"\x1f\x8b": "a gzip archive: unpack it first",
     b"\x93NUMPY": "a NumPy array",
 }
+OF_A_RUN = "checkpoint.pt"  # what stands for the folder of a run
 ABOUT = "advfunmatch"  # the entry in the head of our files of safetensors
 FACTORIES = (list, dict, set, int, float, str, tuple, bool)  # what a defaultdict is made with
 MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # with which the older files of torch.save begin, within a pickle
@@ -72,14 +73,17 @@ def read_weight_file(path: str | Path, what: str) -> Any:
     """What a file holds, on the CPU: of safetensors a dict of tensors, else what ``torch.save`` was given.
 
     Args:
-        path: the file.
+        path: the file, or the folder of a run, for its checkpoint.pt.
         what: how to call it in an error.
 
     Raises:
         InputError: it is missing, truncated, damaged, something else, or needs code to be run.
     """
     what = f"{what} {str(path)!r}"
-    if not os.path.isfile(path):
+    if os.path.isdir(path):
+        if not os.path.isfile(path := Path(path, OF_A_RUN)):
+            raise InputError(f"{what} is not a file, and as a folder it holds no {OF_A_RUN}")
+    elif not os.path.isfile(path):
         raise InputError(f"{what} does not exist or is not a file")
     try:
         with open(path, "rb") as file:
