@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from .initialise import initialise
 from .wide_resnet import WideBlock, WideResNet
 
+WIDTH = 64  # channels of the first stage; each of the others has twice as many as the one before
+
 
 class TwinBlock(nn.Module):
     """A basic block of a ResNet; the shortcut's convolution and BatchNorm are apart."""
@@ -44,12 +46,12 @@ class TwinResNet(nn.Module):
     def __init__(self, num_classes: int, in_channels: int, suffix: str) -> None:
         super().__init__()
         self.suffix = suffix
-        self.conv1 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
-        self.bn1, self.bn1_auto = nn.BatchNorm2d(64), nn.BatchNorm2d(64)
+        self.conv1 = nn.Conv2d(in_channels, WIDTH, 3, 1, 1, bias=False)
+        self.bn1, self.bn1_auto = nn.BatchNorm2d(WIDTH), nn.BatchNorm2d(WIDTH)
         self.relu = nn.ReLU()
-        in_planes = 64
+        in_planes = WIDTH
         for stage in range(4):
-            planes = 64 * 2**stage
+            planes = WIDTH * 2**stage
             first = TwinBlock(in_planes, planes, 2 if stage else 1, suffix)
             self.add_module(f"layer{stage + 1}", nn.Sequential(first, TwinBlock(planes, planes, 1, suffix)))
             in_planes = planes

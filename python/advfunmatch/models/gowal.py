@@ -16,6 +16,7 @@ from .preactresnet import DEPTHS
 from .preprocess import Standardize
 from .wide_resnet import blocks_of
 
+WIDTH = 64  # channels of the first stage of the pre-activation ResNets
 _norm = partial(nn.BatchNorm2d, momentum=0.01)  # as Wang et al. train them
 
 
@@ -118,10 +119,10 @@ class SwishPreActResNet(nn.Module):
     def __init__(self, depth: int, num_classes: int, in_channels: int, data: str) -> None:
         super().__init__()
         self.standardize = Standardize(data, in_channels)
-        self.conv_2d = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
-        in_planes = 64
+        self.conv_2d = nn.Conv2d(in_channels, WIDTH, 3, 1, 1, bias=False)
+        in_planes = WIDTH
         for stage, count in enumerate(DEPTHS[depth]):
-            planes = 64 * 2**stage
+            planes = WIDTH * 2**stage
             blocks = nn.Sequential()
             for index in range(count):
                 blocks.append(SwishPreActBlock(in_planes, planes, 2 if stage > 0 and index == 0 else 1))

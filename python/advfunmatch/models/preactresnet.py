@@ -14,6 +14,7 @@ from torch import nn
 
 from .initialise import initialise
 
+WIDTH = 64  # channels of the first stage; each of the others has twice as many as the one before
 Activation = Callable[[], nn.Module]
 
 
@@ -57,11 +58,11 @@ class PreActResNet(nn.Module):
         head: Callable[[int, int], nn.Module] = nn.Linear,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
-        in_planes = 64
+        self.conv1 = nn.Conv2d(in_channels, WIDTH, 3, 1, 1, bias=False)
+        in_planes = WIDTH
         stages = []
         for stage, depth in enumerate(depths):
-            planes = 64 * 2**stage
+            planes = WIDTH * 2**stage
             blocks = nn.Sequential()
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1

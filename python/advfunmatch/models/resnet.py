@@ -11,6 +11,8 @@ from torch import nn
 
 from .initialise import initialise
 
+WIDTH = 64  # channels of the first stage; each of the others has twice as many as the one before
+
 
 class BasicBlock(nn.Module):
     expansion = 1
@@ -75,13 +77,13 @@ class ResNet(nn.Module):
         strides: tuple[int, ...] = (1, 2, 2, 2),
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.conv1 = nn.Conv2d(in_channels, WIDTH, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(WIDTH)
         self.relu = nn.ReLU()
-        in_planes = 64
+        in_planes = WIDTH
         stages = []
         for stage, depth in enumerate(depths):
-            planes = 64 * 2**stage
+            planes = WIDTH * 2**stage
             blocks = nn.Sequential()
             for index in range(depth):
                 blocks.append(block(in_planes, planes, strides[stage] if index == 0 else 1))

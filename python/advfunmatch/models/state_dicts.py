@@ -5,7 +5,8 @@ Note [Whose entries]
 A network's entries are looked for behind every prefix that a name can be split at. A prefix counts if all of the
 network's entries stand behind it: DataParallel's ``module.``, ``model.`` and ``net.`` of wrappers, ``1.`` of a
 Sequential, or several of them. What then is left over must be known to be no weight: a normalisation, which goes in
-front of the network, bookkeeping, or the same weights again, as wrappers hold them that know the network twice.
+front of the network, bookkeeping, or the same weights again, as wrappers hold them that know the network twice, or
+networks that know their first layers under another name too.
 Anything else refuses the file, unless weights are computed from it (Note [Computed weights]). Prefixes are thus
 removed from the front only, and never from a part of the entries.
 """
@@ -243,12 +244,29 @@ def _fit(
         and key.rpartition(".")[2] not in BOOKKEEPING
         and not any(key.startswith(each + UNUSED) for each in whole)
     }
+    left = _without_second_names(left, weights, used, prefix)
     found = take_statistics(left, what)
     if left:
         raise _refusal(what, "has beyond the network's", list(left))
     taken = {name: weights[key] for name, key in place.items()}
     _require_shapes(taken, own, what)
     return taken, prefix, found
+
+
+def _without_second_names(left: Weights, weights: Weights, used: set[str], prefix: str) -> Weights:
+    """What is left without submodules whose entries, one a matrix or kernel at least, are all the network's again."""
+    again: dict[str, list[str]] = {}
+    for name in left:
+        again.setdefault(name.removeprefix(prefix).partition(".")[0], []).append(name)
+
+    def is_again(name: str) -> bool:
+        last = name.rpartition(".")[2]
+        return any(key.rpartition(".")[2] == last and torch.equal(left[name], weights[key]) for key in used)
+
+    for names in again.values():
+        if any(left[name].dim() >= 2 for name in names) and all(map(is_again, names)):
+            left = {name: value for name, value in left.items() if name not in names}
+    return left
 
 
 def _chosen(stored: Any, holders: Mapping[str, Weights], key: str, what: str, settings: str) -> Weights:
