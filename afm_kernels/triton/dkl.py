@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from afm_kernels.triton import launch
-from afm_kernels.triton.row_math import INF, KL, LOG2E, row_offsets, scalar, stored_as
+from afm_kernels.triton.row_math import INF, KL, row_offsets, scalar, stored_as
 from afm_kernels.triton.row_memory import STATS, kernel, row_factor, row_start
 from afm_kernels.triton.softmax_kl import Problem, grad_loss_kind, loss_operators
 
@@ -37,12 +37,10 @@ def load_block(at, start, in_rows, bound, other, ACC: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def class_weights(
-    t, max_t, at_weight, start, in_rows, bound, to_log2, ACC: tl.constexpr, BLOCK: tl.constexpr
-):
+def class_weights(t, max_t, at_weight, start, in_rows, bound, inv_t, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """Unnormalised weights of a block's classes, and which of them count; NaN logits are looked for elsewhere."""
     if at_weight is None:
-        return tl.exp2((t - max_t[:, None]) * to_log2), t > -INF
+        return tl.exp((t - max_t[:, None]) * inv_t), t > -INF
     else:
         weight, _ = load_block(at_weight, start, in_rows, bound, 0.0, ACC, BLOCK)
         return weight, weight != 0
@@ -84,8 +82,7 @@ def dkl_kernel(
     BLOCK: tl.constexpr,
 ):
     inv_t = scalar(inv_temperature, ACC)
-    to_log2 = inv_t * LOG2E
-    weight_to_log2 = scalar(inv_weight_temperature, ACC) * LOG2E
+    weight_inv_t = scalar(inv_weight_temperature, ACC)
     soft, squared = scalar(alpha, ACC), scalar(beta, ACC)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = row < rows
@@ -142,17 +139,17 @@ def dkl_kernel(
     # ONE_SIDED, that one side alone excludes a class that counts.
     marks = tl.zeros([ROWS, BLOCK], tl.int32)
     for start in range(0, classes, BLOCK):
-        s, mask = load_block(at_s, start, in_rows, bound, -INF, ACC, BLOCK)
+        s, _ = load_block(at_s, start, in_rows, bound, -INF, ACC, BLOCK)
         t, _ = load_block(at_t, start, in_rows, bound, -INF, ACC, BLOCK)
         in_s, in_t = s > -INF, t > -INF
-        e_t = tl.exp2((t - max_t[:, None]) * to_log2)
+        e_t = tl.exp((t - max_t[:, None]) * inv_t)
         is_shared = (s == shared_s[:, None]) & (t == max_t[:, None])
-        sum_s += tl.where(mask & ~is_shared, tl.exp2((s - max_s[:, None]) * to_log2), 0.0)
-        sum_t += tl.where(mask & ~is_shared, e_t, 0.0)
-        marks += (mask & is_shared).to(tl.int32)
+        sum_s += tl.where(is_shared, 0.0, tl.exp((s - max_s[:, None]) * inv_t))
+        sum_t += tl.where(is_shared, 0.0, e_t)
+        marks += is_shared.to(tl.int32)
         below += tl.where(in_s & in_t, e_t * (s - max_s[:, None]), 0.0)
         marks = marks | tl.where(in_t & (s == -INF), MISSING, 0)
-        weight, counts = class_weights(t, max_t, at_w, start, in_rows, bound, weight_to_log2, ACC, BLOCK)
+        weight, counts = class_weights(t, max_t, at_w, start, in_rows, bound, weight_inv_t, ACC, BLOCK)
         marks = marks | tl.where(counts & ((s == -INF) != (t == -INF)), ONE_SIDED, 0)
         kept = counts & in_s & in_t
         d = (t - offset_t[:, None]) - (s - offset_s[:, None])
@@ -176,7 +173,7 @@ def dkl_kernel(
     for start in range(0, classes, BLOCK):
         s, _ = load_block(at_s, start, in_rows, bound, -INF, ACC, BLOCK)
         t, _ = load_block(at_t, start, in_rows, bound, -INF, ACC, BLOCK)
-        weight, counts = class_weights(t, max_t, at_w, start, in_rows, bound, weight_to_log2, ACC, BLOCK)
+        weight, counts = class_weights(t, max_t, at_w, start, in_rows, bound, weight_inv_t, ACC, BLOCK)
         off = ((t - offset_t[:, None]) - (s - offset_s[:, None])) - mean[:, None]
         kept = counts & (s > -INF) & (t > -INF)
         first += tl.where(kept, weight * off, 0.0)
@@ -212,15 +209,15 @@ def dkl_kernel(
         for start in range(0, classes, BLOCK):
             s, mask = load_block(at_s, start, in_rows, bound, -INF, ACC, BLOCK)
             t, _ = load_block(at_t, start, in_rows, bound, -INF, ACC, BLOCK)
-            weight, counts = class_weights(t, max_t, at_w, start, in_rows, bound, weight_to_log2, ACC, BLOCK)
+            weight, counts = class_weights(t, max_t, at_w, start, in_rows, bound, weight_inv_t, ACC, BLOCK)
             off = (((t - offset_t[:, None]) - (s - offset_s[:, None])) - mean[:, None]) - rest[:, None]
             kept = counts & (s > -INF) & (t > -INF)
             grad = tl.where(kept, weight * normaliser[:, None] * off, 0.0)
             grad = tl.where(squared == 0.0, 0.0, squared * grad)
             columns = (start + tl.arange(0, BLOCK)).to(tl.int32)[None, :]
             if g_grad_student is not None:
-                q = tl.exp2((s - max_s[:, None]) * to_log2) / z_s[:, None]
-                p = tl.exp2((t - max_t[:, None]) * to_log2) / z_t[:, None]
+                q = tl.exp((s - max_s[:, None]) * inv_t) / z_s[:, None]
+                p = tl.exp((t - max_t[:, None]) * inv_t) / z_t[:, None]
                 is_shared = (s == max_s[:, None]) & (t == max_t[:, None]) & (both == 1.0)[:, None]
                 apart = tl.where(is_shared, (rest_t / z_t - rest_s / z_s)[:, None], q - p)
                 grad_s = tl.where(soft == 0.0, 0.0, soft * inv_t * apart)

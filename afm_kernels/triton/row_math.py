@@ -33,8 +33,15 @@ them. So wherever a class has more than half of p, c is d at that class, exactly
 products, and with λ both keep their digits. No entry of a gradient is then a difference of numbers that are not small.
 JS takes the logarithms at each side's heaviest class for zero in the same way. A tile knows the heaviest class before
 it takes the sums. A streamed row does not; but what loses digits is the sums of one lane, the one that had that class,
-and a lane's share of the row is small: where a row turns out certain, that lane's classes are read again. On NVIDIA's
-GPUs exp2 gives 0 for what is below the normal numbers, which gaps of more than 80 reach.
+and a lane's share of the row is small: where a row turns out certain, that lane's classes are read again.
+
+Note [exp and exp2]
+~~~~~~~~~~~~~~~~~~~
+For NVIDIA's GPUs Triton compiles ``tl.exp2`` to an instruction that gives 0 for what is below the normal numbers
+(ex2.approx.ftz), which gaps of 87 reach, and ``tl.exp`` to one that does not, a few instructions longer. A gradient's
+entry may be that small and still be most of what a row has, so it is ``tl.exp`` wherever a class is compared with the
+row's largest. ``tl.exp2`` serves the sums of the streaming pass, where a lane's classes are compared with the lane's
+own largest. The interpreter knows no difference; ``test_triton_aot.py`` looks at what is compiled.
 
 Note [Row scalars]
 ~~~~~~~~~~~~~~~~~~
@@ -199,7 +206,7 @@ def js_parts(u, beta):
     near = tl.abs(u) < NEAR
     rest = expm1_minus_identity(-u)
     # exp of a negative number only: u of either sign and any size is safe
-    fall = tl.exp2(-tl.abs(u) * LOG2E)
+    fall = tl.exp(-tl.abs(u))
     e = tl.where(near, rest - u, tl.where(u > 0, fall, 1.0 / fall) - 1.0)
     v = beta * e
     low = v < 0.5
@@ -247,8 +254,8 @@ def row_gradients(
     DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
     """T times the gradients of a row's loss to s and to t. The row's scalars broadcast against s and t."""
-    p = tl.exp2((t - max_t) * (inv_t * LOG2E)) * rz_t
-    q = tl.exp2((s - max_s) * (inv_t * LOG2E)) * rz_s
+    p = tl.exp((t - max_t) * inv_t) * rz_t
+    q = tl.exp((s - max_s) * inv_t) * rz_s
     offset_s, offset_t = row_offsets(max_s, max_t)
     x = clamp_far(((s - offset_s) - (t - offset_t)) * inv_t) - centre
     u = x - tail
@@ -306,7 +313,7 @@ def mixed_gradients(
 ):
     """T times the gradients of ``mixed_value``, from T times those of KL. ``missing`` is 1 - q of the label."""
     factor = alpha * temperature * temperature
-    q = tl.exp2((s - max_s) * LOG2E) * rz_1
+    q = tl.exp(s - max_s) * rz_1
     smoothed = tl.where(is_class, smoothing / classes, 0.0)
     missing = missing + (rz_1 - rz_1)  # NaN in a row that is lost
     hard = tl.where(is_label, smoothing - missing, q) - smoothed

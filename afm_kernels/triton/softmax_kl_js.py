@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from afm_kernels.triton.row_math import (
-    LOG2E,
     clamp_far,
     js_logs,
     js_terms,
@@ -32,8 +31,8 @@ def _js_classes(
 ):  # fmt: skip
     """The logits of some classes, their shares of JS, and p·(log m - log p), q·(log q - log m)."""
     s, t = load_pair(g_s, g_t, columns, lead, end, EDGE, ACC)
-    p = tl.exp2((t - max_t) * (inv_t * LOG2E)) * rz_t
-    q = tl.exp2((s - max_s) * (inv_t * LOG2E)) * rz_s
+    p = tl.exp((t - max_t) * inv_t) * rz_t
+    q = tl.exp((s - max_s) * inv_t) * rz_s
     offset_s, offset_t = row_offsets(max_s, max_t)
     u = (clamp_far(((s - offset_s) - (t - offset_t)) * inv_t) - centre) - tail
     terms, m_over_p, q_over_m = js_terms(p, q, u, beta)

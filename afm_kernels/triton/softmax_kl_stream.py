@@ -137,8 +137,8 @@ def _lane_without_peak(
         else:
             is_peak = t == top_t
         x = clamp_far(((s - offset_s) - (t - offset_t)) * inv_t - center)
-        e_t = tl.where(is_peak, 0.0, tl.exp2((t - top_t) * (inv_t * LOG2E)))
-        e_s = tl.where(is_peak, 0.0, tl.exp2((s - top_s) * (inv_t * LOG2E)))
+        e_t = tl.where(is_peak, 0.0, tl.exp((t - top_t) * inv_t))
+        e_s = tl.where(is_peak, 0.0, tl.exp((s - top_s) * inv_t))
         z_t += e_t
         z_s += e_s
         sum_x += e_t * x
@@ -161,8 +161,8 @@ def _rest_of_row(
     Returned are those of e_t and e_s, and of e_t (x - peak_x) and e_s (x - peak_x).
     """
     other = tl.arange(0, MANY) != winner
-    keep_s = tl.where(other, tl.exp2((max_s - top_s) * (inv_t * LOG2E)), 0.0)
-    keep_t = tl.where(other, tl.exp2((max_t - top_t) * (inv_t * LOG2E)), 0.0)
+    keep_s = tl.where(other, tl.exp((max_s - top_s) * inv_t), 0.0)
+    keep_t = tl.where(other, tl.exp((max_t - top_t) * inv_t), 0.0)
     rest_t = own_t + tl.sum(z_t * keep_t, axis=0)
     rest_s = own_s + tl.sum(z_s * keep_s, axis=0)
     rest_x = (own_x - peak_x * own_t) + tl.sum((sum_x - peak_x * z_t) * keep_t, axis=0)
@@ -217,7 +217,7 @@ def _finish_row(
         hard = cross_entropy(max_s, z_1, below, label_logit, label, ignore_index, scalar(smoothing, ACC))
         value = mixed_value(kl, hard, scalar(alpha, ACC), scalar(temperature, ACC))
         slope_q = 1.0 / z_1
-        missing = 1.0 - tl.exp2((label_logit - max_s) * LOG2E) * slope_q
+        missing = 1.0 - tl.exp(label_logit - max_s) * slope_q
         base_p = tl.where((label_logit == max_s) & (z_1 < 2.0), own_rest * slope_q, missing)
     # From the offsets of this pass to those that a gradient finds again in the row's maxima.
     row_offset_s, row_offset_t = row_offsets(max_s, max_t)
@@ -365,7 +365,7 @@ def stream_kernel(
                 g_s, g_t, own_lane, begin, finish, lead, end, max_s, max_t, offset_s, offset_t, center, own_inv_t,
                 True, LANES, VECTOR, ACC,
             )  # fmt: skip
-            keep = tl.exp2((lanes_max_s - max_s) * (own_inv_t * LOG2E))
+            keep = tl.exp((lanes_max_s - max_s) * own_inv_t)
             own_rest = own_s + tl.sum(
                 tl.where(tl.arange(0, LANES) == own_lane, 0.0, lanes_own * keep), axis=0
             )
@@ -480,7 +480,7 @@ def combine_kernel(
     peak_x = tl.load(peak + 18)
     peak_s = tl.load(peak + 19)
     own_t = tl.load(peak + 15)
-    keep = tl.exp2((tl.load(peak + 0) - max_s) * (inv_t * LOG2E))
+    keep = tl.exp((tl.load(peak + 0) - max_s) * inv_t)
     own_s = tl.load(peak + 16) * keep
     own_qx = own_s
     if DIVERGENCE == JEFFREYS:
@@ -496,10 +496,10 @@ def combine_kernel(
         peak = first + winner * PARTS
         own_x = tl.load(peak + 22)
         own_lane = tl.load(peak + 24)
-        keep = tl.where(part == winner, 0.0, tl.exp2((parts_max_s - max_s) * (inv_t * LOG2E)))
+        keep = tl.where(part == winner, 0.0, tl.exp((parts_max_s - max_s) * inv_t))
         others = parts_z_s
         if HAS_LABELS:
-            keep = tl.where(part == winner, 0.0, tl.exp2((parts_max_s - max_s) * LOG2E))
+            keep = tl.where(part == winner, 0.0, tl.exp(parts_max_s - max_s))
             others = parts_z_1
         own_rest = tl.load(peak + 21) + tl.sum(others * keep, axis=0)
     g_row = g_student + row_start(row, rows_inner, s_outer, s_inner, 1, TWO_LEVELS)

@@ -103,8 +103,8 @@ def tile_kernel(
     else:
         max_s = tl.max(s, axis=1)
         max_t = tl.max(t, axis=1)
-        e_s = tl.exp2((s - max_s[:, None]) * (inv_t * LOG2E))
-        e_t = tl.exp2((t - max_t[:, None]) * (inv_t * LOG2E))
+        e_s = tl.exp((s - max_s[:, None]) * inv_t)
+        e_t = tl.exp((t - max_t[:, None]) * inv_t)
         z_s = tl.sum(e_s, axis=1)
         z_t = tl.sum(e_t, axis=1)
         offset_s, offset_t = row_offsets(max_s, max_t)
@@ -157,13 +157,13 @@ def tile_kernel(
             at_peak = s == heaviest(max_s, 1.0 / z_s)[:, None]
             slope_q = tl.sum(tl.where(at_peak, 0.0, q * (q_over_m - base_q[:, None])), axis=1)
         if HAS_LABELS:
-            e_1 = tl.exp2((s - max_s[:, None]) * LOG2E)
+            e_1 = tl.exp(s - max_s[:, None])
             is_label = columns[None, :] == label[:, None]
             others = tl.sum(tl.where(is_label, 0.0, e_1), axis=1)
             below = tl.sum(tl.where(mask, s - max_s[:, None], 0.0), axis=1) / scalar(classes, ACC)
             label_logit = tl.sum(tl.where(is_label & mask, s, 0.0), axis=1)
             known = (label >= 0) & (label < classes)
-            z_1 = others + tl.where(known, tl.exp2((label_logit - max_s) * LOG2E), 0.0)
+            z_1 = others + tl.where(known, tl.exp(label_logit - max_s), 0.0)
             label_logit = tl.where(known, label_logit, INF - INF)
             hard = cross_entropy(max_s, z_1, below, label_logit, label, ignore_index, smooth)
             value = mixed_value(kl, hard, scalar(alpha, ACC), scalar(temperature, ACC))
