@@ -101,14 +101,11 @@ def test_networks_of_one_size_or_with_heads_of_zeros(
 
 
 @pytest.mark.slow
-def test_a_timm_network_with_untraceable_convolutions_keeps_those() -> None:
-    """Its padding depends on the image's size by an if; it also scales in place, with the result's name unused."""
+def test_a_timm_network_whose_padding_depends_on_the_size() -> None:
+    """By an if; it also scales in place, with the result's name unused."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(SEED)
-    with pytest.warns(UserWarning, match=r"left unfolded: stem\.conv1"):
-        prepared = assert_stands_for(
-            timm.create_model("dm_nfnet_f0", num_classes=10), torch.rand(2, 3, 32, 32)
-        )
+    prepared = assert_stands_for(timm.create_model("dm_nfnet_f0", num_classes=10), torch.rand(2, 3, 32, 32))
     assert prepared.traced
 
 
@@ -543,10 +540,10 @@ def test_around_an_untraceable_submodule_the_rest_is_folded() -> None:
     assert prepared.folded == ["1"]
 
 
-def test_a_batch_norm_that_nothing_takes_is_named() -> None:
+def test_a_batch_norm_that_nothing_takes_is_a_scale_and_shift() -> None:
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
     prepared = assert_stands_for(net, torch.rand(2, 3, 8, 8))
-    assert prepared.left == ["BatchNorm 0, which no convolution or ReLU could take"]
+    assert (prepared.fused, prepared.left) == (["0"], [])
 
 
 def test_options_of_forward_keep_their_defaults() -> None:

@@ -186,11 +186,6 @@ class Part(nn.Module):
         return self.effect(self, self.bn(self.conv(x)))
 
 
-def assigns_data(part: Part, x: Tensor) -> Tensor:
-    part.scale.data = F.normalize(part.scale, dim=0)
-    return x * part.scale
-
-
 def assigns_data_of_a_layer(part: Part, x: Tensor) -> Tensor:
     part.conv.weight.data = part.conv.weight.data * 0.9
     return part.bn(part.conv(x))
@@ -299,7 +294,6 @@ def changes_a_layers_option(part: Part, x: Tensor) -> Tensor:
 
 
 EFFECTS = [
-    assigns_data,
     assigns_data_of_a_layer,
     copies_into_data,
     writes_a_slice_of_data,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -110,6 +111,40 @@ def zeros_of_its_size(net: Net, x: Tensor) -> Tensor:
     return torch.cat([x, more + 1], 1).mean((2, 3))
 
 
+def viewed_by_its_length(net: Net, x: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(x, 1).view(len(x), -1)
+
+
+def pooled_by_numbers(net: Net, x: Tensor) -> Tensor:
+    x = F.avg_pool2d(x, int(x.size(2) / 2)) * float(x.shape[3]) ** 0.5
+    return F.avg_pool2d(x, min(x.size(2), x.size(3))).flatten(1)
+
+
+def sizes_in_a_call(net: Net, x: Tensor) -> Tensor:
+    def mean(batch: int, channels: int, height: int, width: int) -> Tensor:
+        return x.reshape(batch, channels, height * width).mean(-1)
+
+    return mean(*x.shape) + x.view(*x.size()[:2], -1).mean(dim=-1)
+
+
+def channel_by_channel(net: Net, x: Tensor) -> Tensor:
+    if x.dim() != 4 or len(x.shape) != 4 or x.size(1) > 8:
+        return x
+    return torch.stack([x[:, channel].mean((1, 2)) for channel in range(x.shape[1])], 1)
+
+
+def as_a_gradient_is_wanted(net: Net, x: Tensor) -> Tensor:
+    return x.mean((2, 3)) if x.requires_grad else x.amax((2, 3))
+
+
+def as_it_is_large(net: Net, x: Tensor) -> Tensor:
+    if x.shape[-1] > 6 and x.size(0) > 1:
+        x = F.avg_pool2d(x, 2)
+    while x.size(2) > 4:
+        x = x[:, :, 1:, 1:]
+    return x.sum((2, 3))
+
+
 # ---- on the images
 
 
@@ -177,6 +212,10 @@ AFTER = {
     summed_over_its_sizes: 8,
     asked_for_its_dimensions: 8,
     zeros_of_its_size: 16,
+    viewed_by_its_length: 8,
+    pooled_by_numbers: 8,
+    sizes_in_a_call: 8,
+    channel_by_channel: 8,
 }
 BEFORE = [
     statistics_where_the_images_are,
@@ -247,6 +286,78 @@ class _Swish(torch.autograd.Function):
         return grad * (gate * (1 + x * (1 - gate)))
 
 
+_swish = _Swish.apply
+
+
+def from_a_closure() -> Callable[[Tensor], Tensor]:
+    swish = _Swish.apply
+    return lambda x: swish(x)
+
+
+def from_a_table() -> Callable[[Tensor], Tensor]:
+    table = {"relu": torch.Tensor.relu, "swish": _Swish.apply}
+    return lambda x: table["swish"](x)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        _Swish.apply,
+        lambda x: _swish(x),
+        from_a_closure(),
+        from_a_table(),
+        torch.Tensor.relu_,
+        partial(F.relu, inplace=True),
+    ],
+    ids=["attribute", "global", "closure", "table", "method", "partial"],
+)
+def test_functions_that_are_kept_under_a_name(act: Callable[[Tensor], Tensor]) -> None:
+    assert_folded(Net(act=act), torch.rand(2, 3, 8, 8), ["bn1", "layer1.0.bn1", "layer1.0.bn2"])
+
+
+class Hypersphere(nn.Module):
+    """The head writes its normalised weight back at every call, as the official ones do."""
+
+    def __init__(self, write: Callable[[nn.Linear], None]) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.linear, self.write = nn.Linear(8, 5, bias=False), write
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.normalize(self.body(x).mean((2, 3)), p=2, dim=1) * 15
+        for _, module in self.linear.named_modules():
+            if isinstance(module, nn.Linear):
+                self.write(module)
+        return self.linear(x)
+
+
+def projects(module: nn.Linear) -> None:
+    module.weight.data = F.normalize(module.weight, p=2, dim=1)
+
+
+def decays(module: nn.Linear) -> None:
+    module.weight.data = module.weight.data * 0.9
+
+
+def test_the_body_of_a_hypersphere_is_folded() -> None:
+    """A write that changes nothing the second time is computed; another is served whole."""
+    prepared = assert_folded(Hypersphere(projects), torch.rand(2, 3, 8, 8), ["body.1"])
+    assert prepared.memory_format == torch.channels_last
+    network = settle(Hypersphere(decays))
+    with pytest.warns(UserWarning, match=r"it writes to linear\.weight"):
+        prepared = prepare_for_attack(network)
+    x = torch.rand(2, 3, 8, 8)
+    assert_near(prepared(x) * 0.9, prepared(x), 1e-5)
+
+
+@pytest.mark.parametrize("act", [F.silu, F.softplus, _Swish.apply])
+def test_a_batch_norm_before_another_activation_is_a_scale_and_shift(act: Callable[[Tensor], Tensor]) -> None:
+    network = Net(after=lambda net, x: act(net.pre(x + 1)).mean((2, 3)))
+    network.pre = nn.BatchNorm2d(8)
+    prepared = assert_folded(network, torch.rand(2, 3, 8, 8), ["bn1", "layer1.0.bn1", "layer1.0.bn2"])
+    assert prepared.fused == ["pre"]
+
+
 class _HalvesInPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -309,12 +420,6 @@ def checks_sizes(net: Net, x: Tensor) -> Tensor:
     return x
 
 
-def branches_on_sizes(net: Net, x: Tensor) -> Tensor:
-    if x.shape[-1] > 8:
-        x = F.avg_pool2d(x, 2)
-    return x
-
-
 def test_checks_of_sizes_are_kept() -> None:
     prepared = assert_folded(
         Net(checks_sizes), torch.rand(2, 3, 8, 8), ["bn1", "layer1.0.bn1", "layer1.0.bn2"]
@@ -322,9 +427,30 @@ def test_checks_of_sizes_are_kept() -> None:
     for refused in (torch.rand(2, 3, 8, 10), torch.rand(2, 3, 4, 8)):
         with pytest.raises(AssertionError, match="checks the sizes of its tensors"):
             prepared(refused.double())
-    with pytest.warns(UserWarning, match="control flow"):
-        prepared = prepare_for_attack(settle(Net(branches_on_sizes)))
-    assert not prepared.traced
+
+
+@pytest.mark.parametrize("after", [as_a_gradient_is_wanted, as_it_is_large], ids=name_of)
+def test_each_side_of_a_branch_is_folded_for_the_images_that_take_it(
+    after: Callable[[Net, Tensor], Tensor],
+) -> None:
+    network = settle(Net(after=after).double())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared = prepare_for_attack(network)
+        for seed in range(2):
+            for count, size in ((2, 8), (2, 5), (1, 8), (2, 8), (1, 5)):
+                x = torch.rand(count, 3, size, size, dtype=torch.float64)
+                assert_near(prepared(x), network.requires_grad_(False)(x), 1e-10)
+                for got, want in zip(
+                    out_and_gradient(prepared, x), out_and_gradient(network, x), strict=True
+                ):
+                    assert_near(got, want, 1e-10)
+            settle(network, SEED + 1 + seed)
+            prepared.refresh_()
+    assert 1 < len(prepared._ways) <= 5
+    assert all(
+        sorted(way.folded) == ["bn1", "layer1.0.bn1", "layer1.0.bn2"] for way in prepared._ways.values()
+    )
 
 
 def test_what_was_taken_for_granted_is_asserted() -> None:

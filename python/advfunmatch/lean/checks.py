@@ -1,4 +1,8 @@
-"""Checks of sizes in a network's code (``assert x.size(1) == 3``, ``if ...: raise``), kept as checks in its graph."""
+"""Questions of sizes in a network's code, kept as checks in its graph.
+
+Of ``assert x.size(1) == 3`` or ``if ...: raise`` one outcome goes on, and the graph refuses the other. Of a branch, as
+in ``if x.size(2) > 8: x = pool(x)``, a graph holds one side; images that take the other need another graph.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,21 @@ import dis
 import types
 from typing import Any
 
-__all__ = ["outcome_that_goes_on", "require_size"]
+__all__ = ["OtherBranch", "outcome_that_goes_on", "require_branch", "require_size"]
+
+
+class OtherBranch(Exception):
+    """The images take another branch than the graph; ``decisions`` are the outcomes up to there, as they should be."""
+
+    def __init__(self, decisions: tuple[bool, ...]) -> None:
+        self.decisions = decisions
+        super().__init__("the images take another branch of the network's code than the graph")
+
+
+def require_branch(condition: Any, decisions: tuple[bool, ...]) -> None:
+    """What the condition of a branch becomes in a graph that was traced with these outcomes, this one's last."""
+    if bool(condition) is not decisions[-1]:
+        raise OtherBranch((*decisions[:-1], not decisions[-1]))
 
 
 def require_size(condition: Any, wanted: bool) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "WriteWatch",
     "attribute_states",
     "changed_attributes",
+    "functions_of",
     "same_graph",
 ]
 
@@ -129,7 +130,7 @@ class Outside:
 
     def __init__(self, network: nn.Module) -> None:
         self._places: dict[tuple[int, str], tuple[Any, str]] = {}
-        for function in {f for module in network.modules() for f in _functions_of(module)}:
+        for function in {f for module in network.modules() for f in functions_of(module)}:
             for name in function.__code__.co_names:
                 self._add(function.__globals__, name)
             for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -183,7 +184,7 @@ def _copied(value: Any) -> Any:
     return type(value)(value) if isinstance(value, list | dict | set | deque) else None
 
 
-def _functions_of(module: nn.Module) -> Iterator[types.FunctionType]:
+def functions_of(module: nn.Module) -> Iterator[types.FunctionType]:
     """The module's forward and the methods of its classes, but for torch's own, and functions among its attributes."""
     for cls in type(module).__mro__:
         if cls.__module__.partition(".")[0] != "torch" and cls is not object:

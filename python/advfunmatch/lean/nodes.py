@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .functions import is_elementwise
-from .layers import BatchNormSource, FoldedConv, ScaleShiftReLU, symmetric_padding
+from .layers import BatchNormSource, FoldedConv, ScaleShift, symmetric_padding
 from .proxies import IN_PLACE_OPERATORS
 from .trace import hooks_of, runs_only_its_forward
 
@@ -51,7 +51,7 @@ FRESH_MODULES = (
     nn.Hardswish,
     nn.Hardsigmoid,
     FoldedConv,
-    ScaleShiftReLU,
+    ScaleShift,
 )
 _FRESH_FUNCTIONS = (
     *RELU_FUNCTIONS,
@@ -253,7 +253,7 @@ class NodeFacts:
             )
         if node.op == "call_module":
             return self.is_plain(node) and isinstance(self.module(node), FRESH_MODULES)
-        if "out" in node.kwargs:
+        if node.kwargs.get("out") is not None:
             return False
         if node.op == "call_method":
             return node.target in ("relu", "add", "sub", "mul", "div")
@@ -287,7 +287,7 @@ class NodeFacts:
             module = self.module(node)
             known = module is None or self.is_conv(node) or self.is_batch_norm(node)
             return not known and not all(map(_is_torchs_own, module.modules()))  # type: ignore[union-attr]
-        if node.target is operator.setitem or "out" in node.kwargs:
+        if node.target is operator.setitem or node.kwargs.get("out") is not None:
             return True
         if is_elementwise(node.target):
             return False

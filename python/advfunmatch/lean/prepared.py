@@ -10,6 +10,7 @@ traced graph then holds:
 
     convolution [+ BN] [+ residual] [+ ReLU]   ->  FoldedConv; on CPUs one primitive, 3x3 ones by Winograd
     BN [+ residual] + ReLU                     ->  ScaleShiftReLU
+    BN behind and before anything else         ->  ScaleShift
     everything else                            ->  as it was
 
 Dropout and Identity are gone, and an in-place operation whose input has no other name is an ordinary one. The copy's
@@ -20,6 +21,12 @@ network was seen to change: see ``sources`` for what is seen.
 Hooks of the network itself, and a ``__call__`` of its class, run around the prepared graph; a submodule with hooks is
 kept whole, with them. Where the activations' memory format would show (in code that is kept whole, or an in-place
 operation on memory of several names) the network is served in contiguous format, whatever was asked for.
+
+Note [Branches]
+~~~~~~~~~~~~~~~
+``if x.size(2) > 8: x = pool(x)`` and ``if x.requires_grad: ...`` ask what only images can answer. The graph takes the
+side of False, and asks again at every call; the first images that take the other side have the network prepared once
+more for them, and so on for every such question. The one that was right last is tried first.
 
 Gradients in float32 differ from the live network's where a pre-activation is within rounding of zero and a ReLU
 flips; PyTorch's own float32 differs from float64 by the same mechanism and as much.
@@ -37,8 +44,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
+from .checks import OtherBranch
 from .copies import Uncopied, copy_of
-from .layers import FoldedConv, ScaleShiftReLU, being_exported
+from .layers import FoldedConv, ScaleShift, being_exported
 from .rewrite import Rewriter
 from .sources import Sources
 from .trace import first_line, has_own_call, hooks_of, trace
@@ -80,7 +88,7 @@ def prepare_for_attack(
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
         >>> prepare_for_attack(net)
-        PreparedModel(Sequential: 1 BatchNorm folded into a convolution, 0 into scale_shift_relu, nothing left)
+        PreparedModel(Sequential: 1 BatchNorm folded into a convolution, 0 into a scale and shift, nothing left)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -115,16 +123,22 @@ class PreparedModel(nn.Module):
     Attributes:
         traced: whether torch.fx could trace the network.
         folded: the names of the BatchNorms that went into a convolution.
-        fused: the names of those that went into a scale_shift_relu.
+        fused: the names of those that became a scale and shift, with the ReLU after them where there is one.
         left: what stayed as it was, a sentence each.
         capturable: whether all of it is operations of a graph, so that a CUDA graph can hold it.
         memory_format: of the images on entry, and of the convolutions.
     """
 
     def __init__(
-        self, live: nn.Module, dtype: torch.dtype | None, memory_format: torch.memory_format
+        self,
+        live: nn.Module,
+        dtype: torch.dtype | None,
+        memory_format: torch.memory_format,
+        decisions: tuple[bool, ...] = (),
     ) -> None:
         super().__init__()
+        self._asked = dtype, memory_format
+        self._decisions = decisions
         self.traced = self.capturable = True
         self.folded: list[str] = []
         self.fused: list[str] = []
@@ -137,7 +151,12 @@ class PreparedModel(nn.Module):
         self._device = devices.pop() if len(devices) == 1 else None
         self._needs_contiguous = False
         self.network: nn.Module = self._made_from(live, dtype)
-        if sentences := [each for each in self.left if " cannot " in each]:
+        # One prepared network for each way through the branches that images have taken, this one among them; what
+        # serves is the one that was right last. See Note [Branches].
+        self._ways = {self._decisions: self}
+        self._way = self._decisions
+        self._taken: set[tuple[bool, ...]] = set()
+        if not decisions and (sentences := [each for each in self.left if " cannot " in each]):
             warnings.warn(
                 f"prepare_for_attack({type(live).__name__}) left unfolded: {'; '.join(sentences)}",
                 stacklevel=3,
@@ -148,7 +167,7 @@ class PreparedModel(nn.Module):
         if dtype is not None:
             self.network.to(dtype)
         self.dtype = dtype or _dtype_of(self.network) or _dtype_of(live)
-        self._layers = [m for m in self.network.modules() if isinstance(m, FoldedConv | ScaleShiftReLU)]
+        self._layers = [m for m in self.network.modules() if isinstance(m, FoldedConv | ScaleShift)]
         if self.dtype in (torch.float16, torch.bfloat16):
             for layer in self._layers:
                 for name in ("scale", "shift", "ones"):
@@ -179,7 +198,7 @@ class PreparedModel(nn.Module):
             self.left.append(f"the whole network, {reason}")
             return Uncopied(live)
         try:
-            traced = trace(network, lambda: copy_of(live), self._device, _dtype_of(live))
+            traced = trace(network, lambda: copy_of(live), self._device, _dtype_of(live), self._decisions)
         except Exception as error:  # tracing runs the model's own code, which may raise anything
             if isinstance(live, torch.jit.ScriptModule) and dtype is not None and _dtype_of(live) is None:
                 raise ValueError(
@@ -188,14 +207,13 @@ class PreparedModel(nn.Module):
             self.traced = self.capturable = False
             self.left.append(f"the whole network, which torch.fx cannot trace ({first_line(error)})")
             return network
-        self._assumed = traced.assumed
+        self._assumed, self._decisions = traced.assumed, traced.decided
         rewriter = Rewriter(traced.graph_module, live)
         rewriter.run()
         self.folded, self.fused = rewriter.folded, rewriter.fused
         self._needs_contiguous = rewriter.needs_contiguous
         self.capturable = not traced.untraced
         self.left += [f"{name}, which torch.fx cannot trace ({why})" for name, why in traced.untraced.items()]
-        self.left += rewriter.left
         if not (hooks_of(network) or has_own_call(network)):
             return traced.graph_module
         # The copy itself, whose forward is the graph.
@@ -208,15 +226,40 @@ class PreparedModel(nn.Module):
             self.follow_()
         self._require_assumed(x)
         x = x.to(dtype=self.dtype)
-        if x.dim() == 4 and not being_exported():
-            x = x.contiguous(memory_format=self.memory_format)
         if torch.is_autocast_enabled(x.device.type):
             # The precision was chosen in prepare_for_attack.
             with torch.autocast(x.device.type, enabled=False):
-                logits: Tensor = self.network(x)
+                return self._served(x)
+        return self._served(x)
+
+    def _served(self, x: Tensor) -> Tensor:
+        while True:
+            way = self._ways[self._way]
+            given = x if x.dim() != 4 or being_exported() else x.contiguous(memory_format=way.memory_format)
+            if not way._decisions:
+                logits: Tensor = way.network(given)
                 return logits
-        logits = self.network(x)
-        return logits
+            try:
+                logits = way.network(given)
+            except OtherBranch as other:
+                self._way = self._found(other.decisions)
+                continue
+            self._taken.add(self._way)
+            return logits
+
+    def _found(self, decisions: tuple[bool, ...]) -> tuple[bool, ...]:
+        """The way that begins with these outcomes, prepared if it has not been taken before. See Note [Branches]."""
+        for known in self._ways:
+            if known[: len(decisions)] == decisions:
+                return known
+        dtype, memory_format = self._asked
+        if self._way not in self._taken and self._ways[self._way] is not self:
+            del self._ways[self._way]  # prepared on the way to this one
+        with torch.inference_mode(False):
+            way = PreparedModel(self._live[0], dtype, memory_format, decisions)
+        device = next((t.device for t in self.network.buffers()), None)
+        self._ways[way._decisions] = way.to(device) if device is not None else way
+        return way._decisions
 
     @torch.no_grad()
     def refresh_(self) -> PreparedModel:
@@ -227,6 +270,9 @@ class PreparedModel(nn.Module):
             for copied, live, name in self._copies:
                 getattr(copied, name).copy_(getattr(live, name))
         self._sources.note()
+        for way in self._ways.values():
+            if way is not self:
+                way.refresh_()
         return self
 
     def follow_(self) -> None:
@@ -240,6 +286,9 @@ class PreparedModel(nn.Module):
 
     def _apply(self, function: Callable[..., Any], recurse: bool = True) -> PreparedModel:
         super()._apply(function, recurse)
+        for way in self._ways.values():
+            if way is not self:
+                way._apply(function, recurse)
         self.dtype = _dtype_of(self.network) or self.dtype
         return self
 
@@ -265,7 +314,7 @@ class PreparedModel(nn.Module):
         count = len(self.folded)
         return (
             f"PreparedModel({type(self._live[0]).__name__}: {count} BatchNorm{'s' * (count != 1)} folded into a "
-            f"convolution, {len(self.fused)} into scale_shift_relu, {left} left)"
+            f"convolution, {len(self.fused)} into a scale and shift, {left} left)"
         )
 
     def _pairs_to_copy(self) -> list[tuple[nn.Module, nn.Module, str]]:

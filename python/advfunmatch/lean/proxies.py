@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import dis
+import functools
 import operator
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from .effects import TensorWritten
+from .effects import TensorWritten, functions_of
 from .functions import applied_function
 
 __all__ = [
@@ -35,6 +38,7 @@ _NO_TENSORS = (
     "numel",
     "dtype",
     "device",
+    "requires_grad",
     "is_cuda",
     "stride",
     "item",
@@ -80,6 +84,8 @@ class Proxy(fx.Proxy):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _PROXYS_OWN:
             object.__setattr__(self, name, value)
+        elif name == "data" and self.node.op == "get_attr" and _PLAIN_ISINSTANCE(value, fx.Proxy):
+            self.tracer.assign(self.node, value)  # type: ignore[attr-defined]
         else:
             refuse_write(self.node)
             raise RuntimeError(f"it sets the attribute {name} of a tensor")
@@ -88,9 +94,19 @@ class Proxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
     def __len__(self) -> int:
-        if self.tracer.is_image_shape(self.node):  # type: ignore[attr-defined]
-            return int(self.tracer.assume("dimensions", 4))  # type: ignore[attr-defined]
-        return super().__len__()
+        length = self.tracer.length_of_shape(self.node)  # type: ignore[attr-defined]
+        return super().__len__() if length is None else int(length)
+
+    def __iter__(self) -> Iterator[fx.Proxy]:
+        length = self.tracer.length_of_shape(self.node)  # type: ignore[attr-defined]
+        if length is None and (length := _names_unpacked(sys._getframe(1))) is None:
+            return self.tracer.iter(self)
+        return iter([self[index] for index in range(length)])  # type: ignore[index]
+
+    def __index__(self) -> int:
+        if (known := self.tracer.known_size(self.node)) is None:  # type: ignore[attr-defined]
+            raise TypeError("it needs a size of the images as a number")
+        return int(known)
 
     @classmethod
     def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
@@ -115,6 +131,12 @@ def _recorded(target: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
 
 for _name, _operator in IN_PLACE_OPERATORS.items():
     setattr(Proxy, f"__{_name}__", _recorded(_operator))
+
+
+def _names_unpacked(frame: types.FrameType) -> int | None:
+    """How many names are to be assigned to where the frame is, as in ``a, b = x``; None where it unpacks nothing."""
+    here = next(each for each in dis.get_instructions(frame.f_code) if each.offset >= frame.f_lasti)
+    return here.argval if here.opname == "UNPACK_SEQUENCE" else None
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -164,10 +186,14 @@ def refuse_write(node: Any) -> None:
 
 
 @contextlib.contextmanager
-def torch_patched() -> Iterator[None]:
+def torch_patched(network: nn.Module) -> Iterator[None]:
     """For as long as it is open, a torch.autograd.Function that is applied to a proxy is recorded, the functions that
-    make tensors of sizes, devices and dtypes take proxies for these, and isinstance tells a network's code that a proxy
-    is a tensor. (By its __class__ it must not be one: C++ would read its memory as a tensor's.)"""
+    make tensors of sizes, devices and dtypes take proxies for these, as do len, min, max, int and float, and isinstance
+    tells a network's code that a proxy is a tensor. (By its __class__ it must not be one: C++ would read its memory as
+    a tensor's.)
+
+    What the network's code holds under a name, of Functions and of Tensor's methods, is seen through there.
+    """
     Function = torch.autograd.Function
     original = vars(Function)["apply"]
 
@@ -177,8 +203,15 @@ def torch_patched() -> Iterator[None]:
                 return argument.tracer.create_proxy("call_function", applied_function(cls), args, kwargs)
         return original.__get__(None, cls)(*args, **kwargs)
 
+    places = [
+        (place, key, _seen_through(value, apply) if replacement is None else replacement)
+        for place, key, value, replacement in _names_in_reach(network)
+    ]
     factories = {name: getattr(torch, name) for name in _FACTORIES}
     builtins.isinstance = _isinstance
+    for name in _OF_SIZES:
+        setattr(builtins, name, _taking_sizes(_PLAIN[name]))
+    before = [_put(place, key, new) for place, key, new in places if new is not None]
     Function.apply = classmethod(apply)
     for name, factory in factories.items():
         setattr(torch, name, _taking_proxies(factory))
@@ -186,12 +219,122 @@ def torch_patched() -> Iterator[None]:
         yield
     finally:
         builtins.isinstance = _PLAIN_ISINSTANCE
+        for name in _OF_SIZES:
+            setattr(builtins, name, _PLAIN[name])
+        for place, key, old in reversed(before):
+            _put(place, key, old)
         Function.apply = original
         for name, factory in factories.items():
             setattr(torch, name, factory)
 
 
 _PLAIN_ISINSTANCE = isinstance
+_OF_SIZES = ("len", "min", "max")
+_PLAIN = {name: getattr(builtins, name) for name in _OF_SIZES}
+
+
+def _taking_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A builtin that records what it does to sizes; len of a tensor is its first one."""
+
+    def take(*args: Any, **kwargs: Any) -> Any:
+        found = next((each for each in args if issubclass(type(each), Proxy)), None)
+        if found is None or str(sys._getframe(1).f_globals.get("__name__")).startswith(_ASKING_OF_PROXIES):
+            return function(*args, **kwargs)
+        if function is _PLAIN["len"]:
+            return found.shape[0] if is_tensor(found.node) else function(found)
+        if any(issubclass(type(each), Proxy) and is_tensor(each.node) for each in args):
+            return function(*args, **kwargs)
+        return found.tracer.create_proxy("call_function", function, args, kwargs)
+
+    return take
+
+
+class _Number(type):
+    """int or float for a network's code: of a size it is recorded."""
+
+    real: type
+
+    def __call__(cls, *args: Any) -> Any:
+        if args and issubclass(type(args[0]), Proxy) and not is_tensor(args[0].node):
+            known = args[0].tracer.known_size(args[0].node)
+            return (
+                cls.real(known)
+                if known is not None
+                else args[0].tracer.create_proxy("call_function", cls.real, args, {})
+            )
+        return cls.real(*args)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return _PLAIN_ISINSTANCE(value, cls.real)
+
+
+_NUMBERS = {kind.__name__: _Number(kind.__name__, (), {"real": kind}) for kind in (int, float)}
+
+
+def _names_in_reach(network: nn.Module) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """Where a network's code keeps what it calls: the place, the key there, the value, and what replaces any."""
+    seen: set[int] = set()
+    for function in {f for module in network.modules() for f in functions_of(module)}:
+        for name, kind in _NUMBERS.items():
+            if name in function.__code__.co_names and name not in function.__globals__:
+                yield function.__globals__, name, None, kind
+        named = (
+            (function.__globals__, name)
+            for name in function.__code__.co_names
+            if name in function.__globals__
+        )
+        cells = ((cell, None) for cell in function.__closure__ or ())
+        defaults = ((function.__kwdefaults__ or {}, name) for name in function.__kwdefaults__ or {})
+        for place, key in (*named, *cells, *defaults):
+            yield from _below(place, key, seen)
+    for module in network.modules():
+        for key in vars(module):
+            if not key.startswith("_"):
+                yield from _below(vars(module), key, seen)
+
+
+def _below(place: Any, key: Any, seen: set[int]) -> Iterator[tuple[Any, Any, Any, Any]]:
+    try:
+        value = place.cell_contents if _PLAIN_ISINSTANCE(place, types.CellType) else place[key]
+    except ValueError:  # an empty cell
+        return
+    yield place, key, value, None
+    if _PLAIN_ISINSTANCE(value, dict) and id(value) not in seen and len(value) < _FEW:
+        seen.add(id(value))
+        yield from ((value, name, each, None) for name, each in value.items())
+
+
+_FEW = 100  # entries of a table of functions
+_ABSENT = object()
+
+
+def _put(place: Any, key: Any, new: Any) -> tuple[Any, Any, Any]:
+    """Replace what is there; returns how to undo that."""
+    if _PLAIN_ISINSTANCE(place, types.CellType):
+        old, place.cell_contents = place.cell_contents, new
+    else:
+        old = place.get(key, _ABSENT)
+        if new is _ABSENT:
+            del place[key]
+        else:
+            place[key] = new
+    return place, key, old
+
+
+def _seen_through(value: Any, apply: Callable[..., Any]) -> Any:
+    """A Function's ``apply`` or a method of Tensor, in a form that takes proxies; None for anything else."""
+    owner = getattr(value, "__self__", None)
+    if (
+        _PLAIN_ISINSTANCE(value, types.MethodType | types.BuiltinMethodType)
+        and _PLAIN_ISINSTANCE(owner, type)
+        and issubclass(owner, torch.autograd.Function)  # type: ignore[arg-type]
+        and value.__name__ == "apply"
+    ):
+        return functools.partial(apply, owner)
+    if _PLAIN_ISINSTANCE(value, types.MethodDescriptorType) and value.__objclass__ in torch.Tensor.__mro__:
+        name = value.__name__
+        return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
+    return None
 
 
 def _isinstance(value: Any, classes: Any) -> bool:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .checks import require_size
-from .layers import AdaptivePool, FoldedConv, ScaleShiftReLU
+from .checks import require_branch, require_size
+from .layers import AdaptivePool, FoldedConv, ScaleShift, ScaleShiftReLU
 from .nodes import ADD_FUNCTIONS, FRESH_MODULES, RELU_FUNCTIONS, NodeFacts
 from .proxies import IN_PLACE_OPERATORS
 
@@ -22,8 +22,7 @@ class Rewriter(NodeFacts):
 
     Attributes:
         folded: the names of the BatchNorms that went into a convolution.
-        fused: the names of those that went into a scale_shift_relu.
-        left: what stayed as it was, a sentence each.
+        fused: the names of those that became one scale and shift, with the ReLU after them where there is one.
         needs_contiguous: whether something in the graph depends on the memory format of the activations.
     """
 
@@ -31,7 +30,6 @@ class Rewriter(NodeFacts):
         super().__init__(graph_module, live)
         self.folded: list[str] = []
         self.fused: list[str] = []
-        self.left: list[str] = []
         # What a convolution pads beyond its module's own padding: zeros above and below, left and right.
         self.padding: dict[fx.Node, tuple[int, int]] = {}
 
@@ -65,9 +63,10 @@ class Rewriter(NodeFacts):
         for node in list(self.padding):
             self.replace(node, self.folded_conv(node, relu=False), node.args)
         self.remove_dead_code()
-        for node in self.graph.nodes:
+        for node in list(self.graph.nodes):
             if self.is_batch_norm(node):
-                self.left.append(f"BatchNorm {self.name_of(node)}, which no convolution or ReLU could take")
+                self.fused.append(self.name_of(node))
+                self.replace(node, ScaleShift(self.batch_norm_source(node)), node.args[:1])
         self.graph_module.delete_all_unused_submodules()
         self.graph_module.recompile()
         # torch.fx's own __call__ prints a traceback to stderr before an error leaves the network.
@@ -148,7 +147,7 @@ class Rewriter(NodeFacts):
         """What nothing reads and nothing feels: not an in-place operation on a view, nor a module of unknown code."""
 
         def is_impure(node: fx.Node) -> bool:
-            checks = node.target is require_size
+            checks = node.target in (require_size, require_branch)
             return node.is_impure() or self.is_unknown(node) or self.is_in_place(node) or checks
 
         self.graph.eliminate_dead_code(is_impure)

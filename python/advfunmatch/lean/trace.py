@@ -17,7 +17,14 @@ Buffers are read at every call, as parameters are, so that what the code compute
 augmented assignment is in place, as it is for a tensor. A torch.autograd.Function is called as it is. A module that
 forward makes, such as a pooling, is traced into where it holds no tensors. Questions that the images' place and kind
 answer (``x.is_cuda``, ``x.dim() == 4``) are answered; a prepared network asserts of its images what was taken for
-granted. A check of sizes whose other outcome only raises is a check in the graph.
+granted. A check of sizes whose other outcome only raises is a check in the graph; of a branch on sizes, or on whether a
+gradient is wanted, a graph holds one side, and checks that the images take it.
+
+Note [Assigned parameters]
+~~~~~~~~~~~~~~~~~~~~~~~~~~
+``layer.weight.data = F.normalize(layer.weight)`` in a forward, as hypersphere heads have it, is a write. But where the
+assigned value is computed from parameters alone and doing so again changes nothing, every call computes with that same
+value, whether it was written back or not. So the graph computes it anew at each call and writes nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +32,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import operator
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -32,10 +40,10 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from .checks import outcome_that_goes_on, require_size
+from .checks import outcome_that_goes_on, require_branch, require_size
 from .effects import (
     COMPARISONS,
     Outside,
@@ -48,6 +56,19 @@ from .effects import (
 from .proxies import Proxy, attribute_or_method, is_tensor, refuse_write, torch_patched, writes_to_its_first
 from .wrappers import wrapped_network
 
+# What leaves the number of dimensions and of channels as they are.
+_KEEPING_MODULES = (
+    *(nn.ReLU, nn.SiLU, nn.GELU, nn.LeakyReLU, nn.ELU, nn.Softplus, nn.Identity, nn.Dropout, nn.Dropout2d),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+)
+# fmt: off
+_KEEPING = frozenset((
+    "relu", "relu_", "silu", "gelu", "leaky_relu", "elu", "softplus", "sigmoid", "tanh", "dropout", "contiguous",
+    "clone", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d",
+))
+# fmt: on
+_ARITHMETIC = frozenset(("add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "div"))
+
 __all__ = ["first_line", "has_own_call", "hooks_of", "runs_only_its_forward", "trace"]
 
 
@@ -58,12 +79,23 @@ class _Tracer(fx.Tracer):
         untraced: the submodules kept whole, with the reason.
         changes: the attributes that were changed, with the submodule that did.
         assumed: what was taken for granted of the images: "device", "dimensions".
+        decided: the outcomes of the branches on sizes, in order: as they were given, and then False.
+        assigned: the parameters to whose ``data`` the code assigned, with what; see Note [Assigned parameters].
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, whole: dict[str, str], device: torch.device | None, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        whole: dict[str, str],
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+        decisions: tuple[bool, ...],
+    ) -> None:
         super().__init__()
+        self.given = decisions
+        self.decided: list[bool] = []
+        self.assigned: dict[str, fx.Proxy] = {}
         self.whole = whole
         self.device = device
         self.dtype = dtype
@@ -80,6 +112,41 @@ class _Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         self.attributes = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not self.assigned_in(module_qualified_name) and super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+    def assigned_in(self, path: str) -> str | None:
+        """A parameter of the module at that path, or below, that was assigned to."""
+        return next(
+            (name for name in self.assigned if f"{name}.".startswith(f"{path}." if path else "")), None
+        )
+
+    def assign(self, node: fx.Node, value: fx.Proxy) -> None:
+        """Have the rest of the graph read a parameter as what was assigned to it. See Note [Assigned parameters]."""
+        path = str(node.target)
+        made_of, others = (
+            _inputs_of(value.node),
+            [each for each in self.graph.nodes if each.target == node.target],
+        )
+        read_elsewhere = any(
+            user not in made_of for each in others if each.op == "get_attr" for user in each.users
+        )
+        parameter = _tensor_at(self.root, path)
+        with torch.no_grad():
+            once = _value_of(value.node, {path: parameter}, self.root)
+            twice = None if once is None else _value_of(value.node, {path: once}, self.root)
+        settled = (
+            once is not None
+            and twice is not None
+            and once.shape == parameter.shape
+            and torch.allclose(once, twice, rtol=1e-6, atol=0)
+        )
+        if path in self.assigned or read_elsewhere or not settled:
+            raise TensorWritten(path)
+        self.assigned[path] = self.attributes[path] = value
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy) and a.tracer is not self:
@@ -118,7 +185,7 @@ class _Tracer(fx.Tracer):
         state = _random_state()
         before, outside = attribute_states(network, ""), Outside(network)
         try:
-            with torch.enable_grad(), _without_autocast(), torch_patched(), WriteWatch(network):
+            with torch.enable_grad(), _without_autocast(), torch_patched(network), WriteWatch(network):
                 graph = self.trace(network, concrete_args=concrete or None)
             self.require_followed(state)
             if (name := outside.changed) is not None:
@@ -142,13 +209,18 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)  # made in forward
         if (inner := wrapped_network(m, compiled=True)) is not None and not hooks_of(m):
             return inner(*args, **kwargs)
+        if (written := self.assigned_in(self.path_of_module(m))) and self.path_of_module(m) in {
+            *self.whole,
+            *self.untraced,
+        }:
+            raise TensorWritten(written)
         nodes_before = len(self.graph.nodes)
         depth = len(self.module_stack)
         path = self.path_of_module(m)
         if (why := self.whole.get(path) or self.untraced.get(path)) is not None:
             self.untraced[path] = why
             return self.create_proxy("call_module", path, args, kwargs)
-        state = _random_state()
+        state, decided = _random_state(), len(self.decided)
         leaf = self.is_leaf_module(m, path)
         refusal, self.refusal = self.refusal, None
         try:
@@ -164,6 +236,7 @@ class _Tracer(fx.Tracer):
             return value
         except Exception as error:  # the module's own code, on proxies: it may raise anything
             _set_random_state(state)
+            del self.decided[decided:]
             if has_own_call(m):
                 raise  # this runs inside of it; a node for the module would run it once more
             if isinstance(error, TensorWritten) and not f"{error.owner}.".startswith(f"{path}."):
@@ -203,6 +276,10 @@ class _Tracer(fx.Tracer):
             asking = sys._getframe(2)  # of fx.Proxy.__bool__
             if (answer := outcome_that_goes_on(asking)) is not None:
                 self.create_proxy("call_function", require_size, (obj, answer), {})
+            else:
+                answer = len(self.decided) < len(self.given) and self.given[len(self.decided)]
+                self.decided.append(answer)
+                self.create_proxy("call_function", require_branch, (obj, tuple(self.decided)), {})
         return super().to_bool(obj) if answer is None else bool(answer)
 
     def answer(self, node: Any) -> Any:
@@ -214,8 +291,10 @@ class _Tracer(fx.Tracer):
         if node.op == "call_function" and node.target in COMPARISONS:
             values = [self.answer(argument) for argument in node.args]
             return None if any(value is None for value in values) else node.target(*values)
+        if (channels := self.known_size(node)) is not None:
+            return channels
         name, source = attribute_or_method(node)
-        if name in ("dim", "ndim", "ndimension") and self.is_image(source):
+        if name in ("dim", "ndim", "ndimension") and self.is_map(source):
             return self.assume("dimensions", 4)
         if name == "is_floating_point" and self.is_image(source):
             return True
@@ -240,9 +319,71 @@ class _Tracer(fx.Tracer):
         self.assumed.add(what)
         return value
 
-    def is_image_shape(self, node: fx.Node) -> bool:
+    def length_of_shape(self, node: fx.Node) -> int | None:
+        """How many sizes the node holds, if it is the shape of a feature map, or a slice of one."""
         name, source = attribute_or_method(node)
-        return name in ("shape", "size") and len(node.args) == 1 + (name == "shape") and self.is_image(source)
+        if name in ("shape", "size") and len(node.args) == 1 + (name == "shape") and not node.kwargs:
+            return self.assume("dimensions", 4) if self.is_map(source) else None
+        if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[1], slice):
+            part, whole = node.args[1], self.length_of_shape(node.args[0])  # type: ignore[arg-type]
+            bounds = (part.start, part.stop, part.step)
+            if whole is not None and all(bound is None or isinstance(bound, int) for bound in bounds):
+                return len(range(*part.indices(whole)))
+        return None
+
+    def known_size(self, node: Any) -> int | None:
+        """The number of channels, where the node asks a feature map for it and the layer before shows it."""
+        name, source = attribute_or_method(node)
+        if name == "size" and len(node.args) == 2:
+            place = node.args[1]
+        elif (
+            isinstance(node, fx.Node)
+            and node.op == "call_function"
+            and node.target is operator.getitem
+            and isinstance(node.args[0], fx.Node)
+        ):
+            name, source = attribute_or_method(node.args[0])
+            place = (
+                node.args[1] if name == "shape" or (name == "size" and len(node.args[0].args) == 1) else None
+            )
+        else:
+            return None
+        return self.channels(source) if place in (1, -3) and isinstance(place, int) else None
+
+    def channels(self, node: Any) -> int | None:
+        """Of a feature map, as far as the layers that it comes from show it."""
+        module = self.layer(node)
+        if isinstance(module, nn.Conv2d):
+            return module.out_channels
+        if isinstance(module, nn.BatchNorm2d):
+            return module.num_features
+        if is_arithmetic(node):  # more than one channel is not broadcast
+            return next((n for n in map(self.channels, node.args[:2]) if n is not None and n > 1), None)
+        return self.channels(node.args[0]) if self.keeps_dimensions(node) else None
+
+    def is_map(self, node: Any) -> bool:
+        """Whether the node is the images, or has as many dimensions as they have."""
+        return (
+            self.is_image(node)
+            or isinstance(self.layer(node), nn.Conv2d | nn.BatchNorm2d)
+            or (self.keeps_dimensions(node) and self.is_map(node.args[0]))
+            or (is_arithmetic(node) and any(map(self.is_map, node.args[:2])))
+        )
+
+    def layer(self, node: Any) -> nn.Module | None:
+        """The module of the node's own kind, if it calls one."""
+        called = isinstance(node, fx.Node) and node.op == "call_module"
+        return self.root.get_submodule(str(node.target)) if called else None
+
+    def keeps_dimensions(self, node: Any) -> bool:
+        """Whether the node's result has as many dimensions and channels as its first argument."""
+        if not isinstance(node, fx.Node) or not node.args or not isinstance(node.args[0], fx.Node):
+            return False
+        if node.op == "call_module":
+            return isinstance(self.layer(node), _KEEPING_MODULES)
+        return node.op in ("call_function", "call_method") and (
+            getattr(node.target, "__name__", node.target) in _KEEPING
+        )
 
     def is_image(self, node: Any) -> bool:
         """Whether the node is the images, or they with statistics taken off."""
@@ -277,12 +418,56 @@ class _Tracer(fx.Tracer):
         return None if unknown else function(*args, **kwargs)
 
 
+def _tensor_at(root: Any, path: str) -> Any:
+    """The tensor itself; by its name alone a module under tracing would give a proxy."""
+    owner, _, name = path.rpartition(".")
+    module = root.get_submodule(owner)
+    return next(place[name] for place in (module._parameters, module._buffers, vars(module)) if name in place)
+
+
+def _inputs_of(node: fx.Node) -> set[fx.Node]:
+    """The node and all that it is computed from."""
+    found, ahead = set(), [node]
+    while ahead:
+        each = ahead.pop()
+        if each not in found:
+            found.add(each)
+            ahead += each.all_input_nodes
+    return found
+
+
+def _value_of(node: fx.Node, parameters: dict[str, Tensor], root: nn.Module) -> Tensor | None:
+    """What a node is that is computed from tensors of the network alone; None for one that needs more."""
+    values: dict[fx.Node, Any] = {}
+    needed = _inputs_of(node)
+    for each in node.graph.nodes:
+        if each not in needed:
+            continue
+        args, kwargs = fx.map_arg((each.args, each.kwargs), values.get)
+        if each.op == "get_attr":
+            path = str(each.target)
+            values[each] = parameters[path] if path in parameters else _tensor_at(root, path)
+        elif each.op == "call_function":
+            values[each] = each.target(*args, **kwargs)
+        elif each.op == "call_method":
+            values[each] = getattr(args[0], each.target)(*args[1:], **kwargs)
+        else:
+            return None
+    return values[node] if isinstance(values[node], Tensor) else None
+
+
+def is_arithmetic(node: Any) -> bool:
+    called = isinstance(node, fx.Node) and node.op in ("call_function", "call_method")
+    return called and getattr(node.target, "__name__", node.target) in _ARITHMETIC
+
+
 class Traced(NamedTuple):
     """What ``trace`` found."""
 
     graph_module: fx.GraphModule
     untraced: dict[str, str]
     assumed: set[str]
+    decided: tuple[bool, ...]
 
 
 def trace(
@@ -290,6 +475,7 @@ def trace(
     scratch_copy: Callable[[], nn.Module],
     device: torch.device | None,
     dtype: torch.dtype | None,
+    decisions: tuple[bool, ...] = (),
 ) -> Traced:
     """The graph of a network's forward, its modules being those of ``network``.
 
@@ -297,9 +483,11 @@ def trace(
         network: whose modules are served.
         scratch_copy: makes a copy of it whose code may be run on proxies.
         device, dtype: of its images, as far as they are known.
+        decisions: the outcomes of branches on sizes, in the order in which they come; False where none is given.
 
     Returns:
-        The graph; the submodules in it that were kept whole, with the reason; and what was assumed of the images.
+        The graph; the submodules in it that were kept whole, with the reason; what was assumed of the images; and the
+        outcomes that it was traced with.
 
     Raises:
         Exception: torch.fx cannot follow the network's own forward.
@@ -310,12 +498,12 @@ def trace(
     whole: dict[str, str] = {}
     while True:
         scratch = scratch_copy()
-        tracer = _Tracer(whole, device, dtype)
+        tracer = _Tracer(whole, device, dtype, decisions)
         graph = tracer.run(scratch)
         if not tracer.changes:
             break
         # What the first call set, the second may find; see Note [Side effects].
-        again = _Tracer(whole, device, dtype)
+        again = _Tracer(whole, device, dtype, decisions)
         second = again.run(scratch)
         if not again.changes and same_graph(graph, second, scratch):
             tracer, graph = again, second
@@ -325,7 +513,7 @@ def trace(
         if "" in whole:
             raise RuntimeError(whole[""])
     _take_constants(network, scratch, graph)
-    return Traced(fx.GraphModule(network, graph), tracer.untraced, tracer.assumed)
+    return Traced(fx.GraphModule(network, graph), tracer.untraced, tracer.assumed, tuple(tracer.decided))
 
 
 def _take_constants(network: nn.Module, scratch: nn.Module, graph: fx.Graph) -> None:
