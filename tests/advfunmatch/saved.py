@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from advfunmatch import TrainConfig
+from advfunmatch.config import default_settings
 
 
 def same(first: object, second: object) -> bool:
@@ -33,11 +34,11 @@ def state_of(out: str | Path) -> dict[str, object]:
 
 def flags_of(config: TrainConfig) -> list[str]:
     """The command line's flags for whatever a configuration has beside its defaults."""
-    flags = []
+    flags, defaults = [], default_settings()
     for field in fields(config):
         value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
         if value is True:
             flags.append(flag)
-        elif value is not None and value != field.default:
+        elif value is not None and value != defaults[field.name]:
             flags += [flag, str(value)]
     return flags

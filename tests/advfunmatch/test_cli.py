@@ -249,6 +249,18 @@ def test_the_folder_of_a_run_does_for_its_checkpoint(
     assert "as a folder it holds no checkpoint.pt" in refused(evaluate(tmp_path, tmp_path / "x.json"), capsys)
 
 
+def test_each_option_of_train_has_its_heading(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--help"]) == 0
+    assert capsys.readouterr().out.split("Options:")[1].split() == [
+        "--help",
+        "Show",
+        "this",
+        "message",
+        "and",
+        "exit.",
+    ]
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out == f"advfunmatch {advfunmatch.__version__}\n"

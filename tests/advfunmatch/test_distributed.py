@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,27 @@ assert communicating()
 leave_world()
 sys.exit(", ".join(communicating()) or 0)
 """
+
+
+def test_processes_of_one_command_end_with_one_line(tmp_path: Path) -> None:
+    """An error, and Ctrl-C: one sentence, and its exit code."""
+    command = [sys.executable, "-m", "advfunmatch", *COMMAND, "--processes", "2", "--out"]
+
+    def begun(*more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([*command, *more], stderr=subprocess.PIPE, text=True)
+
+    refused = begun(str(tmp_path / "a"), "--epochs", "0")
+    stopped = begun(str(tmp_path / "b"), "--epochs", "9999", "--method", "ce", "--no-awp")
+    assert refused.communicate() == (None, "error: epochs is 0, but must be at least 1\n")
+    assert refused.returncode == 2
+    while not (tmp_path / "b" / "checkpoint.pt").exists() and stopped.poll() is None:
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGINT)
+    said = stopped.communicate()[1].splitlines()
+    said = [line for line in said if "images/s" not in line and not line.startswith("warning: ")]
+    assert len(said) == 1, said
+    assert said[0].startswith("error: interrupted; what was written is whole")
+    assert stopped.returncode == 130
 
 
 def test_no_thread_outlives_the_run() -> None:

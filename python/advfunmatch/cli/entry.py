@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -18,10 +19,14 @@ from .attack import attack
 from .demo import demo
 from .evaluate import evaluate
 from .listings import methods, models, presets
+from .processes import ProcessesEnded
 from .report import report
+from .sections import SectionedHelp
 from .train import train
 
 INTERRUPTED = 130
+# Whoever started the processes ends them all when one has ended, and the first must have said why by then.
+HEADSTART = 2.0
 
 app = typer.Typer(
     name="advfunmatch",
@@ -32,7 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (train, evaluate, attack, report, methods, models, presets, demo):
-    app.command()(command)
+    app.command(cls=SectionedHelp if command is train else None)(command)
 
 
 @app.callback(invoke_without_command=True)
@@ -56,7 +61,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _say
-            code = app(args=arguments or ["--help"], prog_name="advfunmatch", standalone_mode=False)
+            code = app(
+                args=arguments or ["--help"],
+                prog_name="advfunmatch",
+                standalone_mode=False,
+                obj=list(arguments),  # which train starts other processes with
+            )
         if code == INTERRUPTED:  # typer has swallowed the KeyboardInterrupt
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
@@ -66,6 +76,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), 1)
     except ProcessLost:
         return 2
+    except ProcessesEnded as elsewhere:
+        return elsewhere.code
     except (KeyboardInterrupt, typer.Abort):
         sentence = "interrupted; what was written is whole"
         if "train" in arguments[:1]:
@@ -91,6 +103,9 @@ def _say(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _fail(sentence: str, code: int, *, everywhere: bool = False) -> int:
     """Say what is wrong; of several processes only the first does, unless each fails for itself."""
-    if everywhere or os.environ.get("RANK", "0") == "0":
+    first = os.environ.get("RANK", "0") == "0"
+    if everywhere or first:
         print(f"error: {sentence}", file=sys.stderr)
+    if not first and code != INTERRUPTED:
+        time.sleep(HEADSTART)
     return code

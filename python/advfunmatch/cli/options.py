@@ -171,6 +171,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     options: dict[str, tuple[Any, str]] = {
         "preset": (str, "start from a published recipe: " + ", ".join(PRESETS)),
         "config": (str, "YAML file of settings, or the run.json of a run to repeat; flags override it"),
+        "processes": (int, "processes on this machine that share each batch; with GPUs, one for each"),
     }
     for setting in dataclasses.fields(TrainConfig):
         text = setting.metadata["help"]
@@ -183,7 +184,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         options[setting.name] = (str if setting.name in FRACTIONS else types[setting.name], text)
     return _with_signature(
         command,
-        [
+        [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+        + [
             _option(
                 name,
                 Annotated[kind | None, typer.Option(*ALIASES.get(name, ()), help=text, show_default=False)],

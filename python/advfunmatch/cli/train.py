@@ -5,23 +5,33 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import typer
+
 from ..config import config_from, read_settings
 from ..errors import InputError
 from ..methods import preset as make_preset
 from ..training import train as train_model
 from ..training.distributed import leave_world
 from .options import with_settings
+from .processes import run_in_processes
 
 
 @with_settings
-def train(preset: str | None, config: str | None, **flags: Any) -> None:
+def train(
+    context: typer.Context, preset: str | None, config: str | None, processes: int | None, **flags: Any
+) -> None:
     """Train a network.
 
     Writes checkpoint.pt, metrics.jsonl (a row an epoch), result.json and run.json into --out, and with --validation
     best.pt, the best epoch. A setting comes from its
-    flag, else from --config, else from --preset, else from the method (see `advfunmatch methods`). Several processes:
-    torchrun --nproc-per-node=N -m advfunmatch train ...
+    flag, else from --config, else from --preset, else from the method (see `advfunmatch methods`). Several machines:
+    torchrun ... -m advfunmatch train ...
     """
+    if processes is not None:
+        if processes < 1:
+            raise InputError(f"processes is {processes}, but must be at least 1")
+        if processes > 1 and "WORLD_SIZE" not in os.environ:
+            run_in_processes(processes, context.obj)
     settings = make_preset(preset) if preset else {}
     file = read_settings(config) if config else None
     settings |= file or {}
