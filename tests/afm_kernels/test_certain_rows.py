@@ -11,7 +11,13 @@ import os
 import pytest
 import torch
 from torch import Tensor
-from truth import certain_distillation, certain_divergence, certain_dkl, truth_divergence
+from truth import (
+    certain_distillation,
+    certain_divergence,
+    certain_dkl,
+    certain_value,
+    truth_divergence,
+)
 
 from afm_kernels import distillation_loss, dkl_loss, softmax_kl_div, softmax_kl_div_grad
 from afm_kernels.ops import DIVERGENCES, backend_for
@@ -80,6 +86,31 @@ def test_float64_and_temperature(device: torch.device, classes: int) -> None:
             loss = softmax_kl_div(*own, temperature=1.7, divergence=divergence, beta=BETA, reduction="sum")
             truth = certain_divergence(student, teacher, 1.7, divergence, BETA)
             assert_median(torch.autograd.grad(loss, own), truth, divergence, who)
+
+
+@pytest.mark.parametrize("classes", [129, 5000])
+def test_values(device: torch.device, classes: int) -> None:
+    """Of sides close to each other, which are all as small as the classes beside the peak: nothing of it is lost."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.arange(ROWS)
+    for temperature in (1.0, 1.7):
+        for gap, noise in ((14.0, 0.3), (60.0, 0.3), (60.0, 3.0), (80.0, 0.3)):
+            teacher = torch.randn(ROWS, classes, generator=generator)
+            student = teacher + noise * (2 * torch.rand(ROWS, classes, generator=generator) - 1)
+            peak = torch.randint(classes, (ROWS,), generator=generator)
+            for side in (student, teacher):
+                side[rows, peak] = side.amax(1) + gap * temperature
+            for divergence in ("kl", "jeffreys"):
+                value = softmax_kl_div(
+                    student.to(device),
+                    teacher.to(device),
+                    temperature=temperature,
+                    divergence=divergence,
+                    reduction="none",
+                )
+                wanted = certain_value(student, teacher, temperature, divergence)
+                error = (value.cpu().double() - wanted).abs() / wanted
+                assert error.max() <= 1e-5, f"{error.max():.1e} of {divergence} at {gap}, {temperature}"
 
 
 @pytest.mark.default_backend

@@ -228,3 +228,16 @@ def certain_dkl(student: Tensor, teacher: Tensor, alpha: float, beta: float) -> 
     q, p = s.softmax(-1), t.softmax(-1)
     squared = beta * p * _about_its_mean(t - s, p)
     return alpha * _difference(q, p) - squared, squared
+
+
+def certain_value(student: Tensor, teacher: Tensor, temperature: float, divergence: str) -> Tensor:
+    """KL or Jeffreys of rows whose sides are certain of the same class: sums over the other classes, about its x."""
+    s, t = (x.detach().cpu().double() / temperature for x in (student, teacher))
+    peak = t.argmax(-1, keepdim=True)
+    y = (s - t) - (s - t).gather(-1, peak)
+    weight = (t - t.gather(-1, peak)).exp().scatter(-1, peak, 0.0)  # in units of the peak's
+    total = 1 + weight.sum(-1)
+    linear, moved = (weight * y).sum(-1) / total, (weight * y.expm1()).sum(-1) / total
+    if divergence == "jeffreys":
+        return ((weight * y * y.expm1()).sum(-1) / total - moved * linear) / (1 + moved)
+    return moved.log1p() - moved + (weight * (y.expm1() - y)).sum(-1) / total

@@ -6,7 +6,8 @@
 // other class has a tiny probability, and at the peak two numbers of its size cancel, x and its
 // mean, or q and p. Unless both are next to nothing themselves, as they are around the peak's own
 // x, what rounding leaves there is larger than the whole gradient. The other classes keep their
-// digits; and the gradients of a row sum to 0. So the peak's is minus the sum of the others.
+// digits; and the gradients of a row sum to 0. So the peak's is minus the sum of the others. KL and
+// Jeffreys have that from their sums, at no cost to the gradients: Note [Sums without the peak].
 
 #pragma once
 
@@ -26,8 +27,8 @@ template <class T>
 constexpr T kSmallFactor = static_cast<T>(__builtin_ldexp(1.0, 25 - Float<T>::bias));
 
 // The first of n classes whose number is larger than `limit`; -1 where none is.
-template <class In, class T>
-AFM_LOOP int64_t first_above(const In* numbers, int64_t n, T limit) {
+template <class T>
+AFM_LOOP int64_t first_above(const T* numbers, int64_t n, T limit) {
   using V = Vec<T>;
   const V bound(limit);
   const auto lane = [&](V x) {
@@ -45,6 +46,22 @@ AFM_LOOP int64_t first_above(const In* numbers, int64_t n, T limit) {
   if (j == n) return -1;
   const V x = PartOf<Whole>{static_cast<int>(n - j)}.load(numbers + j, bound);
   return any(bound < x) ? j + lane(x) : -1;
+}
+
+// The first of those whose number is the largest; all are finite.
+template <class T>
+AFM_LOOP int64_t class_of_largest(const T* numbers, int64_t n) {
+  using V = Vec<T>;
+  Accumulator<T> top(-Float<T>::infinity);
+  sweep<V>(0, n, [&](auto access, int64_t j, int u) AFM_STEP {
+    top.take_max(u, access.load(numbers + j, V(-Float<T>::infinity)));
+  });
+  const T largest = top.largest();
+  const V all(largest);
+  int64_t j = 0;
+  while (j + V::width <= n && !any(V::load(numbers + j) == all)) j += V::width;
+  while (j < n && numbers[j] != largest) ++j;
+  return j;
 }
 
 template <class T, class In>

@@ -19,13 +19,31 @@ constexpr double kLargestNearSquare = kNearLimit * kNearLimit * 1.01;
 
 AFM_INLINE double larger(double a, double b) { return a > b ? a : b; }
 
-// The sums of a row, whichever loop took them. See Note [Centred KL].
-struct RowSums {
+// Note [Sums without the peak]
+// ~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+// Where the teacher is certain of a class, the peak, what matters is the other classes' share in
+// the sums, and the peak's drowns it. But only in one lane of one tile: all other lanes' sums are
+// good as they are. So a tile one of whose lanes has nearly all of Z_t keeps the others' sums
+// apart, and the few classes of that lane are gone through once more, without the peak. From these
+// sums follow, around the peak's own x, the divergence and the gradients at the peak, and nothing
+// in them is a difference of large numbers. The loops stay as they are for rows of every kind.
+
+// Sums under the teacher, over some of the classes of a row. See Note [Centred KL].
+struct TeacherSums {
+  double teacher = 0;    // Z_t
+  double linear = 0;     // of e * x
+  double excess = 0;     // near and general: of e * (exp(x) - 1 - x)
+  double curvature = 0;  // near and general: of e * x * (exp(x) - 1)
+
+  AFM_MEMBER void operator+=(const TeacherSums& more) {
+    teacher += more.teacher, linear += more.linear;
+    excess += more.excess, curvature += more.curvature;
+  }
+};
+
+// The sums of a row, whichever loop took them.
+struct RowSums : TeacherSums {
   double student = 0;            // Z_s; not in near rows
-  double teacher = 0;            // Z_t
-  double linear = 0;             // of e * x
-  double excess = 0;             // near and general: of e * (exp(x) - 1 - x)
-  double curvature = 0;          // near and general: of e * x * (exp(x) - 1)
   double student_linear = 0;     // far and general: of exp((s - m_s) / T) * x
   bool in_range = true;          // near and far: no exponential left its range unnoticed
   double largest_square = 0;     // near: of x
@@ -33,6 +51,32 @@ struct RowSums {
   bool teacher_certain = false;
   bool one_sided = false;        // general: a class is -inf on one side only
   bool student_missing = false;  // general: ... on the student's side
+
+  // See Note [Sums without the peak].
+  TeacherSums others;      // of all classes but those that share the peak's lane
+  int64_t tile = 0;        // the first class of the present tile; set by the caller
+  int64_t peak_tile = -1;  // ... of the one with the peak; -1: no tile has one
+  int peak_lane = 0;
+
+  // The present tile has been added to the sums.
+  template <class T>
+  AFM_MEMBER void set_apart(const TeacherSums& before, const TeacherSums& of_tile,
+                            const Accumulator<T>& teacher_lanes, const Accumulator<T>& linear_lanes,
+                            const Accumulator<T>* excess_lanes,
+                            const Accumulator<T>* curvature_lanes) {
+    const T limit = static_cast<T>(kCertain * teacher);
+    if (!teacher_lanes.any_above(limit)) {
+      others += of_tile;
+      return;
+    }
+    peak_tile = tile, peak_lane = teacher_lanes.lane_above(limit), teacher_certain = true;
+    const auto rest = [&](const Accumulator<T>& lanes)
+                          AFM_LAMBDA_INLINE { return lanes.sum_without(teacher_lanes, limit); };
+    others = before;
+    others +=
+        {rest(teacher_lanes), rest(linear_lanes), excess_lanes == nullptr ? 0 : rest(*excess_lanes),
+         curvature_lanes == nullptr ? 0 : rest(*curvature_lanes)};
+  }
 };
 
 // Constants of a row, in the arithmetic type.
@@ -189,9 +233,10 @@ AFM_LOOP void sum_far(const In* s, const In* t, int64_t n, const RowConstants<T>
       access.store(student_cache + j, e_s), access.store(teacher_cache + j, e_t);
   };
   is_long ? sweep<V, Ahead>(0, n, step) : sweep<V>(0, n, step);
-  sums.student += student.sum(), sums.teacher += teacher.sum(), sums.linear += linear.sum();
+  const TeacherSums before = sums, tile = {teacher.sum(), linear.sum()};
+  sums.student += student.sum(), sums += tile;
   sums.student_certain |= student.any_above(kCertain * sums.student);
-  sums.teacher_certain |= teacher.any_above(kCertain * sums.teacher);
+  sums.set_apart<T>(before, tile, teacher, linear, nullptr, nullptr);
   if constexpr (kJeffreys) sums.student_linear += student_linear.sum();
   if constexpr (!kBounded) sums.in_range = row.exp.in_range(bits.lanes);
 }
@@ -221,9 +266,10 @@ AFM_LOOP void sum_near(const In* s, const In* t, int64_t n, const RowConstants<T
       access.store(student_cache + j, x + above), access.store(teacher_cache + j, e_t);
   };
   is_long ? sweep<V, Ahead>(0, n, step) : sweep<V>(0, n, step);
-  sums.teacher += teacher.sum(), sums.linear += linear.sum(), sums.excess += excess.sum();
-  sums.teacher_certain |= teacher.any_above(kCertain * sums.teacher);
-  if constexpr (kJeffreys) sums.curvature += curvature.sum();
+  const TeacherSums before = sums, tile = {teacher.sum(), linear.sum(), excess.sum(),
+                                           kJeffreys ? curvature.sum() : 0};
+  sums += tile;
+  sums.set_apart(before, tile, teacher, linear, &excess, kJeffreys ? &curvature : nullptr);
   if constexpr (!kBounded) sums.in_range = row.exp.in_range(bits.lanes);
   sums.largest_square = larger(sums.largest_square, largest_square.largest());
 }
@@ -265,10 +311,11 @@ AFM_LOOP void sum_general(const T* s, const T* t, int64_t n, const RowConstants<
     curvature.add_product(u, x, select(is_near, e_t * y, moved)),
         student_linear.add_product(u, e_s, x);
   });
-  sums.student += student.sum(), sums.teacher += teacher.sum(), sums.linear += linear.sum();
+  const TeacherSums before = sums,
+                    tile = {teacher.sum(), linear.sum(), excess.sum(), curvature.sum()};
+  sums.student += student.sum(), sums += tile;
   sums.student_certain |= student.any_above(kCertain * sums.student);
-  sums.teacher_certain |= teacher.any_above(kCertain * sums.teacher);
-  sums.excess += excess.sum(), sums.curvature += curvature.sum();
+  sums.set_apart(before, tile, teacher, linear, &excess, &curvature);
   sums.student_linear += student_linear.sum();
   sums.one_sided = sums.one_sided || one_sided.sum() > 0;
   sums.student_missing = sums.student_missing || student_missing.sum() > 0;

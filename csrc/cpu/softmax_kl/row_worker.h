@@ -44,12 +44,11 @@ struct RowSummary {
   double student_lse = 0;        // log of the sum of exp((s - student_shift) / T)
   bool student_certain = false;  // see Note [Certain rows]
   bool teacher_certain = false;
-};
-
-// Of both sides.
-struct Peaks {
-  Peak student, teacher;
-  bool are_any() const { return student.at >= 0 || teacher.at >= 0; }
+  // See Note [Sums without the peak].
+  int64_t peak = -1;  // the class that the teacher is certain of; -1: none, and the rest is unused
+  double peak_x = 0;  // its x; what follows is as above, but for x - peak_x
+  double peak_mean = 0, peak_a = 0, peak_student_mean = 0;
+  double others = 0;  // what of p is not the peak's
 };
 
 // The cross-entropy's part in a row.
@@ -218,34 +217,126 @@ struct Worker {
       // the mean.
       const double guess = apart(row, row.student_shift, row.teacher_shift) * inv_t;
       bool is_near = summarise_near<kCache>(row, guess);
-      if (is_near && near_centre_is_off(row.divergence, row.mean))
-        is_near = summarise_near<kCache>(row, better_centre(row));
+      if (is_near && centre_is_off(row))
+        is_near = summarise_near<kCache>(row, row.centre + (row.peak < 0 ? row.mean : row.peak_x));
       if (is_near) return;
     }
     if (!summarise_far<kCache>(row)) summarise_general(row);
   }
 
-  // The mean, or in certain rows the peak's own x: nothing is left of it then.
-  double better_centre(const RowSummary& row) const {
-    const int64_t peak = row.teacher_certain ? teacher_peak(row) : -1;
-    return peak < 0 ? row.centre + row.mean : difference_at(row, peak) * inv_t;
+  // Around the peak's x, it is what that was away from the centre that rounding is measured by.
+  static bool centre_is_off(const RowSummary& row) {
+    return near_centre_is_off(row.divergence,
+                              row.peak < 0 ? row.mean : row.peak_x * __builtin_sqrt(row.others));
+  }
+
+  // Certain rows. See Note [Sums without the peak].
+
+  // Sets the row's peak, if it has one, and completes the sums over the other classes: sum(s, t, n,
+  // sums) adds classes that lie side by side.
+  template <RowKind kKind, class F>
+  void take_peak(RowSummary& row, RowSums& sums, const F& sum) const {
+    row.peak = -1;
+    if (sums.peak_tile < 0 || !(sums.others.teacher < (1 - kCertain) * sums.teacher)) return;
+    const int64_t rest = params.classes - sums.peak_tile, n = rest < kTile ? rest : kTile;
+    const T* s = student.read(sums.peak_tile, n, student_tile);
+    const T* t = teacher.read(sums.peak_tile, n, teacher_tile);
+    const auto class_at = [&](int64_t i) { return element_of_lane<T>(sums.peak_lane, i, n); };
+    constexpr int64_t kMost = kTile / Accumulator<T>::kLanes + 2;
+    T of_student[kMost], of_teacher[kMost];
+    int64_t count = 0;
+    for (int64_t j = class_at(0); j < n; j = class_at(++count))
+      of_student[count] = s[j], of_teacher[count] = t[j];
+    if (count == 0) return;
+    const int64_t at = class_of_largest(of_teacher, count--);
+    of_student[at] = of_student[count], of_teacher[at] = of_teacher[count];
+    RowSums lane;
+    sum(of_student, of_teacher, count, lane);
+    sums.others += lane;
+    row.others = sums.others.teacher / sums.teacher;
+    if (!(row.others < 1 - kCertain)) return;
+    row.peak = sums.peak_tile + class_at(at), row.peak_x = x_at<kKind>(row, row.peak);
+  }
+
+  template <RowKind kKind>
+  void take_peak(RowSummary& row, RowSums& sums, const RowConstants<T>& c) const {
+    take_peak<kKind>(row, sums, [&](const T* s, const T* t, int64_t n, RowSums& lane) {
+      if constexpr (kKind == RowKind::kGeneral)
+        sum_general(s, t, n, c, lane);
+      else
+        sum_tile<kKind, false, !ScaledExp<T>::kOverflowShows>(s, t, n, c, no_lines(), false,
+                                                              nullptr, nullptr, lane);
+    });
+  }
+
+  // What the loops have of a class.
+  template <RowKind kKind>
+  double x_at(const RowSummary& row, int64_t j) const {
+    const RowConstants<T> c = constants(row);
+    const Vec<T> s(number_at(student, j)), t(number_at(teacher, j));
+    const Vec<T> x = kKind == RowKind::kNear      ? c.x(s, t)
+                     : kKind == RowKind::kGeneral ? c.general_x(s, t)
+                                                  : c.far_x(s, t);
+    return x.max();
+  }
+
+  static T number_at(const RowPointer& row, int64_t j) {
+    T buffer;
+    return *row.at_class(j).read(0, 1, &buffer);
+  }
+
+  // Where the KL is small: all of it around the peak's x, y = x - peak_x, from sums around the
+  // centre.
+  void sum_around_peak(RowSummary& row, const RowSums& sums) const {
+    const TeacherSums& of = sums.others;
+    const double x = row.peak_x, less = __builtin_expm1(-x);  // exp(y) = exp(x) * (1 + less)
+    const double linear = of.linear - x * of.teacher;
+    const double excess = of.excess + less * (of.excess + of.linear) + (less + x) * of.teacher;
+    row.peak_mean = linear / sums.teacher;
+    row.divergence = near_kl(row.peak_mean, excess / sums.teacher);
+    row.peak_a = row.peak_mean + excess / sums.teacher;
+    if (jeffreys) {
+      const double curvature =
+          (1 + less) * (of.curvature - x * (of.linear + of.excess)) + less * linear;
+      row.divergence = near_jeffreys(row.peak_a, row.peak_mean, curvature / sums.teacher);
+      row.peak_student_mean = row.peak_mean + row.divergence;
+    }
+  }
+
+  // Sets what the loops take instead, around the centre.
+  void leave_peak(RowSummary& row) const {
+    if (row.peak < 0) return;
+    const double x = row.peak_x * x_unit(row);
+    row.mean = x + row.peak_mean;
+    if (is_small(row)) row.a = row.peak_a + __builtin_expm1(x) * (1 + row.peak_a);
+    if (row.kind == RowKind::kNear) row.student_mean = x + row.peak_student_mean;
+  }
+
+  // Whether q - p comes from `a`.
+  static bool is_small(const RowSummary& row) {
+    return row.kind == RowKind::kNear || row.bridge != 0;
   }
 
   template <RowKind kKind, bool kCache, bool kBounded>
   RowSums sum_tiles(const RowConstants<T>& c) const {
     RowSums sums;
     for_direct_tiles([&](const auto* s, const auto* t, int64_t j, int64_t n) {
-      const Lines lines = lines_of_sums<kCache>(j);
-      const bool ahead = is_long();
-      T *f = student_cache + j, *e = teacher_cache + j;
-      if constexpr (kKind == RowKind::kNear)
-        jeffreys ? sum_near<kCache, true, kBounded>(s, t, n, c, lines, ahead, f, e, sums)
-                 : sum_near<kCache, false, kBounded>(s, t, n, c, lines, ahead, f, e, sums);
-      else
-        jeffreys ? sum_far<kCache, true, kBounded>(s, t, n, c, lines, ahead, f, e, sums)
-                 : sum_far<kCache, false, kBounded>(s, t, n, c, lines, ahead, f, e, sums);
+      sums.tile = j;
+      sum_tile<kKind, kCache, kBounded>(s, t, n, c, lines_of_sums<kCache>(j), is_long(),
+                                        student_cache + j, teacher_cache + j, sums);
     });
     return sums;
+  }
+
+  template <RowKind kKind, bool kCache, bool kBounded, class In>
+  AFM_MEMBER void sum_tile(const In* s, const In* t, int64_t n, const RowConstants<T>& c,
+                           const Lines& lines, bool ahead, T* f, T* e, RowSums& sums) const {
+    if constexpr (kKind == RowKind::kNear)
+      jeffreys ? sum_near<kCache, true, kBounded>(s, t, n, c, lines, ahead, f, e, sums)
+               : sum_near<kCache, false, kBounded>(s, t, n, c, lines, ahead, f, e, sums);
+    else
+      jeffreys ? sum_far<kCache, true, kBounded>(s, t, n, c, lines, ahead, f, e, sums)
+               : sum_far<kCache, false, kBounded>(s, t, n, c, lines, ahead, f, e, sums);
   }
 
   // The sums of a near or far row; with bounds around its exponentials only where they need them.
@@ -260,7 +351,8 @@ struct Worker {
   template <bool kCache>
   bool summarise_near(RowSummary& row, double centre) {
     row.centre = static_cast<T>(centre);
-    const RowSums sums = sum_row<RowKind::kNear, kCache>(constants(row));
+    const RowConstants<T> c = constants(row);
+    RowSums sums = sum_row<RowKind::kNear, kCache>(c);
     look_ahead();
     if (!(sums.largest_square <= kLargestNearSquare && __builtin_isfinite(sums.linear) &&
           sums.teacher <= kLargestSum))
@@ -277,19 +369,22 @@ struct Worker {
       row.divergence = near_jeffreys(row.a, row.mean, sums.curvature / sums.teacher);
       row.student_mean = row.mean + row.divergence;
     }
+    take_peak<RowKind::kNear>(row, sums, c);
+    if (row.peak >= 0) sum_around_peak(row, sums), leave_peak(row);
     return true;
   }
 
   template <bool kCache>
   bool summarise_far(RowSummary& row) {
-    const RowSums sums = sum_row<RowKind::kFar, kCache>(constants(row));
+    const RowConstants<T> c = constants(row);
+    RowSums sums = sum_row<RowKind::kFar, kCache>(c);
     look_ahead();
     if (!(__builtin_isfinite(sums.linear) && sums.student <= kLargestSum &&
           sums.teacher <= kLargestSum)) {
       row.centre = kNotANumber;  // no better guess for the general loop
       return false;
     }
-    row.kind = RowKind::kFar;
+    row.kind = RowKind::kFar, row.peak = -1;
     row.student_sum = sums.student, row.teacher_sum = sums.teacher;
     row.student_certain = sums.student_certain, row.teacher_certain = sums.teacher_certain;
     row.mean = sums.linear / sums.teacher * inv_t;
@@ -306,6 +401,11 @@ struct Worker {
         return false;
       }
       row.divergence = row.student_mean - row.mean;
+    } else if (!is_js() && (grad_teacher.data != nullptr || wants_stats())) {
+      take_peak<RowKind::kFar>(row, sums, c);
+      row.peak_mean =
+          (sums.others.linear - row.peak_x * sums.others.teacher) / sums.teacher * inv_t;
+      leave_peak(row);
     }
     if (params.cross_entropy.labels != nullptr)
       row.student_lse = __builtin_log(sums.student) - kLogRaise;
@@ -321,7 +421,7 @@ struct Worker {
       classify(s, n, student_max, broken);
       classify(t, n, teacher_max, broken);
     });
-    row.kind = RowKind::kNan, row.divergence = kNotANumber;
+    row.kind = RowKind::kNan, row.divergence = kNotANumber, row.peak = -1;
     if (broken || student_max == -kInfinity || teacher_max == -kInfinity) return;
     const double probe_apart = row.student_shift - row.teacher_shift;
     row.student_shift = student_max, row.teacher_shift = teacher_max;
@@ -356,6 +456,14 @@ struct Worker {
     if (jeffreys)
       row.divergence = is_small ? near_jeffreys(row.a, row.mean, sums.curvature / sums.teacher)
                                 : row.student_mean - row.mean;
+    if (!is_js()) {
+      take_peak<RowKind::kGeneral>(row, sums, general_constants(row, difference));
+      if (is_small && row.peak >= 0)
+        sum_around_peak(row, sums);
+      else
+        row.peak_mean = (sums.others.linear - row.peak_x * sums.others.teacher) / sums.teacher;
+      leave_peak(row);
+    }
     row.log_ratio = is_small ? __builtin_log1p(row.a) : log_ratio;
     if (jeffreys ? sums.one_sided : sums.student_missing) {
       row.kind = RowKind::kInfinite;
@@ -369,12 +477,20 @@ struct Worker {
     return (c.student_shift - c.student_gap) - (c.teacher_shift - c.teacher_gap);
   }
 
-  // Around row.centre; also sets row.mean. `difference`: what rounding took from row.base, over T.
-  RowSums general_sums(RowSummary& row, double difference) const {
+  RowConstants<T> general_constants(const RowSummary& row, double difference) const {
     RowConstants<T> c = constants(row);
     c.bridge = static_cast<T>(__builtin_exp(difference - row.centre));
+    return c;
+  }
+
+  // Around row.centre; also sets row.mean. `difference`: what rounding took from row.base, over T.
+  RowSums general_sums(RowSummary& row, double difference) const {
+    const RowConstants<T> c = general_constants(row, difference);
     RowSums sums;
-    for_tiles([&](const T* s, const T* t, int64_t, int64_t n) { sum_general(s, t, n, c, sums); });
+    for_tiles([&](const T* s, const T* t, int64_t j, int64_t n) {
+      sums.tile = j;
+      sum_general(s, t, n, c, sums);
+    });
     row.mean = sums.linear / sums.teacher;
     return sums;
   }
@@ -568,7 +684,7 @@ struct Worker {
   GradientFactors<T> factors(const RowSummary& row, double scale, double ce_scale) const {
     const double by_t = scale * inv_t, p = by_t / row.teacher_sum, unit = x_unit(row);
     double student_f, student_e, student_fx = 0, teacher_e = 0, teacher_f = 0;
-    if (row.kind == RowKind::kNear || row.bridge != 0) {
+    if (is_small(row)) {
       const double q = p / (1 + row.a), ce = ce_scale / row.teacher_sum / (1 + row.a);
       student_f = q + ce, student_e = ce - q * row.a;
       if (jeffreys) student_fx = q, teacher_e = q * row.a, teacher_f = -q;
@@ -587,44 +703,31 @@ struct Worker {
   // What the x that the loops take is worth: far rows leave the temperature out.
   double x_unit(const RowSummary& row) const { return row.kind == RowKind::kFar ? inv_t : 1; }
 
-  // Certain rows. See Note [Certain rows].
-
-  // The class that has more than half of p; -1: two had, whose sums shared a lane.
-  int64_t teacher_peak(const RowSummary& row) const {
-    constexpr double kLogHalf = -0.69314718055994530942;
-    const double log_sum = __builtin_log(row.teacher_sum / row.lower) - kLogRaise;
-    const T limit = static_cast<T>(row.teacher_shift + params.temperature * (log_sum + kLogHalf));
-    if constexpr (sizeof(T) == 4) {
-      if (teacher.dtype == DType::kBFloat16 && teacher.stride == 1)
-        return first_above(reinterpret_cast<const BFloat16*>(teacher.data), params.classes, limit);
-    }
-    for (int64_t j = 0; j < params.classes; j += kTile) {
-      const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
-      const int64_t at = first_above(teacher.read(j, n, teacher_tile), n, limit);
-      if (at >= 0) return j + at;
-    }
-    return -1;
+  // The class with the teacher's largest logit of group number `group`.
+  int64_t peak_of_group(int64_t group) const {
+    const int64_t j = group * kPeakGroup, rest = params.classes - j;
+    const int64_t n = rest < kPeakGroup ? rest : kPeakGroup;
+    return j + class_of_largest(teacher.read(j, n, teacher_tile), n);
   }
 
-  // s - t - k at a class, as RowConstants::x takes it.
-  T difference_at(const RowSummary& row, int64_t j) const {
-    const RowConstants<T> c = constants(row);
-    T s, t;
-    s = *student.at_class(j).read(0, 1, &s), t = *teacher.at_class(j).read(0, 1, &t);
-    return (s - c.student_gap) - (t - c.teacher_gap);
-  }
-
-  // Where the peak's x is 0 its mean has all its digits, and so have the gradients there.
+  // Of KL and Jeffreys, where the loop left noise: q - p or x less its mean, at the peak. Where the
+  // two sides are certain of different classes, all of Jeffreys is large at both. So is what the
+  // cross-entropy adds, unless the student is certain of the label.
   template <RowKind kKind>
-  bool peak_is_centre(const RowSummary& row, int64_t peak) const {
+  void write_peak(const RowSummary& row, double scale, const HardLabel& hard) const {
+    const bool has_small_difference = is_small(row);
+    if (row.peak < 0 || (jeffreys && !has_small_difference)) return;
     const RowConstants<T> c = constants(row);
-    T s, t;
-    s = *student.at_class(peak).read(0, 1, &s), t = *teacher.at_class(peak).read(0, 1, &t);
-    const Vec<T> a(s), b(t);
-    const Vec<T> x = kKind == RowKind::kNear      ? c.x(a, b)
-                     : kKind == RowKind::kGeneral ? c.general_x(a, b)
-                                                  : c.far_x(a, b);
-    return x.max() == 0;
+    const Vec<T> t(number_at(teacher, row.peak));
+    const Vec<T> e = kKind == RowKind::kGeneral ? c.teacher_exp(t) : c.finite_teacher_exp(t);
+    const double p = scale * inv_t * (e.max() / row.teacher_sum);
+    const double q = p / (1 + row.peak_a), q_less_p = 0 - q * row.peak_a;
+    if (has_small_difference && hard.scale == 0 && grad_student.data != nullptr)
+      grad_student.put(row.peak,
+                       static_cast<T>(jeffreys ? q_less_p - q * row.peak_student_mean : q_less_p));
+    if (grad_teacher.data != nullptr)
+      grad_teacher.put(row.peak,
+                       static_cast<T>(jeffreys ? p * row.peak_mean - q_less_p : p * row.peak_mean));
   }
 
   // -log q of a label is next to nothing.
@@ -634,31 +737,6 @@ struct Worker {
     T buffer;
     const double logit = *student.at_class(hard.label).read(0, 1, &buffer);
     return logit - hard.shift - hard.log_sum_exp > kLogCertain;
-  }
-
-  // Of KL and Jeffreys. Where the two sides are certain of different classes, q - p is large at
-  // both; so is all of Jeffreys. Near rows have q - p at the peak in one factor.
-  template <RowKind kKind>
-  Peaks peaks_of(const RowSummary& row, const HardLabel& hard, const GradientFactors<T>& by) const {
-    Peaks peaks;
-    const bool is_near = kKind == RowKind::kNear || row.bridge != 0;
-    if (row.teacher_certain && (is_near || (!jeffreys && grad_teacher.data != nullptr))) {
-      const int64_t peak = teacher_peak(row);
-      const bool is_centre = peak < 0 || peak_is_centre<kKind>(row, peak);
-      const bool has_factor = is_centre && __builtin_fabs(by.student_e) >= kSmallFactor<T>;
-      if (!is_centre || (jeffreys && !has_factor)) peaks.teacher.at = peak;
-      if (is_near && !has_factor) peaks.student.at = peak;
-    }
-    if (label_is_certain(hard)) peaks.student.at = hard.label;
-    return peaks;
-  }
-
-  // Where gradients are streamed, but are settled before they leave the caches.
-  template <class In>
-  void settle_and_stream(Peak& peak, const RowPointer& grad, int64_t j, int64_t n,
-                         In* grads) const {
-    peak.settle<T>(j, n, grads);
-    stream_out(grads, n, reinterpret_cast<In*>(grad.at(j)), lines_to_come(j));
   }
 
   // What fetches by itself keeps up with short rows.
@@ -695,15 +773,19 @@ struct Worker {
     const bool together = separate && kKind != RowKind::kGeneral && hard.is_kept == kCached;
     const RowConstants<T> c = constants(row);
     const GradientFactors<T> by = factors(row, scale, separate ? 0 : hard.scale);
-    Peaks peaks = peaks_of<kKind>(row, hard, by);
     const bool stream = params.stream && can_stream() && (together || !separate);
     if constexpr (sizeof(T) == 4) {
-      if (hard.scale == 0 && is_bfloat16())
-        return write_bfloat16<kKind, kCached>(c, by, stream, peaks);
+      if (hard.scale == 0 && is_bfloat16()) {
+        write_bfloat16<kKind, kCached>(c, by, stream);
+        return write_peak<kKind>(row, scale, hard);
+      }
     }
     HardTerm<T> softmax;
     if (together) softmax = hard_term(hard);
-    const bool staged = stream && peaks.are_any();
+    Peak label;
+    if (label_is_certain(hard)) label.at = hard.label;
+    // Settled before they leave the caches.
+    const bool staged = stream && label.at >= 0;
     // Backwards: the end of a long row is what the caches still hold.
     for (int64_t j = (params.classes - 1) / kTile * kTile; j >= 0; j -= kTile) {
       const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
@@ -727,47 +809,36 @@ struct Worker {
         if (separate && !together) add_softmax(s, j, n, hard, to_student);
         subtract_label(hard, j, n, to_student);
       }
-      const auto end = [&](Peak& peak, const RowPointer& grad, T* to) {
+      if (to_student) label.settle<T>(j, n, to_student);
+      const auto end = [&](const RowPointer& grad, T* to) {
         if (to == nullptr) return;
-        if (staged) return settle_and_stream(peak, grad, j, n, to);
-        peak.settle<T>(j, n, to);
-        grad.write(j, n, to);
+        if (staged)
+          stream_out(to, n, reinterpret_cast<T*>(grad.at(j)), lines_to_come(j));
+        else
+          grad.write(j, n, to);
       };
-      end(peaks.student, grad_student, to_student);
-      end(peaks.teacher, grad_teacher, to_teacher);
+      end(grad_student, to_student), end(grad_teacher, to_teacher);
     }
-    peaks.student.close<T>(grad_student), peaks.teacher.close<T>(grad_teacher);
+    label.close<T>(grad_student);
+    write_peak<kKind>(row, scale, hard);
   }
 
   template <RowKind kKind, bool kCached>
-  void write_bfloat16(const RowConstants<T>& c, const GradientFactors<T>& by, bool stream,
-                      Peaks& peaks) const {
-    const bool staged = stream && peaks.are_any();
+  void write_bfloat16(const RowConstants<T>& c, const GradientFactors<T>& by, bool stream) const {
     for (int64_t j = (params.classes - 1) / kTile * kTile; j >= 0; j -= kTile) {
       const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
       const auto at = [&](const RowPointer& row) {
         return row.data == nullptr ? nullptr : reinterpret_cast<BFloat16*>(row.at(j));
       };
-      const auto target = [&](const RowPointer& grad, T* tile) {
-        return grad.data != nullptr && staged ? reinterpret_cast<BFloat16*>(tile) : at(grad);
-      };
       const BFloat16 *s = at(student), *t = at(teacher);
-      BFloat16* to_student = target(grad_student, grad_student_tile);
-      BFloat16* to_teacher = target(grad_teacher, grad_teacher_tile);
+      BFloat16 *to_student = at(grad_student), *to_teacher = at(grad_teacher);
       if (jeffreys)
         gradient_tile<kKind, kCached, true, false>(s, t, j, n, c, by, to_student, to_teacher,
-                                                   stream && !staged);
+                                                   stream);
       else
         gradient_tile<kKind, kCached, false, false>(s, t, j, n, c, by, to_student, to_teacher,
-                                                    stream && !staged);
-      const auto end = [&](Peak& peak, const RowPointer& grad, BFloat16* to) {
-        if (to == nullptr) return;
-        staged ? settle_and_stream(peak, grad, j, n, to) : peak.settle<T>(j, n, to);
-      };
-      end(peaks.student, grad_student, to_student);
-      end(peaks.teacher, grad_teacher, to_teacher);
+                                                    stream);
     }
-    peaks.student.close<T>(grad_student), peaks.teacher.close<T>(grad_teacher);
   }
 
   // Both gradients in place, and on the same phase of a cache line: one loop aligns both.
@@ -861,21 +932,23 @@ struct Worker {
   bool wants_stats() const { return params.row_stats != nullptr && !params.stats_are_given; }
 
   void save(const RowSummary& row, const HardLabel& hard, T* stats) const {
-    stats[kStatKind] =
-        static_cast<T>(static_cast<int>(row.kind) + (row.teacher_certain ? kCertainKind : 0));
+    const bool has_peak = row.peak >= 0 && row.kind < RowKind::kGeneral;
+    stats[kStatKind] = static_cast<T>(static_cast<int>(row.kind) +
+                                      (has_peak ? (row.peak / kPeakGroup + 1) * kPeakKind : 0));
     stats[kStatStudentShift] = static_cast<T>(row.student_shift);
     stats[kStatTeacherShift] = static_cast<T>(row.teacher_shift);
-    stats[kStatStudent] = static_cast<T>(row.kind == RowKind::kNear ? row.a : row.student_sum);
+    const double a = has_peak ? row.peak_a : row.a, mean = has_peak ? row.peak_mean : row.mean;
+    stats[kStatStudent] = static_cast<T>(row.kind == RowKind::kNear ? a : row.student_sum);
     stats[kStatTeacherSum] = static_cast<T>(row.teacher_sum);
     stats[kStatCentre] = static_cast<T>(row.centre);
-    stats[kStatMean] = static_cast<T>(row.mean / x_unit(row));
-    stats[kStatLast] = static_cast<T>(jeffreys ? row.student_mean / x_unit(row) : hard.log_sum_exp);
+    stats[kStatMean] = static_cast<T>(mean / x_unit(row));
+    const double student_mean = has_peak ? row.peak_student_mean : row.student_mean;
+    stats[kStatLast] = static_cast<T>(jeffreys ? student_mean / x_unit(row) : hard.log_sum_exp);
   }
 
   void restore(const T* stats, RowSummary& row, HardLabel& hard) const {
-    const int kind = static_cast<int>(stats[kStatKind]);
-    row.kind = static_cast<RowKind>(kind % kCertainKind),
-    row.teacher_certain = kind >= kCertainKind;
+    const int64_t kind = static_cast<int64_t>(stats[kStatKind]);
+    row.kind = static_cast<RowKind>(kind % kPeakKind);
     row.student_shift = stats[kStatStudentShift], row.teacher_shift = stats[kStatTeacherShift];
     row.gap = coarse_gap(static_cast<T>(row.student_shift - row.teacher_shift));
     (row.kind == RowKind::kNear ? row.a : row.student_sum) = stats[kStatStudent];
@@ -883,6 +956,12 @@ struct Worker {
     row.centre = stats[kStatCentre], row.mean = stats[kStatMean] * x_unit(row),
     row.student_mean = stats[kStatLast] * x_unit(row);
     hard.shift = row.student_shift, hard.log_sum_exp = stats[kStatLast];
+    if (kind < kPeakKind) return;
+    if (row.peak < 0) row.peak = peak_of_group(kind / kPeakKind - 1);
+    row.peak_x = row.kind == RowKind::kNear ? x_at<RowKind::kNear>(row, row.peak)
+                                            : x_at<RowKind::kFar>(row, row.peak);
+    row.peak_a = row.a, row.peak_mean = row.mean, row.peak_student_mean = row.student_mean;
+    leave_peak(row);
   }
 
   // The row's summary and value, where a loss is wanted or a backward cannot do with what was

@@ -11,8 +11,9 @@ namespace afm::cpu {
 
 // What a worker leaves for the backward of one row, kRowStats numbers of the accumulation type.
 enum RowStat : int {
-  kStatKind,          // RowKind, and kCertainKind where the teacher is certain
-  kStatStudentShift,  // the numbers of RowSummary
+  kStatKind,          // RowKind; where the teacher is certain of a class, and kPeakKind times one
+                      // more than the number of the class's group
+  kStatStudentShift,  // the numbers of RowSummary, of such rows around the peak's x
   kStatTeacherShift,
   kStatStudent,  // student_sum; in near rows `a`
   kStatTeacherSum,
@@ -21,7 +22,8 @@ enum RowStat : int {
   kStatLast,  // Jeffreys: student_mean; distillation: log-sum-exp of the student less its shift
 };
 constexpr int kRowStats = 8;
-constexpr int kCertainKind = 8;  // more than any RowKind
+constexpr int64_t kPeakKind = 8;     // more than any RowKind
+constexpr int64_t kPeakGroup = 256;  // classes; their number is exact in float up to 2^29 classes
 
 struct CrossEntropyParams {
   const int64_t* labels = nullptr;  // null: no cross-entropy

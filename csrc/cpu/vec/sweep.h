@@ -133,6 +133,7 @@ AFM_INLINE void sweep_out(const Out* out, int64_t n, bool stream, const F& step)
 // One accumulator for each vector in flight.
 template <class T>
 struct Accumulator {
+  static constexpr int kLanes = kUnroll * Vec<T>::width;
   Vec<T> lanes[kUnroll];
   explicit AFM_MEMBER Accumulator(T start = T(0)) {
     for (int u = 0; u < kUnroll; ++u) lanes[u] = Vec<T>(start);
@@ -150,12 +151,36 @@ struct Accumulator {
     for (int u = 1; u < kUnroll; ++u) s = max(s, lanes[u]);
     return any(Vec<T>(static_cast<T>(limit)) < s);
   }
+  // The first lane above a limit, which one is, counted through all vectors.
+  AFM_MEMBER int lane_above(T limit) const {
+    T sums[kLanes];
+    for (int u = 0; u < kUnroll; ++u) lanes[u].store(sums + u * Vec<T>::width);
+    int at = 0;
+    while (!(sums[at] > limit)) ++at;
+    return at;
+  }
+  // Without the lanes that `other` has above a limit.
+  AFM_MEMBER double sum_without(const Accumulator& other, T limit) const {
+    Accumulator rest;
+    for (int u = 0; u < kUnroll; ++u)
+      rest.lanes[u] = select(Vec<T>(limit) < other.lanes[u], Vec<T>(T(0)), lanes[u]);
+    return rest.sum();
+  }
   AFM_MEMBER T largest() const {
     Vec<T> s = lanes[0];
     for (int u = 1; u < kUnroll; ++u) s = max(s, lanes[u]);
     return s.max();
   }
 };
+
+// Element number i of those in [0, n) that a sweep adds to one lane; n or more: there are no more.
+template <class T>
+AFM_INLINE int64_t element_of_lane(int lane, int64_t i, int64_t n) {
+  constexpr int64_t kRound = Accumulator<T>::kLanes, kWidth = Vec<T>::width;
+  const int64_t rounds = n / kRound;
+  if (i < rounds) return lane + i * kRound;
+  return lane < kWidth ? rounds * kRound + (i - rounds) * kWidth + lane : n;
+}
 
 }  // namespace
 }  // namespace afm::cpu::AFM_CAPABILITY
