@@ -13,6 +13,7 @@ import pathlib
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ EQUAL: dict[str, Callable[[State], Any]] = {
     "half precision": lambda s: {n: v.half() if v.is_floating_point() else v for n, v in s.items()},
     "torch 0.4": lambda s: {n: v for n, v in s.items() if "num_batches" not in n},
     "numbers among the weights": lambda s: {**s, "epoch": 3, "best": 0.9},
+    "in a tuple": lambda s: (3, {"net": s}, OrderedDict(lr=0.1)),
     "a defaultdict": lambda s: collections.defaultdict(
         dict, net=s, seen=collections.defaultdict(list, a=[1])
     ),

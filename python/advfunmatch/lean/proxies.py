@@ -139,11 +139,18 @@ def _names_unpacked(frame: types.FrameType) -> int | None:
     return here.argval if here.opname == "UNPACK_SEQUENCE" else None
 
 
+def is_grad_enabled() -> bool:
+    """torch's own, under a name that is not replaced while a network is traced."""
+    return torch.is_grad_enabled()
+
+
 def is_tensor(node: fx.Node) -> bool:
     """Whether the node is a tensor, rather than a size, a dtype or what is computed from those."""
     name, owner = attribute_or_method(node)
     if owner is not None:
         return name not in _NO_TENSORS
+    if node.target is is_grad_enabled:
+        return False
     if node.op == "call_function" and getattr(node.target, "__module__", None) in ("_operator", "builtins"):
         return any(is_tensor(argument) for argument in node.args if isinstance(argument, fx.Node))
     return True
@@ -186,13 +193,14 @@ def refuse_write(node: Any) -> None:
 
 
 @contextlib.contextmanager
-def torch_patched(network: nn.Module) -> Iterator[None]:
+def torch_patched(network: nn.Module, tracer: Any) -> Iterator[None]:
     """For as long as it is open, a torch.autograd.Function that is applied to a proxy is recorded, the functions that
     make tensors of sizes, devices and dtypes take proxies for these, as do len, min, max, int and float, and isinstance
     tells a network's code that a proxy is a tensor. (By its __class__ it must not be one: C++ would read its memory as
     a tensor's.)
 
-    What the network's code holds under a name, of Functions and of Tensor's methods, is seen through there.
+    What the network's code holds under a name, of Functions and of Tensor's methods, is seen through there. Whether
+    gradients are enabled is a question to the graph's own caller.
     """
     Function = torch.autograd.Function
     original = vars(Function)["apply"]
@@ -203,6 +211,13 @@ def torch_patched(network: nn.Module) -> Iterator[None]:
                 return argument.tracer.create_proxy("call_function", applied_function(cls), args, kwargs)
         return original.__get__(None, cls)(*args, **kwargs)
 
+    grad_enabled = torch.is_grad_enabled
+
+    def asked() -> Any:
+        if str(sys._getframe(1).f_globals.get("__name__")).startswith(_ASKING_OF_PROXIES):
+            return grad_enabled()
+        return tracer.create_proxy("call_function", is_grad_enabled, (), {})
+
     places = [
         (place, key, _seen_through(value, apply) if replacement is None else replacement)
         for place, key, value, replacement in _names_in_reach(network)
@@ -211,6 +226,7 @@ def torch_patched(network: nn.Module) -> Iterator[None]:
     builtins.isinstance = _isinstance
     for name in _OF_SIZES:
         setattr(builtins, name, _taking_sizes(_PLAIN[name]))
+    torch.is_grad_enabled = asked
     before = [_put(place, key, new) for place, key, new in places if new is not None]
     Function.apply = classmethod(apply)
     for name, factory in factories.items():
@@ -223,6 +239,7 @@ def torch_patched(network: nn.Module) -> Iterator[None]:
             setattr(builtins, name, _PLAIN[name])
         for place, key, old in reversed(before):
             _put(place, key, old)
+        torch.is_grad_enabled = grad_enabled
         Function.apply = original
         for name, factory in factories.items():
             setattr(torch, name, factory)

@@ -185,7 +185,7 @@ class _Tracer(fx.Tracer):
         state = _random_state()
         before, outside = attribute_states(network, ""), Outside(network)
         try:
-            with torch.enable_grad(), _without_autocast(), torch_patched(network), WriteWatch(network):
+            with torch.enable_grad(), _without_autocast(), torch_patched(network, self), WriteWatch(network):
                 graph = self.trace(network, concrete_args=concrete or None)
             self.require_followed(state)
             if (name := outside.changed) is not None:

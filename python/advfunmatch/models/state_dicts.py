@@ -137,6 +137,8 @@ def state_dicts_of(stored: Any, key: str = "") -> dict[str, Weights]:
     A mapping is one if names in it stand for tensors, or for NumPy's arrays, at least one of them a matrix or a kernel.
     What else it holds, such as numbers of epochs, is no weight.
     """
+    if isinstance(stored, list | tuple):
+        stored = {str(index): each for index, each in enumerate(stored) if isinstance(each, Mapping)}
     if not isinstance(stored, Mapping):
         return {}
     tensors = {name: tensor for name, value in stored.items() if (tensor := _as_tensor(value)) is not None}
