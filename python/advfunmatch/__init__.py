@@ -25,7 +25,7 @@ from .attacks import PGDAttack
 from .config import TrainConfig
 from .data import ImageDataset, as_dataset, load_dataset, register_dataset
 from .errors import InputError, TrainingDiverged
-from .evaluation import evaluate
+from .evaluation import evaluate, register_attack
 from .lean import prepare_for_attack
 from .methods import Method, register_method
 from .models import create_model, load_model, register_model
@@ -47,6 +47,7 @@ __all__ = [
     "load_model",
     "load_plugins",
     "prepare_for_attack",
+    "register_attack",
     "register_dataset",
     "register_method",
     "register_model",

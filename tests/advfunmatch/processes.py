@@ -12,7 +12,7 @@ from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["advfunmatch.cli", "advfunmatch.training.progress", "torch._dynamo", "sklearn.datasets"]
+    ["advfunmatch.cli", "advfunmatch.progress", "torch._dynamo", "sklearn.datasets"]
 )
 
 

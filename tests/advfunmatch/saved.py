@@ -37,7 +37,9 @@ def flags_of(config: TrainConfig) -> list[str]:
     flags, defaults = [], default_settings()
     for field in fields(config):
         value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
-        if value is True:
+        if field.name == "settings":
+            flags += [part for name, given in value.items() for part in ("--set", f"{name}={given}")]
+        elif value is True:
             flags.append(flag)
         elif value is not None and value != defaults[field.name]:
             flags += [flag, str(value)]

@@ -74,13 +74,15 @@ def test_train_then_evaluate(tmp_path: Path, teacher: str, capsys: pytest.Captur
         "clean,pgd20,autoattack",
     ]
     # A ball so large that AutoAttack's first attacks leave nothing for the slow ones.
-    assert run([*arguments, "--eps", "0.5", "--limit", "30", "--out", str(out)]) == 0
+    arguments += ["--limit", "30", "--out", str(out), "--fidelity"]
+    assert run([*arguments, "--eps", "0.5"]) == 0
     figures = json.loads(out.read_text())
     assert figures["images"] == 30
     assert set(figures["environment"]) >= {"torch", "python", "advfunmatch", "git_commit"}
     assert figures["autoattack"] <= figures["clean"]
     assert figures["teacher"] == teacher
     assert {"agreement", "kl_clean", "kl_mismatched"} <= set(figures)
+    assert "autoattack, 0.5 (linf)" in capsys.readouterr().out
 
 
 def test_as_a_module_in_a_process_of_its_own(tmp_path: Path) -> None:
@@ -395,7 +397,7 @@ def test_an_archive_of_adversarial_examples_is_data_again(
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--attack", "pgd"], "attack is 'pgd', but must be one of: mismatch, clean"),
+        (["--attack", "pdg"], "attack is 'pdg', but must be one of: mismatch, clean"),
         (["--attack", "mismatch"], "needs --teacher"),
         (["--teacher", "absent.pt"], "teacher is 'absent.pt', but attack 'pgd20' uses none"),
         (["--teacher-model", "resnet18"], "teacher_model is 'resnet18', but teacher names no file"),
@@ -413,7 +415,7 @@ def test_attack_refuses(
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--attacks", "clean,pgd"], "attack is 'pgd', but must be one of: clean"),
+        (["--attacks", "clean,pdg"], "attack is 'pdg', but must be one of: clean"),
         (["--attacks", ","], "attacks is empty"),
         (["--eps", "2"], "eps is 2"),
         (["--norm", "l0"], "norm is 'l0'"),
@@ -467,7 +469,8 @@ def test_weights_of_another_project(tmp_path: Path, teacher: str, capsys: pytest
     torch.save({"state_dict": weights}, tmp_path / "foreign.pt")
     figures = []
     for checkpoint, more in ((teacher, []), (tmp_path / "foreign.pt", ["--model", stored["model"]])):
-        assert run(evaluate(checkpoint, tmp_path / "figures.json", "--attacks", "clean,pgd20", *more)) == 0
+        more = [*more, "--attacks", "clean,pgd20", "--eps", "8/255", "--overwrite"]
+        assert run(evaluate(checkpoint, tmp_path / "figures.json", *more)) == 0
         figures.append(json.loads((tmp_path / "figures.json").read_text()))
     assert figures[0]["pgd20"] == figures[1]["pgd20"]
     more = [
@@ -481,9 +484,10 @@ def test_weights_of_another_project(tmp_path: Path, teacher: str, capsys: pytest
     assert run([*TRAIN, *more, "--out", str(tmp_path / "run")]) == 0
     # The student remembers its teacher and what that is; both sides may be another project's.
     student = tmp_path / "run" / "checkpoint.pt"
-    assert run(evaluate(student, tmp_path / "figures.json", "--attacks", "clean")) == 0
+    more = ["--attacks", "clean", "--fidelity", "--overwrite"]
+    assert run(evaluate(student, tmp_path / "figures.json", *more)) == 0
     assert "agreement" in json.loads((tmp_path / "figures.json").read_text())
-    both = ["--model", stored["model"], "--teacher-model", stored["model"], "--teacher"]
+    both = ["--eps", "8/255", "--model", stored["model"], "--teacher-model", stored["model"], "--teacher"]
     command = attack(tmp_path / "foreign.pt", tmp_path / "x.npz", "--attack", "mismatch")
     assert run([*command, *both, str(tmp_path / "foreign.pt")]) == 0
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from advfunmatch import InputError, evaluate, load_dataset, load_model
-from advfunmatch.evaluation.evaluate import ATTACKS, margin_warnings, masking_warnings
+from advfunmatch.evaluation import margin_warnings, masking_warnings
 from pyautoattack import AutoAttack
 
 EPS = 0.1
@@ -87,22 +87,21 @@ def test_same_seed_same_figures_and_the_model_is_left_as_it_was(teacher: str, sm
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("attacks", [["clean"], ["clean", "fgsm"], ["fails"]])
+def fails(model: object, x: object, y: object) -> torch.Tensor:
+    raise RuntimeError("an attack that fails")
+
+
+@pytest.mark.parametrize("attacks", [["clean"], ["clean", "fgsm"], [fails]])
 def test_each_module_is_left_in_its_mode(
-    attacks: list[str],
+    attacks: list[object],
     teacher: str,
     small_test,  # type: ignore[no-untyped-def]
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fails(*_: object) -> torch.Tensor:
-        raise RuntimeError("an attack that fails")
-
-    monkeypatch.setitem(ATTACKS, "fails", ("fails", fails))
     networks = load_model(teacher).train(), load_model(teacher).train()
     for network in networks:
         next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
     before = [[module.training for module in network.modules()] for network in networks]
-    with pytest.raises(RuntimeError) if "fails" in attacks else nullcontext():
+    with pytest.raises(RuntimeError) if fails in attacks else nullcontext():
         evaluate(networks[0], small_test, attacks, eps=EPS, teacher=networks[1])
     assert [[module.training for module in network.modules()] for network in networks] == before
 
@@ -172,14 +171,12 @@ def test_a_network_that_does_not_return_logits(
 
 def test_a_teacher_with_other_logits_is_refused_before_any_attack(
     small_test,  # type: ignore[no-untyped-def]
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def never(*_: object) -> torch.Tensor:
+    def never(model: object, x: object, y: object) -> torch.Tensor:
         raise AssertionError("attacked")
 
-    monkeypatch.setitem(ATTACKS, "clean", ("never", never))
     with pytest.raises(InputError, match="teacher returns 12 logits, but model 64"):
-        evaluate(torch.nn.Flatten(), small_test, ["clean"], eps=EPS, teacher=Returns(lambda x: x[:, :12]))
+        evaluate(torch.nn.Flatten(), small_test, [never], eps=EPS, teacher=Returns(lambda x: x[:, :12]))
 
 
 def test_attacks_may_come_from_a_generator(small_test) -> None:  # type: ignore[no-untyped-def]
@@ -210,7 +207,7 @@ def test_unknown_attack_lists_what_there_is(teacher: str, small_test) -> None:  
         ({"norm": "l1"}, "norm is 'l1', but must be one of: linf, l2"),
         ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
         ({"seed": -1}, "seed is -1"),
-        ({"eps": None}, "eps is None, but must be a number"),
+        ({"eps": None, "attacks": ["fgsm"]}, "eps is missing, but attack 'fgsm' needs the radius"),
         ({"eps": True}, "eps is True, but must be a number"),
         ({"batch_size": 2.5}, "batch_size is 2.5, but must be of type int"),
         ({"seed": None}, "seed is None, but must be of type int"),

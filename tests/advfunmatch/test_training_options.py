@@ -19,8 +19,8 @@ from advfunmatch.config import config_from, read_settings
 from advfunmatch.data.augment import MIXING, ON_STORED, augmented, parse_augmentation
 from advfunmatch.methods import unused_settings
 from advfunmatch.methods.presets import PRESETS
+from advfunmatch.progress import ProgressBar
 from advfunmatch.training.averaging import WeightAverage, refresh_batch_norm
-from advfunmatch.training.progress import TrainingProgress
 from advfunmatch.training.schedule import learning_rate
 from saved import same
 from torch import nn
@@ -213,7 +213,7 @@ def test_extra_images_are_mixed_in_at_the_ratio(
         method="funmatch", teacher=teacher, extra_data=extra, extra_ratio=0.25, batch_size=40, epochs=1
     )
     advanced: list[int] = []
-    monkeypatch.setattr(TrainingProgress, "advance", lambda self, images: advanced.append(images))
+    monkeypatch.setattr(ProgressBar, "advance", lambda self, images: advanced.append(images))
     result = train(config)
     assert len(shares) == 7  # 200 images at 30 a batch
     assert shares[:6] == [0.25] * 6

@@ -82,6 +82,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         sentence = "interrupted; what was written is whole"
         if "train" in arguments[:1]:
             sentence += ", and train --resume goes on from its last checkpoint"
+        if "evaluate" in arguments[:1]:
+            sentence += ", and evaluate --resume goes on after the last attack that was done"
         return _fail(sentence, INTERRUPTED)
     except ModuleNotFoundError as error:
         return _fail(f"{error.name} is not installed: pip install 'advfunmatch[train]'", 2)

@@ -2,106 +2,135 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import nn
 
 from ..config import check_teacher_settings
-from ..data import corruption_cells, is_corrupted_set, load_dataset
+from ..data import ImageDataset, corruption_cells, is_corrupted_set, load_dataset
 from ..environment import environment
 from ..errors import InputError
-from ..evaluation import ATTACKS, attack_settings, check_attacks, evaluate_corruptions
+from ..evaluation import ATTACKS, Evaluation, attacks_of, evaluate_corruptions, split_attacks
 from ..evaluation import evaluate as evaluate_model
-from ..files import prepare_file, write_json
-from ..training.digests import digest_of_network
+from ..models.digest import digest_of_network
 from ..training.run import choose_device
-from .networks import load, remembered_teacher
-from .options import Ball, Checkpoint, Data, Foreign, Images, Plugins, with_groups
+from .networks import ForeignWeights, load, remembered_teacher
+from .options import BallOptions, Checkpoint, Data, Foreign, Images, Plugins, with_groups
 
 
 @with_groups
 def evaluate(
     checkpoint: Checkpoint,
     data: Data,
-    out: Annotated[Path, typer.Option(help="JSON file to write")],
+    out: Annotated[Path, typer.Option(help="JSON file to write, after each attack")],
     attacks: Annotated[
         str | None,
         typer.Option(
             help="names with commas: "
             + ", ".join(ATTACKS)
-            + " [default: clean,pgd20; of corrupted sets clean]",
+            + "; with settings as in 'pgd(steps=40,restarts=5)' [default: clean,pgd20; of corrupted sets clean]",
             show_default=False,
         ),
     ] = None,
     *,
-    ball: Ball,
+    ball: BallOptions,
     teacher: Annotated[
-        str | None, typer.Option(help="checkpoint to measure agreement and KL against")
+        str | None, typer.Option(help="checkpoint to measure fidelity (agreement and KL) against")
+    ] = None,
+    fidelity: Annotated[
+        bool | None,
+        typer.Option(
+            help="measure fidelity to the teacher that the checkpoint remembers; or say that none is wanted",
+            show_default=False,
+        ),
     ] = None,
     foreign: Foreign,
     images: Images,
     plugins: Plugins,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with what --out holds")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what --out holds")] = False,
 ) -> None:
     """Measure a checkpoint on the test split.
 
-    Writes the figures as JSON, under "warnings" what the files of weights leave open too. A student is compared with
-    its teacher, if that is where it was. Of a corrupted set, such as cifar10c:PATH, each corruption and severity is
-    measured, and their means.
+    Writes the figures as JSON, one for each attack and radius, and under "warnings" what the files of weights leave
+    open too. Stopped, it keeps what is done, and --resume goes on. Of a corrupted set, such as cifar10c:PATH, each
+    corruption and severity is measured, and their means.
     """
     corrupted = is_corrupted_set(data)
     attacks = ("clean" if corrupted else "clean,pgd20") if attacks is None else attacks
-    names = check_attacks(name.strip() for name in attacks.split(",") if name.strip())
-    if "autoattack" in names:
-        importlib.import_module("pyautoattack")  # before the other attacks have taken their time
-    settings = dataclasses.asdict(attack_settings(ball.eps, ball.norm, images.seed, images.batch_size))
-    theirs = foreign.teacher
-    check_teacher_settings(teacher, *theirs)
-    if corrupted and teacher is not None:
+    chosen = attacks_of(split_attacks(attacks))
+    check_teacher_settings(teacher, *foreign.teacher)
+    wants_fidelity = fidelity or teacher is not None
+    if fidelity is False and teacher is not None:
+        raise InputError(f"teacher is {teacher!r}, but --no-fidelity says that none is wanted")
+    if corrupted and wants_fidelity:
         raise InputError(f"teacher is {teacher!r}, but corrupted sets measure no fidelity")
     one = corruption_cells(data)[0].name if corrupted else data
     test_set = load_dataset(one, split="test", **images.loading).to(choose_device(images.device))
     network, stored = load(checkpoint, foreign.checkpoint, test_set)
+    where = ball.of(checkpoint, stored["config"])
+    about = {
+        "checkpoint": checkpoint,
+        "model": stored["model"],
+        "data": data,
+        "eps_is": "given" if ball.eps else "the checkpoint's" if where["eps"] else None,
+        "environment": environment(test_set.images.device),
+        "warnings": list(stored["doubts"]),  # what was said is not printed again
+    }
+    settings: dict[str, Any] = {"seed": images.seed, "batch_size": images.batch_size, **where}
+    settings |= {"progress": True, "out": out, "resume": resume, "overwrite": overwrite}
     if corrupted:
-        prepare_file(out, "out")
-        measured = evaluate_corruptions(network, data, names, **images.loading, **settings)
-        figures = measured.to_dict()
-        figures["warnings"] = stored["doubts"] + figures["warnings"]
-        about = {"checkpoint": checkpoint, "model": stored["model"], "data": data}
-        write_json(out, figures | about | {"environment": environment(test_set.images.device)})
-        print("\n".join(measured.to_text(name) for name in names))
+        measured = evaluate_corruptions(network, data, chosen, **images.loading, **settings, about=about)
+        print("\n".join(measured.to_text(attack.label) for attack in chosen))
         return
+    teacher_network = None
+    if wants_fidelity:
+        teacher, teacher_network, known = _teacher(teacher, foreign.teacher, stored, test_set)
+        about["warnings"] += known["doubts"]
+        about["teacher_model"] = known["model"]
+    about["teacher"] = teacher
+    result = evaluate_model(network, test_set, chosen, teacher=teacher_network, **settings, about=about)
+    print(f"{ball.said(**where)}; {len(test_set)} images of {data}")
+    _print_figures(result)
+    if not result.fidelity and fidelity is None:
+        remembered, _ = remembered_teacher(stored)
+        known_as = "--fidelity" if remembered else "--teacher FILE"
+        print(f"fidelity was not measured ({known_as} does; --no-fidelity if none is wanted)")
+
+
+def _teacher(
+    path: str | None, foreign: ForeignWeights, student: dict[str, Any], data: ImageDataset
+) -> tuple[str, nn.Module, dict[str, Any]]:
+    """The teacher that was named, or that the student remembers, and what is known of it, doubts included."""
     digest = None
-    if teacher is None:
-        teacher, theirs = remembered_teacher(stored)
-        digest = stored.get("digests", {}).get("teacher")
-    teacher_network, doubts, said = None, [], stored["doubts"]
-    if teacher is not None:
-        teacher_network, known = load(teacher, theirs, test_set, "teacher")
-        said += known["doubts"]
-        if digest is not None and digest != digest_of_network(teacher_network, known["model"]):
-            doubts.append(f"teacher {teacher!r} is no longer the network that this student was trained with")
-    prepare_file(out, "out")
-    result = evaluate_model(network, test_set, names, teacher=teacher_network, **settings).to_dict()
-    result["warnings"] = doubts + result["warnings"]
-    result |= {"checkpoint": checkpoint, "model": stored["model"], "data": data, "teacher": teacher}
-    about = {"environment": environment(test_set.images.device)}
-    write_json(
-        out, result | about | {"warnings": said + result["warnings"]}
-    )  # what was said is not printed again
-    _print_figures(result, names)
+    if path is None:
+        path, foreign = remembered_teacher(student)
+        digest = student.get("digests", {}).get("teacher")
+    if path is None:
+        was = student["config"].get("teacher")
+        reason = f"its teacher {was!r} is no longer there" if was else "the checkpoint remembers no teacher"
+        raise InputError(f"fidelity is asked for, but {reason}; --teacher names one")
+    network, known = load(path, foreign, data, "teacher")
+    if digest is not None and digest != digest_of_network(network, known["model"]):
+        doubt = f"teacher {path!r} is no longer the network that this student was trained with"
+        print(f"warning: {doubt}", file=sys.stderr)
+        known["doubts"] = [*known["doubts"], doubt]
+    return path, network, known
 
 
-def _print_figures(result: dict[str, Any], attacks: Sequence[str]) -> None:
-    for name in attacks:
-        print(f"{name:<22} {result[name]:6.2f} %")
-    for suffix, where in (("", "clean"), ("_mismatched", "mismatched")):
-        if f"agreement{suffix}" in result:
-            agreement, kl = result[f"agreement{suffix}"], result[f"kl_{where}"]
-            print(f"{f'agreement, {where}':<22} {agreement:6.2f} %, KL {kl:.4g}")
-    for warning in result["warnings"]:
+def _print_figures(result: Evaluation) -> None:
+    rows = [(f"{row.attack}, {row.ball}" if row.ball else row.attack, row) for row in result.results]
+    near = [
+        (f"agreement, {row.images}, {row.ball}" if row.ball else f"agreement, {row.images}", row)
+        for row in result.fidelity
+    ]
+    width = max(22, *(len(name) for name, _ in (*rows, *near)))
+    for name, figure in rows:
+        print(f"{name:<{width}} {figure.accuracy:6.2f} %")
+    for name, fidelity in near:
+        print(f"{name:<{width}} {fidelity.agreement:6.2f} %, KL {fidelity.kl:.4g}")
+    for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)

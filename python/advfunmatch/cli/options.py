@@ -10,13 +10,15 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
 from ..config import FRACTIONS, TrainConfig
+from ..errors import InputError
+from ..evaluation import balls_of
 from ..methods import PRESETS
 from ..models import NORMALIZATIONS
 from ..plugins import load_plugins
@@ -30,13 +32,47 @@ Data = Annotated[str, typer.Option(help="as for train; its test split is used")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ball:
-    """Where an attack may go."""
+class BallOptions:
+    """Where an attack may go: what is given, else what the checkpoint was trained and measured with."""
 
-    eps: Annotated[str, typer.Option(help="radius of the attack ball, e.g. 8/255", metavar="NUMBER")] = (
-        "8/255"
-    )
-    norm: Annotated[str, typer.Option(help="norm of the ball: linf or l2")] = "linf"
+    eps: Annotated[
+        str | None,
+        typer.Option(
+            help="radius of the attack ball, e.g. 8/255; of evaluate also several, as in 4/255,8/255 "
+            "[default: the checkpoint's own]",
+            metavar="NUMBER",
+            show_default=False,
+        ),
+    ] = None
+    norm: Annotated[
+        str | None,
+        typer.Option(
+            help="norm of the ball: linf or l2 [default: the checkpoint's own, else linf]", show_default=False
+        ),
+    ] = None
+
+    def of(self, checkpoint: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The keyword arguments ``eps`` and ``norm`` of `evaluate`, given the configuration in a checkpoint.
+
+        Raises:
+            InputError: the checkpoint's radius is one of another norm than is asked for.
+        """
+        norm = self.norm or config.get("norm") or "linf"
+        eps = self.eps or config.get("eps")
+        if self.eps is None and eps is not None and norm != config.get("norm"):
+            raise InputError(
+                f"eps is missing: norm is {norm!r}, but the radius that checkpoint {checkpoint!r} knows, {eps:g}, is "
+                f"one of {config.get('norm')!r}"
+            )
+        return {"eps": eps, "norm": norm}
+
+    def said(self, eps: float | str | None, norm: str) -> str:
+        """What `of` gave, and what of it is the checkpoint's."""
+        if eps is None:
+            return "no eps"
+        radii = ", ".join(ball.radius for ball in balls_of(eps, norm))
+        own = " (the checkpoint's)" if self.eps is None else ""
+        return f"eps {radii}{own}, norm {norm}"
 
 
 @dataclass(frozen=True, kw_only=True)

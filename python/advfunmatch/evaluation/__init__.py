@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+from .attacks import ATTACKS, Attack, Attacked, attack_of, attacks_of, register_attack, split_attacks
+from .balls import Ball, balls_of
 from .corruptions import CorruptionEvaluation, evaluate_corruptions
-from .evaluate import (
-    ATTACKS,
-    AttackSettings,
-    Evaluation,
-    attack_images,
-    attack_settings,
-    check_attacks,
-    evaluate,
-    masking_warnings,
-    mismatched_examples,
-)
+from .doubts import margin_warnings, masking_warnings
+from .evaluate import attack_images, evaluate
+from .fidelity import mismatched_examples
+from .results import Evaluation, Fidelity, Figure
+
+pgd = ATTACKS["pgd"]
 
 __all__ = [
     "ATTACKS",
-    "AttackSettings",
+    "Attack",
+    "Attacked",
+    "Ball",
     "CorruptionEvaluation",
     "Evaluation",
+    "Fidelity",
+    "Figure",
     "attack_images",
-    "attack_settings",
-    "check_attacks",
+    "attack_of",
+    "attacks_of",
+    "balls_of",
     "evaluate",
     "evaluate_corruptions",
+    "margin_warnings",
     "masking_warnings",
     "mismatched_examples",
+    "pgd",
+    "register_attack",
+    "split_attacks",
 ]

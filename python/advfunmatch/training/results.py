@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from ..evaluation import evaluate
+from ..evaluation import Ball, evaluate
 from ..files import write_json
 from .run import Run
 
 
-def monitor(run: Run, epoch: int) -> dict[str, float]:
+def monitor(run: Run, epoch: int) -> dict[str, Any]:
     """Accuracies on what is watched while training, where `eval_every` asks for them; see Note [Splits].
 
     Returns:
-        ``validation_clean`` and ``validation_pgd10``, or ``train_clean`` and ``train_pgd10``, in percent; nothing in
-        processes that only follow.
+        ``validation_clean`` and ``validation_pgd10``, or ``train_clean`` and ``train_pgd10``, in percent, and the
+        ``norm`` and ``eps`` of that attack; nothing in processes that only follow.
     """
     config = run.config
     due = config.eval_every and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs)
@@ -23,16 +23,21 @@ def monitor(run: Run, epoch: int) -> dict[str, float]:
         return {}
     few = run.splits.to_watch(config.monitor_images)
     measured = evaluate(run.state.evaluated, few, ["clean", "pgd10"], eps=config.eps, norm=config.norm)
-    return {f"{run.splits.watched}_{name}": value for name, value in measured.accuracies.items()}
+    found: dict[str, Any] = {
+        f"{run.splits.watched}_{name}": value for name, value in measured.accuracies.items()
+    }
+    return found | {"norm": config.norm, "eps": config.eps}
 
 
-def sentence(measured: dict[str, float], watched: str) -> str:
+def sentence(run: Run, measured: dict[str, Any]) -> str:
     """What `monitor` found, for the progress bar."""
+    watched, ball = run.splits.watched, Ball(run.config.norm, run.config.eps)
     where = {"train": "on training images", "validation": "on validation images"}[watched]
-    return f"clean {measured[f'{watched}_clean']:.1f} % · PGD-10 {measured[f'{watched}_pgd10']:.1f} % {where}"
+    clean, attacked = (measured[f"{watched}_{name}"] for name in ("clean", "pgd10"))
+    return f"clean {clean:.1f} % · PGD-10, {ball}, {attacked:.1f} % {where}"
 
 
-def keep_best(run: Run, epoch: int, measured: dict[str, float]) -> None:
+def keep_best(run: Run, epoch: int, measured: dict[str, Any]) -> None:
     """Remember the evaluated weights if they resist the attack on validation images better than any epoch's so far."""
     state, score = run.state, measured.get("validation_pgd10")
     if score is None or (state.best and score <= state.best["validation_pgd10"]):

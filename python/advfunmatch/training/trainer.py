@@ -42,7 +42,7 @@ from .run import Run, set_up
 from .schedule import learning_rate
 
 if TYPE_CHECKING:
-    from .progress import TrainingProgress
+    from ..progress import ProgressBar
 
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for the device
 LEAST_SCALE = (
@@ -70,7 +70,7 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
         InputError: a setting, the data, the teacher or DIR cannot be used.
         TrainingDiverged: the loss or a weight became NaN or infinite.
     """
-    from .progress import TrainingProgress  # needs rich, which those who import only the attack may not have
+    from ..progress import ProgressBar  # needs rich, which those who import only the attack may not have
 
     run = set_up(config.resolve())
     config, state, leads = run.config, run.state, run.world.leads
@@ -80,7 +80,7 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
         if leads:
             save_best(run)  # where a run was stopped between its two files
     images = run.images_per_epoch
-    progress = TrainingProgress(
+    progress = ProgressBar(
         label or f"{config.method} {config.model}",
         total=config.epochs * images,
         done=state.step * images // run.steps_per_epoch,
@@ -91,7 +91,7 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
             train_epoch(run, epoch, progress)
             measured = monitor(run, epoch)
             if measured:
-                progress.say(sentence(measured, run.splits.watched))
+                progress.say(sentence(run, measured))
                 keep_best(run, epoch, measured)
             row = epoch_row(run, epoch) | measured
             board.show(row)
@@ -101,7 +101,7 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
     return final_result(run) if leads else {}
 
 
-def train_epoch(run: Run, epoch: int, progress: TrainingProgress) -> None:
+def train_epoch(run: Run, epoch: int, progress: ProgressBar) -> None:
     """Every training image once, or as many as an interrupted run has left of this epoch."""
     config, state = run.config, run.state
     started = time.perf_counter()

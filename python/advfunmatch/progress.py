@@ -1,4 +1,4 @@
-"""What a run shows while it works: a bar on a terminal, a line now and then anywhere else."""
+"""What long work shows of itself: a bar on a terminal, a line now and then anywhere else."""
 
 from __future__ import annotations
 
@@ -18,36 +18,39 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed or 0:,.0f} images/s")
 
 
-class TrainingProgress:
+class ProgressBar:
     """Images a second and the time left, as a rich bar on a terminal and as quiet lines elsewhere.
 
     Args:
-        label: what is being trained.
-        total: images in the whole run.
-        done: images of it that an earlier run has done.
+        label: what is being done.
+        total: images in all of it.
+        done: images of it that were done before.
         show: False says nothing.
+        says_end: whether there is a line at the end too, where there is no terminal.
     """
 
-    def __init__(self, label: str, total: int, done: int = 0, *, show: bool = True) -> None:
+    def __init__(
+        self, label: str, total: int, done: int = 0, *, show: bool = True, says_end: bool = True
+    ) -> None:
         self.label, self.total, self.first = label, total, done
         self.done, self.note = done, ""
-        self.show = show
+        self.show, self.says_end = show, says_end
         self.console = Console(stderr=True)
         self.started = self.last_line = time.monotonic()
         self.bar: Progress | None = None
         if show and self.console.is_terminal:
             self.bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 TextColumn("{task.percentage:3.0f}%"),
                 _Rate(),
                 TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=self.console,
             )
             self.task = self.bar.add_task(label, total=total, completed=done, note="")
 
-    def __enter__(self) -> TrainingProgress:
+    def __enter__(self) -> ProgressBar:
         if self.bar:
             self.bar.start()
         return self
@@ -57,7 +60,7 @@ class TrainingProgress:
     ) -> None:
         if self.bar:
             self.bar.stop()
-        elif kind is None:
+        elif kind is None and self.says_end:
             self._line()
 
     def advance(self, images: int) -> None:
