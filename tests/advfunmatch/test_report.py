@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 from advfunmatch import TrainConfig, load_dataset, load_model, train
 from advfunmatch.cli import run
+from advfunmatch.report.names import drawable, label_legend
 from PIL import Image
 
 
@@ -55,34 +57,98 @@ def test_report_has_the_evaluations_in_a_runs_folder(
     make_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    train(make_config(epochs=1))
-    arguments = [
-        "evaluate",
-        "--checkpoint",
-        str(folder / "checkpoint.pt"),
-        "--data",
-        "digits",
-        "--limit",
-        "20",
-    ]
-    arguments += ["--eps", "0.1", "--attacks", "clean,pgd10,cw", "--out"]
-    assert run([*arguments, str(folder / "evaluation.json")]) == 0
-    assert run([*arguments, str(folder / "old.json")]) == 0
-    os.utime(folder / "old.json", (0, 0))
-    (folder / "notes.json").write_text("[1]")
-    assert run(["report", str(folder), "--out", str(tmp_path / "report.html")]) == 0
-    page = (tmp_path / "report.html").read_text()
+    arguments = ["evaluate", "--checkpoint", str(folder / "checkpoint.pt"), "--data", "digits"]
+    arguments += ["--limit", "20", "--attacks", "clean,pgd10,cw"]
+    train(make_config(epochs=1, seed=1))
+    assert run([*arguments, "--eps", "0.1", "--out", str(folder / "old.json")]) == 0
+    train(make_config(epochs=1, overwrite=True))
+    assert run([*arguments, "--eps", "0.1", "--out", str(folder / "evaluation.json")]) == 0
+    assert run([*arguments, "--eps", "0.1,8/255", "--out", str(folder / "two.json")]) == 0
     stored = json.loads((folder / "evaluation.json").read_text())
-    cells = [
-        "evaluation.json",
-        "20",
-        "0.1 (linf)",
-        *(f"{stored[name]:.2f}" for name in ("clean", "pgd10", "cw")),
-    ]
-    assert "".join(f"<td>{cell}</td>" for cell in cells) in page
-    assert "<th>clean, %</th><th>PGD-10, %</th><th>C&amp;W, %</th></tr>" in page
-    assert "<td>old.json, before this training</td>" in page
+    flat = {name: value for name, value in stored.items() if name not in ("results", "fidelity", "digests")}
+    (folder / "0.1.0.json").write_text(json.dumps(flat))
+    (folder / "notes.json").write_text("[1]")
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for path in sorted(folder.iterdir(), reverse=True):  # whatever is copied last is newest
+        shutil.copyfile(path, copied / path.name)
+        os.utime(copied / path.name, (len(list(copied.iterdir())),) * 2)
+    assert run(["report", str(copied), "--out", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    cells = ["20", "0.1 (linf)", *(f"{stored[name]:.2f}" for name in ("clean", "pgd10", "cw"))]
+    for name in ("evaluation.json", "two.json", "0.1.0.json, which does not say of what weights"):
+        assert "".join(f"<td>{cell}</td>" for cell in (name, *cells)) in page, name
+    assert page.count("<th>clean, %</th><th>PGD-10, %</th><th>C&amp;W, %</th></tr>") == 2, (
+        "a table for each ball"
+    )
+    assert page.index("Evaluations, 0.1 (linf)") < page.index("Evaluations, 8/255 (linf)")
+    assert page.count("<td>8/255 (linf)</td>") == 1
+    assert "<td>old.json, before this training or of another network</td>" in page
+    assert page.count("before this training") == 1
     assert "notes.json" not in page
+
+
+def test_runs_of_different_balls_share_no_table_and_no_curve(
+    make_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    folders = []
+    for eps, norm in ((0.15, "linf"), (8 / 255, "linf"), (0.15, "l2")):
+        folders.append(str(tmp_path / f"{norm} {eps:.3f}"))
+        train(make_config(out=folders[-1], epochs=1, eps=eps, norm=norm, eval_limit=20))
+    assert run(["report", *folders, "--out", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    balls = ("0.15 (linf)", "8/255 (linf)", "0.15 (l2)")
+    for ball in balls:
+        (table,) = re.findall(rf"<h2>Figures, {re.escape(ball)}</h2>(.*?)</table>", page)
+        assert table.count("<tr") == 2, "the head, and one run"
+        assert table.count('class="best"') == 1, "the best of its ball"
+        assert f"<td>{ball}</td>" in table
+        assert page.count(f'alt="curves, {ball}"') == 1
+    assert page.count("<img") == 2 * len(balls)
+
+
+HOSTILE = [
+    "$x_1^{$",
+    "_lead",
+    "<b>bold",
+    "漢字 \N{GRINNING FACE}",
+    "n" * 200,
+    "שלום",
+    "a\nb\u202ec",
+    "\udcff",
+]
+
+
+def test_names_are_shown_as_they_are(
+    make_config: Callable[..., TrainConfig], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    train(make_config(epochs=1, eval_limit=20))
+    for name in HOSTILE:
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+    folders = [str(tmp_path / name) for name in HOSTILE]
+    assert run(["report", *folders, "--out", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    for name in (*HOSTILE[:-2], r"a\nb\u202ec", r"\udcff"):
+        shown = html.escape(name)
+        assert f"</span>{f'<bdi>{shown}</bdi>' if name == 'שלום' else shown}</td>" in page
+    said = [str(each.message) for each in recwarn if "Glyph" in str(each.message) or "_" in str(each.message)]
+    assert not said, said
+    with Image.open(tmp_path / "report.png") as picture:
+        assert picture.width < 3000
+
+
+def test_names_in_pictures() -> None:
+    from matplotlib.figure import Figure
+
+    assert drawable("_lead") == "_lead"
+    assert drawable("n" * 200) == "n" * 13 + "…" + "n" * 13
+    assert drawable("a\nb\udcff") == r"a\nb\udcff"
+    figure = Figure()
+    lines = [figure.subplots().plot([0, 1], label="_lead")[0]]
+    legend = figure.legend(lines, ["run"])
+    label_legend(legend, [drawable("_a $x_1^{$")])
+    figure.canvas.draw()
+    assert [text.get_text() for text in legend.get_texts()] == [r"_a \$x_1^{\$"]
 
 
 def test_report_of_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

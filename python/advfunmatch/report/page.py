@@ -9,20 +9,41 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import InputError
+from ..evaluation import Ball
 from ..files import prepare_file, write_atomically
+from .names import drawing, escaped, runs_leftward
 from .pictures import draw_curves, draw_examples, draw_table, stacked
-from .tables import COLOURS, COLUMNS, Run, Table, evaluations, figures, read_evaluations
+from .tables import COLOURS, COLUMNS, Run, Table, by_ball, evaluations, figures, read_evaluations
 
 REQUIRED = ("method", "model", "clean", "pgd20", "images_per_second")
+RUNS_TOGETHER = 5  # in one picture of examples, which fits a sheet of paper then
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
+  overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; } td, th { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
-td:first-child, th:first-child { text-align: left; } td { white-space: nowrap; } tr.best td { font-weight: 600; }
-div.wide { overflow-x: auto; } img { max-width: 100%; height: auto; } .warning { color: #a33; }
-figure { margin: 1rem 0; }
-.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
-details pre { background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: .8rem; }
+div.wide, figure { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; }
+td, th { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
+th { vertical-align: bottom; overflow-wrap: normal; } td { white-space: nowrap; }
+.words-2 td:nth-child(-n+2), .words-4 td:nth-child(-n+4) { white-space: normal; overflow-wrap: break-word;
+  max-width: 16rem; }
+.wide td:first-child { overflow-wrap: anywhere; min-width: min(12rem, 40vw); padding-left: 1.4rem; position: relative; }
+td:first-child, th:first-child { text-align: left; }
+tr.best td { font-weight: 600; }
+img { width: 100%; min-width: 44rem; max-width: none; height: auto; display: block; } .warning { color: #a33; }
+.dot { position: absolute; left: .3rem; top: .75em; width: .7em; height: .7em; border-radius: 50%; }
+details pre { background: #f6f6f6; padding: .7rem; white-space: pre-wrap; font-size: .8rem; }
+@page { size: A4 landscape; margin: 12mm; }
+@media print {
+  body { font-size: 9pt; max-width: none; margin: 0; padding: 0; }
+  div.wide, figure { overflow: visible; } figure, tr { break-inside: avoid; }
+  table { width: 100%; font-size: 7.5pt; } td, th { padding: .2rem .3rem; }
+  .words-2 td:nth-child(-n+2), .words-4 td:nth-child(-n+4) { overflow-wrap: anywhere; min-width: 5.5rem;
+    max-width: none; }
+  .wide td:first-child { min-width: 9rem; } h2 + p { break-after: avoid; }
+  img { min-width: 0; max-width: 100%; max-height: 150mm; width: auto; } h2 { break-after: avoid; }
+  * { print-color-adjust: exact; }
+}
 """
 
 
@@ -39,26 +60,21 @@ def write_report(folders: list[Path], out: Path) -> list[str]:
         raise InputError(f"out is {str(out)!r}, where the PNG beside the page goes; it must end otherwise")
     runs, left_out = _read_all(folders)
     prepare_file(out, "out")
-    curves = draw_curves(runs)
-    same_images = {run.images: [other for other in runs if other.images == run.images] for run in runs}
-    examples = []
-    for group in same_images.values():
-        picture, missing = draw_examples(group)
-        examples += [picture] if picture else []
+    with drawing():
+        pictures, examples, missing = _draw(runs)
         left_out += missing
-    tables = [figures(runs)]
-    sections = [
-        _warnings(left_out),
-        "<h2>Figures</h2>" + _table(tables[0], _best([run for run, _ in tables[0].rows])) + _notes(runs),
-    ]
-    if evaluated := evaluations(runs):
-        tables.append(evaluated)
-        sections.append(
-            "<h2>Evaluations</h2>"
-            + _table(evaluated)
-            + "<p>What <code>advfunmatch evaluate</code> wrote into the runs' folders.</p>"
-        )
-    sections.append("<h2>While training</h2>" + _figure(curves, "curves"))
+        tables = [figures(group) for group in by_ball(runs).values()]
+        evaluated = evaluations(runs)
+        drawn = [draw_table(table) for table in (*tables, *evaluated)]
+    best = _best([run for table in tables for run, _ in table.rows])
+    sections = [_warnings(left_out)]
+    sections += [f"<h2>Figures{_of(table)}</h2>{_table(table, best)}" for table in tables]
+    sections.append(_notes(runs))
+    sections += [f"<h2>Evaluations{_of(table)}</h2>{_table(table)}" for table in evaluated]
+    if evaluated:
+        sections.append("<p>What <code>advfunmatch evaluate</code> wrote into the runs' folders.</p>")
+    for ball, picture in pictures.items():
+        sections.append(f"<h2>While training, {ball}</h2>{_figure(picture, f'curves, {ball}')}")
     if examples:
         sections.append(
             "<h2>Adversarial examples</h2><p>PGD-20 on each network, and the change, magnified to the full range: "
@@ -67,12 +83,31 @@ def write_report(folders: list[Path], out: Path) -> list[str]:
         sections += [_figure(picture, "adversarial examples") for picture in examples]
     sections.append("<h2>Settings</h2>" + "".join(_settings(run) for run in runs))
     page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>advfunmatch report</title><style>{STYLE}</style>'
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>advfunmatch report</title><style>{STYLE}</style>"
         f"<h1>advfunmatch: {len(runs)} run{'s' * (len(runs) > 1)}</h1>{''.join(sections)}</html>\n"
     )
     write_atomically(out, page.encode())
-    write_atomically(out.with_suffix(".png"), stacked([*map(draw_table, tables), curves, *examples]))
+    write_atomically(out.with_suffix(".png"), stacked([*drawn, *pictures.values(), *examples]))
     return left_out
+
+
+def _draw(runs: list[Run]) -> tuple[dict[Ball, bytes], list[bytes], list[str]]:
+    """Curves for each ball, examples for each set of images, and what is missing of these."""
+    curves = {ball: draw_curves(group) for ball, group in by_ball(runs).items()}
+    same_images = {run.images: [other for other in runs if other.images == run.images] for run in runs}
+    examples, left_out = [], []
+    for group in same_images.values():
+        for first in range(0, len(group), RUNS_TOGETHER):
+            picture, missing = draw_examples(group[first : first + RUNS_TOGETHER])
+            examples += [picture] if picture else []
+            left_out += missing
+    return curves, examples, left_out
+
+
+def _of(table: Table) -> str:
+    return f", {table.ball}" if table.ball else ""
 
 
 def _read_all(folders: list[Path]) -> tuple[list[Run], list[str]]:
@@ -92,10 +127,15 @@ def _names(folders: list[Path]) -> list[str]:
     """As much of each path's end as it takes to tell them apart."""
     paths = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, paths))):
-        names = ["/".join(path[-length:]) for path in paths]
+        names = [_readable("/".join(path[-length:])) for path in paths]
         if len(set(names)) == len(set(paths)):
             return names
-    return [str(folder) for folder in folders]
+    return [_readable(str(folder)) for folder in folders]
+
+
+def _readable(name: str) -> str:
+    """A name all of which shows: line breaks, marks that turn text around and bytes that are no text as numbers."""
+    return "".join(each if each.isprintable() else escaped(each) for each in name)
 
 
 def _read(folder: Path, name: str, colour: str) -> Run:
@@ -108,8 +148,8 @@ def _read(folder: Path, name: str, colour: str) -> Run:
                 if key in (*REQUIRED, *shown):
                     form.format(shown[key])
         int(best["epoch"])
-        for key in ("data", "eps", "norm"):
-            result["config"][key]
+        result["config"]["data"]
+        Ball(result["config"]["norm"], float(result["config"]["eps"]))
         for row in metrics:
             float(row["epoch"] + row["loss"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -130,11 +170,18 @@ def _table(table: Table, best: Sequence[Run] = ()) -> str:
     rows = []
     for run, cells in table.rows:
         dot = f'<span class="dot" style="background:{run.colour}"></span>'
-        shown = [dot + html.escape(run.name), *map(html.escape, cells)]
+        name = f"{dot}{_isolated(run.name)}{html.escape(run.suffix)}"
+        shown = [name, *map(html.escape, cells)]
         mark = ' class="best"' if run in best else ""
         rows.append(f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in shown) + "</tr>")
     head = "".join(f"<th>{html.escape(title)}</th>" for title in table.head)
-    return f"<div class=wide><table><tr>{head}</tr>{''.join(rows)}</table></div>"
+    head = f"<thead><tr>{head}</tr></thead>"
+    return f"<div class=wide><table class=words-{table.words}>{head}{''.join(rows)}</table></div>"
+
+
+def _isolated(name: str) -> str:
+    """A name, kept from turning around what stands beside it if it is written from right to left."""
+    return f"<bdi>{html.escape(name)}</bdi>" if runs_leftward(name) else html.escape(name)
 
 
 def _notes(runs: list[Run]) -> str:
@@ -153,9 +200,9 @@ def _settings(run: Run) -> str:
     shown = json.dumps(
         {"config": run.result["config"], "environment": run.result.get("environment")}, indent=2
     )
-    return f"<details><summary>{html.escape(run.name)}</summary><pre>{html.escape(shown)}</pre></details>"
+    return f"<details><summary>{_isolated(run.name)}</summary><pre>{html.escape(shown)}</pre></details>"
 
 
 def _figure(picture: bytes, alt: str) -> str:
     source = "data:image/png;base64," + base64.b64encode(picture).decode()
-    return f'<figure><img alt="{alt}" src="{source}"></figure>'
+    return f'<figure><img alt="{html.escape(alt)}" src="{source}"></figure>'

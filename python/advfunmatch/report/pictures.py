@@ -13,12 +13,14 @@ from ..data import ImageDataset, as_float, load_dataset
 from ..errors import InputError
 from ..evaluation import attack_images
 from ..models import load_network
-from .tables import MONITORED, Run, Table, ball
+from .names import drawable, label_legend
+from .tables import MONITORED, Run, Table
 
 EXAMPLES = 8  # images, the first of as many classes
 DRAWABLE = (1, 3)  # channels: grey and colour
 DPI = 110
-WIDTH = 13.0  # of every picture, in inches
+WIDTH = 13.0  # of every picture but tables, in inches
+ACROSS = 130  # characters of a legend that stand beside each other in it
 
 
 def draw_table(contents: Table) -> bytes:
@@ -29,7 +31,7 @@ def draw_table(contents: Table) -> bytes:
     axis = figure.subplots()
     axis.set_axis_off()
     table = axis.table(
-        [[run.name, *cells] for run, cells in contents.rows],
+        [[drawable(run.name) + run.suffix, *map(drawable, cells)] for run, cells in contents.rows],
         colLabels=contents.head,
         loc="center",
         edges="horizontal",
@@ -39,22 +41,24 @@ def draw_table(contents: Table) -> bytes:
     table.auto_set_column_width(range(len(contents.head)))
     for row, (run, _) in enumerate(contents.rows, start=1):
         table[row, 0].get_text().set(color=run.colour, weight="bold")
-    return _png(figure)
+    return _png(figure, bbox_inches="tight")  # as wide as its columns
 
 
 def draw_curves(runs: Sequence[Run]) -> bytes:
-    """Accuracy and loss by epoch, and training speed."""
+    """Accuracy and loss by epoch, and training speed, of runs that were attacked in one ball."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     accuracy, loss, speed = figure.subplots(1, 3, width_ratios=(1.3, 1.3, 1))
     kinds = {run.monitored for run in runs}
+    labels: list[str] = []
     for run in runs:
         seen = [row for row in run.metrics if f"{run.monitored}pgd10" in row]
         epochs = [row["epoch"] for row in seen]
-        label = run.name if len(kinds) == 1 else f"{run.name}, {MONITORED[run.monitored]}"
+        kind = f"{MONITORED[run.monitored]}: " if len(kinds) > 1 else ""
+        labels.append(kind + drawable(run.name))
         attacked, clean = ([row[f"{run.monitored}{attack}"] for row in seen] for attack in ("pgd10", "clean"))
-        accuracy.plot(epochs, attacked, color=run.colour, lw=2, label=label)
+        accuracy.plot(epochs, attacked, color=run.colour, lw=2, label=str(len(labels)))
         accuracy.plot(epochs, clean, color=run.colour, ls=":", lw=1.4)
         loss.plot(
             [row["epoch"] for row in run.metrics],
@@ -64,7 +68,7 @@ def draw_curves(runs: Sequence[Run]) -> bytes:
         )
     where = f" on {MONITORED[kinds.pop()]}" if len(kinds) == 1 else ""
     accuracy.set(xlabel="epoch", ylabel=f"accuracy{where}, %", ylim=(-3, 103))
-    accuracy.set_title("accuracy: solid under PGD-10, dotted clean", loc="left", fontsize=11)
+    accuracy.set_title(f"solid: PGD-10, {runs[0].ball}; dotted: clean", loc="left", fontsize=11)
     loss.set(xlabel="epoch", ylabel="each method's own loss", yscale="log")
     loss.set_title("training loss", loc="left", fontsize=11)
     places = range(len(runs))
@@ -72,16 +76,24 @@ def draw_curves(runs: Sequence[Run]) -> bytes:
         places, [run.result["images_per_second"] for run in runs], color=[run.colour for run in runs]
     )
     speed.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=9)
-    speed.set_yticks(places, [run.name for run in runs])
+    speed.set_yticks(places, [drawable(run.name) for run in runs])
     speed.invert_yaxis()
     speed.margins(x=0.2)
     speed.set_title("training images a second", loc="left", fontsize=11)
     for axis in (accuracy, loss, speed):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    figure.legend(
-        *accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=9, frameon=False
+    columns = max(1, min(8, ACROSS // (max(map(len, labels)) + 6)))
+    handles, _ = accuracy.get_legend_handles_labels()
+    legend = figure.legend(
+        handles,
+        ["run"] * len(handles),
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=9,
+        frameon=False,
     )
+    label_legend(legend, labels)
     return _png(figure)
 
 
@@ -93,7 +105,7 @@ def draw_examples(runs: Sequence[Run]) -> tuple[bytes | None, list[str]]:
     """
     from matplotlib.figure import Figure
 
-    data, eps, norm = runs[0].images
+    data, ball = runs[0].images
     try:
         shown = _examples(data)
     except (InputError, ModuleNotFoundError) as error:
@@ -105,7 +117,7 @@ def draw_examples(runs: Sequence[Run]) -> tuple[bytes | None, list[str]]:
     for run in runs:
         try:
             model, _ = load_network(run.folder / "checkpoint.pt", None, shown)
-            attacked = attack_images("pgd20", model, shown, eps=eps, norm=norm)
+            attacked = attack_images("pgd20", model, shown, eps=ball.eps, norm=ball.norm)
         except (InputError, ModuleNotFoundError) as error:
             left_out.append(f"no adversarial examples of {run.name}: {error}")
             continue
@@ -116,17 +128,21 @@ def draw_examples(runs: Sequence[Run]) -> tuple[bytes | None, list[str]]:
     if len(rows) == 1:
         return None, left_out
     figure = Figure(figsize=(WIDTH, 1.15 * len(rows) + 0.4), layout="constrained")
-    figure.suptitle(f"{data}, ε = {ball(eps, norm)}", fontsize=10)
+    figure.suptitle(f"PGD-20, {ball}; {drawable(data, 80)}", fontsize=10)
     axes = figure.subplots(len(rows), len(shown), squeeze=False)
     for row, (name, colour, pictures, said) in zip(axes, rows, strict=True):
-        row[0].set_ylabel(name, fontsize=8.5, color=colour, rotation="horizontal", ha="right", va="center")
+        row[0].set_ylabel(
+            drawable(name), fontsize=8.5, color=colour, rotation="horizontal", ha="right", va="center"
+        )
         for column, axis in enumerate(row):
             axis.imshow(pictures[column].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])
             if said:
                 right = said[column] == truth[column]
-                axis.set_title(said[column], fontsize=8, pad=2, color="black" if right else "#C0392B")
+                axis.set_title(
+                    drawable(said[column], 14), fontsize=8, pad=2, color="black" if right else "#C0392B"
+                )
     return _png(figure), left_out
 
 
@@ -161,7 +177,7 @@ def _classes(model: torch.nn.Module, images: Tensor, class_names: tuple[str, ...
     return [class_names[index] for index in model(images).argmax(1).tolist()]
 
 
-def _png(figure: Any) -> bytes:
+def _png(figure: Any, **settings: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=DPI)
+    figure.savefig(buffer, dpi=DPI, **settings)
     return buffer.getvalue()

@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import ATTACKS
+from ..errors import InputError
+from ..evaluation import ATTACKS, Ball
+from ..models import read_checkpoint
+from ..models.digest import digest_of_weights
 
 # One colour a run, readable in print and by the colour-blind (Okabe and Ito, but for
 # their yellow, which is lost on white).
@@ -18,6 +21,7 @@ COLUMNS = (
     ("method", "method", "{}"),
     ("model", "model", "{}"),
     ("data", "data", "{}"),
+    ("ball", "ε", "{}"),
     ("clean", "clean, %", "{:.2f}"),
     ("pgd20", "PGD-20, %", "{:.2f}"),
     ("agreement", "agreement, %", "{:.2f}"),
@@ -38,7 +42,7 @@ TITLES = {
 }
 # Where the accuracies of metrics.jsonl were measured, by the prefix of their names; "" in runs of version 0.1.
 MONITORED = {"validation_": "validation images", "train_": "training images", "": "test images"}
-FIDELITY = (("agreement", "agreement"), ("agreement_mismatched", "agreement, mismatched"))
+FIDELITY = {"agreement": "agreement", "agreement_mismatched": "agreement, mismatched"}
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,17 @@ class Run:
     metrics: list[dict[str, Any]]
     colour: str
     evaluations: dict[str, dict[str, Any]]
+    suffix: str = ""  # which of its checkpoints a row is of
 
     @property
-    def images(self) -> tuple[str, float, str]:
-        """What is attacked and how: runs that agree in it share a picture."""
-        config = self.result["config"]
-        return config["data"], config["eps"], config["norm"]
+    def ball(self) -> Ball:
+        """What it was attacked in, while it was trained and afterwards: runs that differ in it share nothing."""
+        return Ball(self.result["config"]["norm"], self.result["config"]["eps"])
+
+    @property
+    def images(self) -> tuple[str, Ball]:
+        """What is attacked and how: runs that agree in it can be compared."""
+        return self.result["config"]["data"], self.ball
 
     @property
     def monitored(self) -> str:
@@ -67,65 +76,132 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
-    """Titles, the first of which is the run's, and the runs with their other cells."""
+    """The figures of one ball.
 
+    Attributes:
+        ball: that all the robust figures are of; None where there are none.
+        words: how many columns, from the first, hold words.
+        head: titles, the first of which is the run's.
+        rows: the runs, with their other cells.
+    """
+
+    ball: Ball | None
+    words: int
     head: list[str]
     rows: list[tuple[Run, list[str]]]
 
 
+def by_ball(runs: Sequence[Run]) -> dict[Ball, list[Run]]:
+    """The runs that were attacked in each ball, as they come."""
+    groups: dict[Ball, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.ball, []).append(run)
+    return groups
+
+
 def figures(runs: Sequence[Run]) -> Table:
-    """What result.json says of each run: of its last epoch, and of its best where validation images told it."""
+    """What result.json says of runs of one ball: of the last epoch, and of the best where validation images told it."""
     rows = []
     for run in runs:
         shown = [run]
         if best := run.result.get("best"):
             shown = [
-                replace(run, name=f"{run.name}, last epoch"),
-                replace(run, name=f"{run.name}, best epoch: {best['epoch']}", result={**run.result, **best}),
+                replace(run, suffix=", last epoch"),
+                replace(run, suffix=f", best epoch: {best['epoch']}", result={**run.result, **best}),
             ]
         for each in shown:
-            cells = [form.format(each.result[key]) if key in each.result else "–" for key, _, form in COLUMNS]
-            rows.append((each, cells))
-    return Table(["run", *(title for _, title, _ in COLUMNS)], rows)
+            values = {**each.result, "ball": each.ball}
+            rows.append(
+                (each, [form.format(values[key]) if key in values else "–" for key, _, form in COLUMNS])
+            )
+    return Table(runs[0].ball, 4, ["run", *(title for _, title, _ in COLUMNS)], rows)
 
 
-def evaluations(runs: Sequence[Run]) -> Table | None:
-    """A row for each evaluation of a run, with the attacks that any of them has; None if there is none."""
-    found = [(run, file, stored) for run in runs for file, stored in run.evaluations.items()]
-    names = [name for name in ATTACKS if any(name in stored for _, _, stored in found)]
-    columns = [(name, f"{TITLES.get(name, name)}, %") for name in names]
-    columns += [(key, f"{title}, %") for key, title in FIDELITY if any(key in each for _, _, each in found)]
-    rows = []
-    for run, file, stored in found:
+def evaluations(runs: Sequence[Run]) -> list[Table]:
+    """For each ball a row for each evaluation in it, with the attacks that any of them has."""
+    found = [
+        (run, file, stored, ball, cells)
+        for run in runs
+        for file, stored in run.evaluations.items()
+        for ball, cells in _by_ball(stored).items()
+    ]
+    tables = []
+    for ball in dict.fromkeys(ball for _, _, _, ball, _ in found):
+        here = [(run, file, stored, cells) for run, file, stored, its, cells in found if its == ball]
+        names = dict.fromkeys(name for _, _, _, cells in here for name in cells if name not in FIDELITY)
+        order = [
+            *(name for name in ATTACKS if name in names),
+            *(name for name in names if name not in ATTACKS),
+        ]
+        columns = {name: TITLES.get(name, name) for name in order}
+        columns |= {key: FIDELITY[key] for key in FIDELITY if any(key in cells for _, _, _, cells in here)}
+        rows = []
+        for run, file, stored, cells in here:
+            shown = [f"{cells[name]:.2f}" if name in cells else "–" for name in columns]
+            rows.append((run, [file, str(stored["images"]), str(ball or "–"), *shown]))
+        titles = (f"{title}, %" for title in columns.values())
+        tables.append(Table(ball, 2, ["run", "file", "images", "ε", *titles], rows))
+    return tables
+
+
+def _by_ball(stored: dict[str, Any]) -> dict[Ball | None, dict[str, float]]:
+    """An evaluation's accuracies and agreement by ball; those on clean images stand with each."""
+    if "results" not in stored:  # a file of an earlier version, which has one ball
         settings = stored["settings"]
-        accuracies = [f"{stored[key]:.2f}" if key in stored else "–" for key, _ in columns]
-        rows.append(
-            (run, [file, str(stored["images"]), ball(settings["eps"], settings["norm"]), *accuracies])
-        )
-    return Table(["run", "file", "images", "ε", *(title for _, title in columns)], rows) if rows else None
+        names = [name for name in (*settings["attacks"], *FIDELITY) if name in stored]
+        return {Ball(settings["norm"], settings["eps"]): {name: stored[name] for name in names}}
+    found: dict[Ball | None, dict[str, float]] = {}
+    for row in stored["results"]:
+        found.setdefault(_ball_of(row), {})[row["attack"]] = row["accuracy"]
+    for row in stored["fidelity"]:
+        key = "agreement" if row["images"] == "clean" else "agreement_mismatched"
+        found.setdefault(_ball_of(row), {})[key] = row["agreement"]
+    clean = found.pop(None, {})
+    return {ball: clean | cells for ball, cells in found.items()} or {None: clean}
 
 
-def ball(eps: float, norm: str) -> str:
-    """A radius as it is usually written, and its norm.
-
-    >>> ball(8 / 255, "linf"), ball(0.15, "linf")
-    ('8/255 (linf)', '0.15 (linf)')
-    """
-    grey_levels = round(255 * eps)
-    fraction = norm == "linf" and grey_levels > 0 and abs(255 * eps - grey_levels) < 1e-6
-    return f"{grey_levels}/255 ({norm})" if fraction else f"{eps:.4g} ({norm})"
+def _ball_of(row: dict[str, Any]) -> Ball | None:
+    return None if row["eps"] is None else Ball(row["norm"], row["eps"])
 
 
 def read_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
-    """The JSON files of `advfunmatch evaluate` in a run's folder, by name; marked if the run was trained since."""
+    """The JSON files of `advfunmatch evaluate` in a run's folder, by name, which says if other weights were measured.
+
+    Whether they were is told by digests: times change when a folder is copied.
+    """
     found = {}
+    weights: set[str] | None = None
     for path in sorted(folder.glob("*.json")):
         try:
             stored = json.loads(path.read_text())
-            made_by_evaluate = "checkpoint" in stored and {*stored["settings"]["attacks"]} <= {*stored}
-            since = path.stat().st_mtime < (folder / "checkpoint.pt").stat().st_mtime
-        except (OSError, ValueError, KeyError, TypeError):
+            made_by_evaluate = "checkpoint" in stored and (
+                "results" in stored or {*stored["settings"]["attacks"]} <= {*stored}
+            )
+            if not made_by_evaluate:
+                continue
+            _by_ball(stored)  # which reads all that is shown of it
+            digest = stored.get("digests", {}).get("model")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-        if made_by_evaluate:
-            found[f"{path.name}, before this training" if since else path.name] = stored
+        weights = _digests_in(folder) if weights is None else weights
+        name = path.name
+        if digest is None:
+            name += ", which does not say of what weights"
+        elif weights and digest not in weights:
+            name += ", before this training or of another network"
+        if not stored.get("complete", True):
+            name += ", not complete"
+        found[name] = stored
     return found
+
+
+def _digests_in(folder: Path) -> set[str]:
+    """Digests of the weights that a run left; none where they cannot be read."""
+    digests = set()
+    for path in (folder / "checkpoint.pt", folder / "best.pt"):
+        try:
+            stored = read_checkpoint(path)
+        except InputError:
+            continue
+        digests.add(digest_of_weights(stored["state_dict"], stored["model"]))
+    return digests
