@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from advfunmatch import InputError, TrainConfig, evaluate, load_dataset, load_model, train
+from advfunmatch.evaluation import Ball
 from advfunmatch.files import write_json
 
 from benchmarks import results
@@ -207,9 +208,8 @@ def study(
 
 
 def say(run: Run, figures: Json, progress: str) -> None:
-    accuracies = (
-        f"{title} {figures[name]:.1f} %" for name, title in (("clean", "clean"), ("pgd20", "PGD-20"))
-    )
+    titles = {"clean": "clean", "pgd20": f"PGD-20, {Ball(run.config.norm, run.config.eps)},"}
+    accuracies = (f"{title} {figures[name]:.1f} %" for name, title in titles.items())
     print(f"{progress}   {run.name}, seed {run.config.seed}: {', '.join(accuracies)}", flush=True)
 
 

@@ -280,7 +280,8 @@ def attack_quality(folder: Path) -> str:
     for row in content["rows"]:
         low, high = min(row["robust_accuracy"]), max(row["robust_accuracy"])
         cells.setdefault(row["attack"], {})[row["steps"]] = f"{row['mean']:.2f} ({low:.2f}–{high:.2f})"
-    head = ("attack", *(f"robust accuracy %, PGD-{count}" for count in steps))
+    ball = _ball("linf", content["eps"])
+    head = ("attack", *(f"robust accuracy %, PGD-{count}, {ball}" for count in steps))
     rows = [(name, *(found[count] for count in steps)) for name, found in cells.items()]
     seeds = len(content["rows"][0]["robust_accuracy"])
     note = (
@@ -338,14 +339,15 @@ def demo(folder: Path) -> str:
                 "–" if is_teacher else f"{run['kl_mismatched']:.3f}",
             )
         )
+    ball = _ball("linf", content["eps"])
     head = (
         "trained by",
         "model",
         "clean %",
-        "PGD-20 %",
-        "AutoAttack %",
+        f"PGD-20 %, {ball}",
+        f"AutoAttack %, {ball}",
         "agrees with teacher %",
-        "on mismatched examples %",
+        f"on mismatched examples %, {ball}",
         "KL there",
     )
     note = (
@@ -421,13 +423,20 @@ def training(folder: Path) -> str:
     return f"{markdown(head, rows)}\n\n<sub>{provenance(content)}</sub>"
 
 
+def _ball(norm: str, eps: float) -> str:
+    """A norm and a radius, as heads of columns have them."""
+    levels = round(255 * eps, 6)
+    fraction = levels.is_integer() and float(f"{eps:.3g}") != eps
+    return f"{norm} {levels:.0f}/255" if fraction else f"{norm} {eps:.3g}"
+
+
 # figure of a study -> (title, decimals)
 _STUDIED = {
     "clean": ("clean %", 1),
-    "pgd20": ("PGD-20 %", 1),
-    "autoattack": ("AutoAttack %", 1),
+    "pgd20": ("PGD-20 %, {ball}", 1),
+    "autoattack": ("AutoAttack %, {ball}", 1),
     "agreement": ("agrees with teacher %", 1),
-    "agreement_mismatched": ("on mismatched examples %", 1),
+    "agreement_mismatched": ("on mismatched examples %, {ball}", 1),
     "kl_mismatched": ("KL there", 3),
 }
 
@@ -445,9 +454,10 @@ def study(data: str, folder: Path) -> str:
         )
         for name, runs in seeds.items()
     ]
-    head = ("trained by", *(title for title, _ in _STUDIED.values()))
     run = content["runs"][-1]
     chosen, shared = run["settings"], run["settings"]["shared"]
+    ball = _ball(shared.get("norm", "linf"), shared["eps"])  # that of every row: see Study.shared
+    head = ("trained by", *(title.format(ball=ball) for title, _ in _STUDIED.values()))
     counts = sorted({len(runs) for name, runs in seeds.items() if name != "teacher"})
     note = (
         f"<sub>{data}: teacher `{chosen['teacher']['model']}` by {chosen['teacher']['method']}, students "

@@ -242,7 +242,7 @@ def test_the_folder_of_a_run_does_for_its_checkpoint(
     student = tmp_path / "runs" / "student"
     folder = str(Path(teacher).parent)
     assert run([*TRAIN, "--method", "funmatch", "--teacher", folder, "--out", str(student)]) == 0
-    assert run(evaluate(student, tmp_path / "figures.json", "--attacks", "clean")) == 0
+    assert run(evaluate(student, tmp_path / "figures.json", "--attacks", "clean", "--fidelity")) == 0
     assert json.loads((tmp_path / "figures.json").read_text())["teacher"] == folder
     assert torch.equal(*(next(load_model(path).parameters()) for path in (folder, teacher)))
     assert run([*TRAIN, "--seed", "1", "--out", str(tmp_path / "runs" / "other")]) == 0

@@ -229,7 +229,7 @@ def test_resume_with_another_teacher_is_refused_wherever_it_lies(
         "--limit",
         "20",
     ]
-    assert run([*command, "--out", out]) == 0
+    assert run([*command, "--fidelity", "--out", out]) == 0
     assert "moved.pt' is no longer the network that this student was trained with" in capsys.readouterr().err
     stored.pop("digests")
     stored["config"].pop("validation")  # a setting that it did not have

@@ -121,13 +121,11 @@ def test_the_teacher_is_measured_before_it_teaches(
     result = train(config)
     images = load_dataset("digits", split="train", limit=100)
     expected = evaluate(load_model(teacher), images, ["clean", "pgd10"], eps=0.15).accuracies
-    accuracy = {**expected, "images": 100, "warnings": []}
+    accuracy = {**expected, "norm": "linf", "eps": 0.15, "images": 100, "warnings": []}
     assert result["teacher_accuracy"] == accuracy
     assert json.loads((Path(config.out) / "run.json").read_text())["teacher_accuracy"] == accuracy
-    said = (
-        f"teacher: clean {expected['clean']:.1f} %, PGD-10 {expected['pgd10']:.1f} % on 100 training images"
-    )
-    assert said in capsys.readouterr().err.splitlines()
+    figures = f"clean {expected['clean']:.1f} %, PGD-10, 0.15 (linf), {expected['pgd10']:.1f} %"
+    assert f"teacher: {figures} on 100 training images" in capsys.readouterr().err.splitlines()
 
     monkeypatch.delattr(advfunmatch.training.run, "measure_teacher")
     assert train(make_config(limit=100, resume=True, **settings))["teacher_accuracy"] == accuracy

@@ -9,6 +9,7 @@ import typer
 
 from ..config import config_from, read_settings
 from ..errors import InputError
+from ..evaluation import Ball
 from ..methods import preset as make_preset
 from ..training import train as train_model
 from ..training.distributed import leave_world
@@ -69,5 +70,6 @@ def parse_own(given: list[str]) -> dict[str, str]:
 
 def _line(result: dict[str, Any]) -> str:
     """The figures of one network after training."""
-    line = f"clean {result['clean']:.2f} %   PGD-20 {result['pgd20']:.2f} %"
+    ball = Ball(result["settings"]["norm"], result["settings"]["eps"])
+    line = f"clean {result['clean']:.2f} %   PGD-20, {ball}, {result['pgd20']:.2f} %"
     return line + (f"   agreement {result['agreement']:.2f} %" if "agreement" in result else "")

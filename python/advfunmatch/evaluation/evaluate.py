@@ -118,7 +118,7 @@ def measure_into(
         raise one_of("norm", norm, NORMS)
     balls = [] if eps is None else balls_of(eps, norm)
     wanted = _plan(attacks, balls, norm)
-    data = as_dataset(data)
+    data = data if isinstance(data, ImageDataset) else as_dataset(data)
     _check_arguments(model, data, teacher)
     if teacher is not None and not balls:
         raise InputError("eps is missing, but mismatched examples are sought within a radius, such as 8/255")
@@ -193,7 +193,7 @@ def attack_images(
     if len(plan) != 1:
         raise InputError(f"eps is {eps!r}, but images are attacked in one ball at a time")
     _, ball = plan[0]
-    data = as_dataset(data)
+    data = data if isinstance(data, ImageDataset) else as_dataset(data)
     _check_arguments(model, data, teacher)
     data = data.to(device_of(model, data))
     with frozen(model), frozen(teacher), warnings_of_autoattack([]), Shown(progress) as shown:

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..data import ImageDataset, as_float, load_dataset
-from ..evaluation import mismatched_examples
+from ..evaluation import Ball, mismatched_examples
 from ..files import write_atomically
 from ..models import load_model
 from .tables import COLOURS
@@ -23,9 +23,8 @@ EXAMPLES = 8  # test images shown, the first of as many classes
 
 def demo_table(result: dict[str, Any]) -> Table:
     """The demo's figures as a terminal table."""
-    title = (
-        f"{result['data']}, {result['test_images']} test images, l∞ ball of radius {result['eps']:g}; percent"
-    )
+    ball = Ball("linf", result["eps"])
+    title = f"{result['data']}, {result['test_images']} test images, attacks within {ball}; percent"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("network", no_wrap=True)
     table.add_column("method", no_wrap=True)
@@ -62,7 +61,8 @@ def draw_demo(out: Path, result: dict[str, Any]) -> None:
         )
         curves.plot(epochs, [row["train_clean"] for row in rows], color=colours[name], ls=":", lw=1.4)
     curves.set(xlabel="epoch", ylabel="accuracy on training images, %", ylim=(-3, 103))
-    curves.set_title("Learning curves: solid under PGD-10, dotted clean", loc="left", fontsize=11)
+    ball = Ball("linf", result["eps"])
+    curves.set_title(f"Learning curves: solid under PGD-10, {ball}; dotted clean", loc="left", fontsize=11)
     curves.grid(alpha=0.25)
     curves.legend(loc="center right", frameon=True, framealpha=0.9, fontsize=9)
     curves.spines[["top", "right"]].set_visible(False)
@@ -76,7 +76,7 @@ def draw_demo(out: Path, result: dict[str, Any]) -> None:
         bars.bar_label(drawn, fmt="%.0f", fontsize=9, padding=1)
     bars.set_xticks(range(len(kinds)), [label for _, label in kinds])
     bars.set(ylim=(0, 110), ylabel="test accuracy, %")
-    bars.set_title(f"After {result['epochs']} epochs, ε = {result['eps']:g}", loc="left", fontsize=11)
+    bars.set_title(f"After {result['epochs']} epochs, attacks within {ball}", loc="left", fontsize=11)
     bars.spines[["top", "right"]].set_visible(False)
 
     _draw_examples(bottom, out, result)

@@ -6,6 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..evaluation import Ball
+
 
 class Board:
     """DIR/tensorboard, with the rows of metrics.jsonl; nothing where it is not wanted.
@@ -35,8 +37,10 @@ class Board:
         if self.writer is None:
             return
         for name, value in row.items():
-            if name not in ("epoch", "step"):
-                self.writer.add_scalar(name, value, row["epoch"])
+            if name not in ("epoch", "step", "norm", "eps"):
+                # Runs that are shown together may have been attacked in different balls.
+                ball = f" {Ball(row['norm'], row['eps'])}" if name.endswith("_pgd10") and "eps" in row else ""
+                self.writer.add_scalar(f"{name}{ball}", value, row["epoch"])
 
     def __enter__(self) -> Board:
         return self

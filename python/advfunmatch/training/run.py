@@ -18,6 +18,7 @@ from ..data import ImageDataset
 from ..data.augment import augmented, parse_augmentation
 from ..environment import environment
 from ..errors import InputError, one_of
+from ..evaluation import Ball
 from ..files import make_folder, remove_partial_files, write_json
 from ..lean import PreparedModel, prepare_for_attack
 from ..methods import Method, get_method, make_attack, unused_settings
@@ -244,8 +245,8 @@ def _remarks(
         )
     if accuracy:
         said.append(
-            f"teacher: clean {accuracy['clean']:.1f} %, PGD-10 {accuracy['pgd10']:.1f} % on {accuracy['images']} "
-            "training images"
+            f"teacher: clean {accuracy['clean']:.1f} %, PGD-10, {Ball(config.norm, config.eps)}, "
+            f"{accuracy['pgd10']:.1f} % on {accuracy['images']} training images"
         )
         said += [f"warning: {sentence}" for sentence in accuracy["warnings"]]
     return said

@@ -65,8 +65,8 @@ def measure_teacher(teacher: nn.Module, data: ImageDataset, config: TrainConfig)
     """How good a teacher is on some images, before it teaches.
 
     Returns:
-        Accuracies in percent under ``clean`` and ``pgd10``, on how many ``images`` of the training split, and
-        ``warnings``.
+        Accuracies in percent under ``clean`` and ``pgd10``, the ``norm`` and ``eps`` of that attack, on how many
+        ``images`` of the training split, and ``warnings``.
 
     Raises:
         InputError: its logits are not finite.
@@ -87,7 +87,8 @@ def measure_teacher(teacher: nn.Module, data: ImageDataset, config: TrainConfig)
             f"{what} is right on {measured.accuracies['clean']:.1f} % of {len(data)} training images, which is no more "
             "than chance: are its weights, its architecture, and the order of its classes those that were meant?",
         )
-    return {**measured.accuracies, "images": len(data), "warnings": warnings}
+    ball = {"norm": config.norm, "eps": config.eps}
+    return {**measured.accuracies, **ball, "images": len(data), "warnings": warnings}
 
 
 def is_chance(per_class: list[float], labels: Tensor) -> bool:
