@@ -91,7 +91,7 @@ def join_world(device: torch.device) -> tuple[World, torch.device]:
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if here > gpus:
             raise InputError(
-                f"nproc-per-node is {here}, but this machine has {gpus} GPUs, one for each process"
+                f"processes (nproc-per-node) is {here}, but this machine has {gpus} GPUs, one for each process"
             )
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
