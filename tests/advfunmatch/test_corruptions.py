@@ -58,6 +58,30 @@ def test_limit_takes_the_same_images_of_every_cell(corrupted: str) -> None:
     assert fog == sorted(fog, reverse=True)
 
 
+def test_cells_that_were_measured_before_a_stop_are_not_measured_again(
+    corrupted: str, tmp_path: Path
+) -> None:
+    left, network = [4], Brightness()
+
+    def stops(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return x
+
+    settings = {"eps": 0.1, "out": tmp_path / "x.json"}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_corruptions(network, f"{corrupted}@fog", [stops], **settings)
+    stored = json.loads((tmp_path / "x.json").read_text())
+    assert (len(stored["cells"]), stored["complete"]) == (4, False)
+    left[0] = 1
+    whole = evaluate_corruptions(network, f"{corrupted}@fog", [stops], resume=True, **settings)
+    assert whole.by_corruption("stops") == evaluate_corruptions(network, f"{corrupted}@fog").by_corruption()
+    assert json.loads((tmp_path / "x.json").read_text())["complete"]
+    with pytest.raises(InputError, match="seed was 0, and is 1"):
+        evaluate_corruptions(network, f"{corrupted}@fog", [stops], resume=True, seed=1, **settings)
+
+
 def test_on_the_command_line(corrupted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     model = create_model("small_cnn-8", num_classes=10, in_channels=3)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from advfunmatch import ImageDataset, InputError, PGDAttack, evaluate, register_attack
+from advfunmatch.cli import run
 from advfunmatch.evaluation import attack_images, attack_of, pgd, split_attacks
 from torch import Tensor, nn
 
@@ -176,3 +179,43 @@ def test_text_is_split_outside_parentheses_only() -> None:
 def test_images_of_one_attack(data: ImageDataset) -> None:
     x_adv = attack_images("pgd(steps=2)", Linear(), data, eps=0.1)
     assert 0.05 < float((x_adv - data.images).abs().max()) <= 0.1 + 1e-6
+
+
+class WithLogits(Linear):
+    """As networks of transformers answer."""
+
+    def forward(self, x: Tensor) -> SimpleNamespace:  # type: ignore[override]
+        return SimpleNamespace(logits=super().forward(x))
+
+
+def test_objects_with_logits_are_measured_as_logits(data: ImageDataset) -> None:
+    def seen(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        assert isinstance(model(x), Tensor)
+        return x
+
+    settings = {"eps": 0.1, "teacher": Linear()}
+    plain, wrapped = (
+        evaluate(network(), data, ["fgsm", "pgd10", seen], **settings) for network in (Linear, WithLogits)
+    )
+    assert [row.standing for row in wrapped.results] == [row.standing for row in plain.results]
+    assert wrapped.kl_mismatched == plain.kl_mismatched
+
+
+def test_a_file_brings_an_attack_to_the_command_line(teacher: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from advfunmatch import register_attack\n"
+        "@register_attack('darker')\n"
+        "def darker(model, x, y, *, eps, share: float = 1.0):\n"
+        "    return (x - share * eps).clamp(0, 1)\n"
+    )
+    command = ["evaluate", "--checkpoint", teacher, "--data", "digits", "--limit", "20", "--import"]
+    command += [
+        str(tmp_path / "mine.py"),
+        "--attacks",
+        "clean,darker(share=1/2)",
+        "--out",
+        str(tmp_path / "x.json"),
+    ]
+    assert run(command) == 0
+    row = json.loads((tmp_path / "x.json").read_text())["results"][1]
+    assert (row["attack"], row["norm"], row["eps"]) == ("darker(share=0.5)", "linf", 0.15)

@@ -27,7 +27,7 @@ from .balls import Ball, balls_of
 from .doubts import margin_warnings, masking_warnings
 from .fidelity import ABOUT, clean_fidelity, mismatched_fidelity
 from .measuring import Measuring, measure, run
-from .networks import device_of, frozen
+from .networks import device_of, frozen, returning_logits
 from .results import Evaluation, Fidelity
 from .rows import clean
 from .shown import Shown
@@ -57,8 +57,8 @@ def evaluate(
     """Measure a model on every image of `data`.
 
     Args:
-        model: maps images in [0, 1] to logits (N, C), C at least the classes of `data`; it is put into eval mode
-            meanwhile.
+        model: maps images in [0, 1] to logits (N, C), or an object with ``.logits``, C at least the classes of `data`;
+            it is put into eval mode meanwhile.
         data: the images and labels: whatever `as_dataset` takes.
         attacks: any of names in `ATTACKS`, also with settings (``"pgd(steps=40, restarts=5)"``, or in Python
             ``pgd(steps=40, restarts=5)``); `PGDAttack`s, which keep their own ball; and functions
@@ -132,6 +132,8 @@ def measure_into(
     done = None if stored is None else file.continued(stored, result)
     with frozen(model), frozen(teacher), warnings_of_autoattack([]), _radius_is_said(), Shown(tell) as shown:
         _require_comparable(model, teacher, data)
+        model = returning_logits(model, data)
+        teacher = None if teacher is None else returning_logits(teacher, data)
         measuring = Measuring(model, teacher, data, as_float(data.images), seed, size)
         file.prepare()
         for _ in _fill(result, done, wanted, balls, measuring, shown):
@@ -198,6 +200,7 @@ def attack_images(
     data = data.to(device_of(model, data))
     with frozen(model), frozen(teacher), warnings_of_autoattack([]), Shown(progress) as shown:
         require_forward(model, data, "model")
+        model = returning_logits(model, data)
         measuring = Measuring(model, teacher, data, as_float(data.images), seed, batch_size)
         return run(attack, ball, measuring, shown.bar(attack.label, len(data))).images
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..data import ImageDataset
+from ..data import ImageDataset, as_float
+from ..models import logits_in
 
 
 @contextmanager
@@ -32,6 +33,24 @@ def frozen(model: nn.Module | None) -> Iterator[None]:
             module.training = True
         for parameter in moving:
             parameter.requires_grad_(True)
+
+
+class LogitsOnly(nn.Module):
+    """A network that returns an object with logits, as one that returns these: what every attack takes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.train(network.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits_in(self.network(x))
+
+
+@torch.no_grad()
+def returning_logits(network: nn.Module, data: ImageDataset) -> nn.Module:
+    """The network itself where it returns a tensor for the data's images, and `LogitsOnly` of it otherwise."""
+    return network if isinstance(network(as_float(data.images[:2])), Tensor) else LogitsOnly(network)
 
 
 @torch.no_grad()
