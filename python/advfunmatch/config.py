@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any, get_args, get_type_hints
 
@@ -143,7 +143,8 @@ class TrainConfig:
     teacher_input: str = _field("the teacher sees adversarial or clean images [default: the method's]")
     teacher_gradient: bool = _field("attack through the teacher too [default: the method's]")
     settings: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "settings that the method itself brings, e.g. gamma=3"}
+        default=None,  # type: ignore[arg-type]
+        metadata={"help": "settings that the method itself brings, e.g. gamma=3 [default: its own]"},
     )
 
     awp: bool = _field("perturb the weights against each step too (Wu et al. 2020)", False)
@@ -197,10 +198,10 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, such as JSON has."""
-        own = {
-            name: list(value) if isinstance(value, tuple) else value for name, value in self.settings.items()
-        }
-        return {**asdict(replace(self, settings=own)), "imports": list(self.imports)}
+        values = {**asdict(self), "imports": list(self.imports)}
+        for name, value in (values["settings"] or {}).items():
+            values["settings"][name] = list(value) if isinstance(value, tuple) else value
+        return values
 
 
 FillIn = Callable[[TrainConfig], TrainConfig]
@@ -228,10 +229,7 @@ def config_from(settings: Mapping[str, Any]) -> TrainConfig:
 
 def default_settings() -> dict[str, Any]:
     """The value of each setting that is not given."""
-    return {
-        setting.name: setting.default if setting.default_factory is MISSING else setting.default_factory()
-        for setting in fields(TrainConfig)
-    }
+    return {setting.name: setting.default for setting in fields(TrainConfig)}
 
 
 def _missing(setting: Any) -> InputError:
@@ -239,7 +237,7 @@ def _missing(setting: Any) -> InputError:
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    if name == "settings":
+    if name == "settings" and value is not None:
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             return dict(value)
         raise InputError(f"settings is {value!r}, but must be of type dict, such as {{'gamma': 3}}")
@@ -307,7 +305,8 @@ def read_settings(path: str) -> SettingsFile:
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise InputError(f"config {path!r} cannot be read as YAML: {reason}") from error
     if isinstance(settings, dict) and {"config", "environment"} <= set(settings):
-        settings = settings["config"]
+        given = [name for name, origin in settings.get("origins", {}).items() if origin["kind"] == "given"]
+        settings = {name: value for name, value in settings["config"].items() if name not in given}
         node = next(value for key, value in node.value if key.value == "config")
         for how_it_was_started in ("resume", "overwrite"):  # which is no part of what is to be repeated
             settings.pop(how_it_was_started, None)

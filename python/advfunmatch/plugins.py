@@ -68,13 +68,25 @@ class Origin:
         return {"kind": self.kind, "name": self.name}
 
 
-def how_to_supply(origin: Mapping[str, str]) -> str:
-    """What a user must do so that a row of that origin, as `Origin.to_dict` gives it, is there.
+def how_to_supply(origin: Mapping[str, str], setting: str) -> str:
+    """What a user must do so that what a setting names is there again.
 
-    >>> how_to_supply({"kind": "import", "name": "my.py"})
+    Args:
+        origin: where it came from, as `Origin.to_dict` says, or ``{"kind": "given", "name": its name}``.
+        setting: the argument of `train` that it was given as.
+
+    >>> how_to_supply({"kind": "import", "name": "my.py"}, "model")
     "add --import my.py (in Python: advfunmatch.load_plugins(['my.py']))"
     """
     name = origin["name"]
+    if origin["kind"] == "given":
+        if setting == "teacher":
+            return "give it in Python again, as teacher=…, or name the file of its weights"
+        decorator = "register_dataset" if setting == "data" else f"register_{setting}"
+        return (
+            f"give it in Python again, as {setting}=…; for the command line, register it ({decorator}) in a file, and "
+            "add --import FILE"
+        )
     if origin["kind"] == "plugin":
         return f"install the package {name}"
     if origin["kind"] == "script":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import did_you_mean
 from ..lean import PreparedModel
 from .objectives import Objective, create_objective
-from .target import BN_MODES, batch_norms
+from .target import BN_MODES, Target, batch_norms
 
 NORMS = ("linf", "l2")
 INITS = ("gaussian", "uniform", "zero")
@@ -217,12 +217,31 @@ def check_known(
     if labels is None and getattr(objective, "needs_labels", False):
         raise ValueError(f"objective {name} needs labels, got None")
     if labels is not None:
-        if labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
+        is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        if not is_integer or labels.shape[:1] != x.shape[:1]:
             raise ValueError(
-                f"labels must be int64 of shape ({len(x)},), got {labels.dtype} of shape {tuple(labels.shape)}"
+                f"labels must be integers of shape ({len(x)},), or ({len(x)}, ...) where logits are dense, got "
+                f"{labels.dtype} of shape {tuple(labels.shape)}"
             )
         if labels.device != x.device:
             raise ValueError(f"labels must be on the images' device {x.device}, got {labels.device}")
+
+
+def as_rows(labels: Tensor | None) -> Tensor | None:
+    """Labels as int64, one for each row of logits."""
+    return None if labels is None else labels.long().flatten()
+
+
+def check_rows(target: Target, images: int, *logits: Tensor | None) -> None:
+    """That there are labels and logits for the same rows, which only shows once the networks have answered."""
+    rows = [len(z) for z in logits if z is not None]
+    if len(set(rows)) > 1:
+        raise ValueError(f"student and teacher must have logits for the same pixels, got {rows} rows")
+    if target.labels is not None and rows and len(target.labels) != rows[0]:
+        raise ValueError(
+            f"labels must be one for each row of logits, {rows[0] // images} for each image, got {len(target.labels)} "
+            f"for {images} images"
+        )
 
 
 def check_bn(bn: str, student: nn.Module, teacher: nn.Module | None) -> None:

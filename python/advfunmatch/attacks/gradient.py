@@ -16,7 +16,8 @@ becomes NaN in the last one: what has broken down must not pass for a network th
 zero in every step has not been attacked at all, and is counted.
 
 Where the images share their batch's statistics an image's gradient is made of every row's, and rows have to keep their
-weights: they are multiplied by what the objective divided them by, relative to the largest, and all get one factor.
+weights: they are multiplied by what the objective divided them by, relative to the largest, and all get one factor. So
+do the rows of one image where its logits are dense (Note [Rows] in ``target``).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .target import without_ignored
 
 
 class _Range(NamedTuple):
@@ -66,19 +69,31 @@ class ScaledBackward:
 
         Autograd runs each network's part on its forward's stream.
         """
+        images, counted = len(leaf), None
+        is_dense = len(z_s) != images
+        if is_dense:
+            counted, labels = without_ignored(labels)
         known = z_s.detach(), None if z_t is None else z_t.detach(), labels
         outputs, grads = _moving_sides(z_s, z_t, self.objective(*known))
+        if counted is not None:
+            grads = [g.masked_fill(~counted.unsqueeze(1), 0) for g in grads]
         is_narrow = leaf.dtype == torch.float16 or any(z.dtype == torch.float16 for z in outputs)
         limits = _NARROW if is_narrow else _WIDE
         size = _sizes(outputs, grads, is_narrow)
-        weight: Tensor | float = 1.0
-        if self.shared:
-            weight = _weights(self.objective, known, size)
-            size = (size * weight).amax(0, keepdim=True).expand_as(size)
+        weight: Tensor | None = None
+        if self.shared or is_dense:
+            groups = 1 if self.shared else images
+            weight = _weights(self.objective, known, size, counted, groups)
+            size = (
+                (size * weight).view(groups, -1).amax(1, keepdim=True).expand(-1, images // groups).flatten()
+            )
         mantissa, _ = torch.frexp(size)
         # mantissa / size is the power of two that brings the size between 1/2 and 1, exactly.
-        self.applied = torch.where((size > 0) & (size < torch.inf), mantissa / size, 1) * self.factor * weight
-        grads = [(g * self.applied.unsqueeze(1)).to(z.dtype) for z, g in zip(outputs, grads, strict=True)]
+        self.applied = torch.where((size > 0) & (size < torch.inf), mantissa / size, 1) * self.factor
+        by_row = self.applied
+        if weight is not None:
+            by_row = by_row.repeat_interleave(len(z_s) // images) * weight
+        grads = [(g * by_row.unsqueeze(1)).to(z.dtype) for z, g in zip(outputs, grads, strict=True)]
         (gradient,) = torch.autograd.grad(outputs, leaf, grads, allow_unused=True)
         if gradient is None:
             raise ValueError(
@@ -96,13 +111,18 @@ class ScaledBackward:
         return gradient.masked_fill(stays.view(-1, *[1] * (gradient.dim() - 1)), 0)
 
 
-def _weights(objective: Any, known: tuple[Any, ...], size: Tensor) -> Tensor:
-    """What rows of a shared gradient count, relative to the one that counts most."""
+def _weights(
+    objective: Any, known: tuple[Any, ...], size: Tensor, counted: Tensor | None, groups: int
+) -> Tensor:
+    """What rows that share a gradient count, relative to the one of their group that counts most."""
     if not hasattr(objective, "log_scale"):
         return torch.ones_like(size)
     log_scale = objective.log_scale(*known).double()
-    most = log_scale.amax(0, keepdim=True)
-    return torch.where(most > -torch.inf, torch.exp(log_scale - most), 1)
+    if counted is not None:
+        log_scale = log_scale.masked_fill(~counted, -torch.inf)
+    log_scale = log_scale.view(groups, -1)
+    most = log_scale.amax(1, keepdim=True)
+    return torch.where(most > -torch.inf, torch.exp(log_scale - most), 1).flatten()
 
 
 def _sizes(outputs: list[Tensor], grads: list[Tensor], of_images: bool) -> Tensor:

@@ -9,7 +9,7 @@ from ..lean import unwrap
 from . import arguments
 from .gradient import ScaledBackward
 from .objectives import Objective
-from .target import Target
+from .target import Target, rows_of, without_ignored
 
 __all__ = ["input_gradient"]
 
@@ -53,6 +53,8 @@ def input_gradient(
         raise ValueError(
             f"objective {type(objective).__name__} needs teacher_logits on the clean images, got None"
         )
+    labels = arguments.as_rows(labels)
+    teacher_logits = None if teacher_logits is None else rows_of(teacher_logits)
     target = Target(student, None if use in ("none", "clean") else teacher, labels, teacher_logits)
     with torch.inference_mode(False), torch.enable_grad():
         leaf, z_s, z_t = target.forward(x_adv, use == "moving")
@@ -60,6 +62,11 @@ def input_gradient(
         gradient = backward(leaf, z_s, z_t, labels)
         scale = 1 / backward.applied
         if hasattr(objective, "log_scale"):
-            known = z_s.detach(), None if z_t is None else z_t.detach(), labels
-            scale = scale * objective.log_scale(*known).double().exp()
+            counted, classes = without_ignored(labels)
+            log_scale = objective.log_scale(
+                z_s.detach(), None if z_t is None else z_t.detach(), classes
+            ).double()
+            if counted is not None:
+                log_scale = log_scale.masked_fill(~counted, -torch.inf)
+            scale = scale * log_scale.view(len(x_adv), -1).amax(1).exp()
         return (gradient * scale.view(-1, *[1] * (gradient.dim() - 1))).to(gradient.dtype)

@@ -24,6 +24,8 @@ Attributes, all optional on a user's own callable:
   rows have to be weighed against each other.
 * ``score(student_logits, teacher_logits, labels)``: a value for each row, larger is better, by which restarts keep the
   best; required for restarts.
+* ``additive_score``: the same, such that the values of an image's pixels may be summed: used in place of ``score``
+  where logits are dense (N, C, ...), of which an objective sees each pixel's as a row.
 * ``success(student_logits, teacher_logits, labels)``: a bool for each row; required for early stopping.
 * ``keep``: "best" if the iterate with the best score is what the attack is after, rather than the last (default).
 """
@@ -88,6 +90,9 @@ class Mismatch:
     def score(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
         return divergence_score(student_logits, teacher_logits, self.temperature)
 
+    def additive_score(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
+        return _divergence(student_logits, teacher_logits, self.temperature)
+
 
 class FixedTeacher:
     """KL(teacher(x) ‖ student(x_adv)): the teacher's logits at the clean images are computed once.
@@ -121,6 +126,9 @@ class FixedTeacher:
     def score(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
         return divergence_score(student_logits, teacher_logits, self.temperature)
 
+    def additive_score(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
+        return _divergence(student_logits, teacher_logits, self.temperature)
+
 
 # A KL that is smaller has lost digits, or all of them, in float64.
 _LEAST_KL = 1e-290
@@ -134,9 +142,15 @@ def divergence_score(student_logits: Tensor, teacher_logits: Tensor, temperature
     -inf.
     """
     student, teacher = student_logits.double(), teacher_logits.double()
-    kl = softmax_kl_div(student, teacher, temperature=temperature, reduction="none")
+    kl = _divergence(student, teacher, temperature)
     _, _, log_scale = softmax_kl_direction(student, teacher, temperature=temperature)
     return torch.where(kl <= _LEAST_KL, log_scale.clamp(max=0.0), kl)
+
+
+def _divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    return softmax_kl_div(
+        student_logits.double(), teacher_logits.double(), temperature=temperature, reduction="none"
+    )
 
 
 class _Labelled:

@@ -20,7 +20,7 @@ from .capture import CapturedAttack, GraphCache, capture_key, is_captured
 from .gradient import ScaledBackward
 from .input_gradient import input_gradient
 from .objectives import Objective
-from .target import Target, eval_modes, in_format_of, logits_of
+from .target import Target, eval_modes, in_format_of, logits_of, rows_of, score_of
 
 __all__ = ["PGDAttack", "input_gradient"]
 
@@ -136,11 +136,13 @@ class PGDAttack:
         """Attack the images x.
 
         Args:
-            student: maps images to logits (N, C). A DDP or DataParallel wrapper is looked through.
+            student: maps images to logits (N, C), or to an object that has them as ``logits``; dense ones (N, C, ...)
+                are one row a pixel, whose objectives an image sums. A DDP or DataParallel wrapper is looked through.
             teacher: the same, or None where the objective needs none. For "fixed_teacher", None means the student's
                 own clean logits.
             x: images (N, ...), floating point, in the clip range.
-            labels: int64 (N,), for the objectives that need them.
+            labels: integers of any width, (N,), for the objectives that need them; of dense logits (N, ...), −100
+                where a pixel does not count.
             teacher_logits: for objectives with the teacher on clean images, its logits, where the caller has
                 them already.
             x_start: where the first run starts, for a caller that drew it itself; ``init`` decides otherwise.
@@ -155,7 +157,8 @@ class PGDAttack:
         arguments.check_known(self.objective, use, teacher, x, labels, teacher_logits, x_start)
         teacher = None if use == "none" or teacher_logits is not None else teacher
         arguments.check_bn(self.bn, student, teacher)
-        target = Target(student, teacher, labels, teacher_logits)
+        known_logits = None if teacher_logits is None else rows_of(teacher_logits)
+        target = Target(student, teacher, arguments.as_rows(labels), known_logits)
         target.follow_()
         # Inference tensors cannot be saved for a backward, and a caller's no_grad would leave nothing to differentiate.
         with torch.inference_mode(False), torch.enable_grad(), eval_modes(student, teacher, self.bn):
@@ -235,13 +238,17 @@ class PGDAttack:
             leaf, z_s, z_t = self._forward(target, x_adv)
             if self.keep == "best":  # the logits that the gradient needs also say how good the iterate is
                 known = z_s.detach(), _detached(z_t), target.labels
-                best.offer(x_adv, self.objective.score(*known))  # type: ignore[attr-defined]
+                best.offer(x_adv, score_of(self.objective, *known, len(x_adv)))
             gradient = backward(leaf, z_s, z_t, target.labels, is_last=step == self.steps - 1)
             x_adv = self._step(x_adv, gradient, x_inner)
         return x_adv, backward
 
     def _attack_until_success(self, target: Target, x: Tensor, x_start: Tensor | None) -> Tensor:
         """The same with the broken images taken out of the batch as they break."""
+        if target.labels is not None and len(target.labels) != len(x):
+            raise ValueError(
+                "early_stop=True goes with labels (N,) and logits (N, C), and not with dense ones"
+            )
         x_inner = target.in_its_format(x)
         target = self._with_clean_logits(target, x_inner)
         result = x_inner.clone()
@@ -255,6 +262,8 @@ class PGDAttack:
             for step in range(self.steps + 1):
                 # The logits that the gradient needs also say which images are broken: no extra forward.
                 leaf, z_s, z_t = self._forward(left, x_adv)
+                if len(z_s) != len(x_adv):
+                    raise ValueError("early_stop=True goes with logits (N, C), and not with dense ones")
                 known = z_s.detach(), _detached(z_t), left.labels
                 unbroken = ~self.objective.success(*known)  # type: ignore[attr-defined]
                 result[active] = x_adv
@@ -294,7 +303,9 @@ class PGDAttack:
         side = None
         if self.streams and x_adv.is_cuda:
             side = self._side_streams.setdefault(x_adv.device, torch.cuda.Stream(x_adv.device))
-        return target.forward(x_adv, self._teacher_use(target.teacher) == "moving", side)
+        leaf, z_s, z_t = target.forward(x_adv, self._teacher_use(target.teacher) == "moving", side)
+        arguments.check_rows(target, len(x_adv), z_s, z_t)
+        return leaf, z_s, z_t
 
     @torch.no_grad()
     def _score(self, target: Target, x_adv: Tensor) -> Tensor:
@@ -303,8 +314,7 @@ class PGDAttack:
         with eval_modes(target.student, target.teacher, bn):
             z_s = logits_of(target.student, x_adv)
             z_t = target.teacher_logits if target.teacher is None else logits_of(target.teacher, x_adv)
-        score: Tensor = self.objective.score(z_s, z_t, target.labels)  # type: ignore[attr-defined]
-        return score
+        return score_of(self.objective, z_s, z_t, target.labels, len(x_adv))
 
     # ---- around it -----------------------------------------------------------------------------------------------
 

@@ -1,21 +1,30 @@
-"""What is attacked: both networks, and what is known of the clean images."""
+"""What is attacked: both networks, and what is known of the clean images.
+
+Note [Rows]
+~~~~~~~~~~~
+An objective sees rows of logits (R, C). A classifier has one for each image; dense logits (N, C, ...), as of a
+segmentation, have one for each pixel, in the order of the labels (N, ...). What an image is worth is then the sum over
+its rows, and rows labelled `IGNORED` count nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..lean import PreparedModel
+from ..models import logits_in
 
 BN_MODES = ("eval", "batch", "train")
+IGNORED = -100  # the label of a pixel that does not count, as in torch.nn.functional.cross_entropy
 
 
 class Target(NamedTuple):
-    """The networks, and what is known of the clean images."""
+    """The networks, and what is known of the clean images: labels (R,) and logits (R, C), see Note [Rows]."""
 
     student: nn.Module
     teacher: nn.Module | None = None
@@ -70,15 +79,44 @@ class Target(NamedTuple):
 
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
-    """The network's logits, if it returns such."""
-    logits = model(x)
+    """The rows of the network's logits, or of those in the object that it returns; see Note [Rows]."""
+    logits = logits_in(model(x))
     if not isinstance(logits, Tensor):
-        raise TypeError(f"{type(model).__name__} must return a tensor of logits, got {type(logits).__name__}")
-    if logits.dim() != 2 or len(logits) != len(x):
-        raise ValueError(
-            f"{type(model).__name__} must return logits (N, C) with N = {len(x)}, got {tuple(logits.shape)}"
+        raise TypeError(
+            f"{type(model).__name__} must return a tensor of logits, or an object with such logits, got "
+            f"{type(logits).__name__}"
         )
-    return logits
+    if logits.dim() < 2 or len(logits) != len(x):
+        raise ValueError(
+            f"{type(model).__name__} must return logits (N, C) or (N, C, ...) with N = {len(x)}, got "
+            f"{tuple(logits.shape)}"
+        )
+    return rows_of(logits)
+
+
+def rows_of(logits: Tensor) -> Tensor:
+    """(R, C) from (N, C, ...)."""
+    return logits if logits.dim() == 2 else logits.movedim(1, -1).reshape(-1, logits.shape[1])
+
+
+def score_of(
+    objective: Any, student: Tensor, teacher: Tensor | None, labels: Tensor | None, images: int
+) -> Tensor:
+    """The objective's score of each image, from rows of logits; see Note [Rows]."""
+    if len(student) == images:
+        return objective.score(student, teacher, labels)
+    score = getattr(objective, "additive_score", objective.score)
+    counted, labels = without_ignored(labels)
+    scores: Tensor = score(student, teacher, labels)
+    return (scores if counted is None else scores.masked_fill(~counted, 0)).view(images, -1).sum(1)
+
+
+def without_ignored(labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Which rows count, and the labels with some class for the others, as an index needs; None without labels."""
+    if labels is None:
+        return None, None
+    counted = labels != IGNORED
+    return counted, labels.masked_fill(~counted, 0)
 
 
 def in_format_of(result: Tensor, x: Tensor) -> Tensor:

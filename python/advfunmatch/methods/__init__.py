@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .features import require_layers
 from .listing import methods_text
 from .method import ATTACK_READS, METHODS, SETTINGS, Default, Method, get_method, register_method
 from .presets import PRESETS, preset, presets_text
@@ -25,5 +26,6 @@ __all__ = [
     "preset",
     "presets_text",
     "register_method",
+    "require_layers",
     "unused_settings",
 ]

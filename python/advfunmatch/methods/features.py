@@ -34,6 +34,18 @@ def find_layer(network: nn.Module, name: str, what: str) -> nn.Module:
     return modules[name]
 
 
+def require_layers(layers: Layers, networks: Mapping[str, nn.Module | None]) -> None:
+    """InputError unless each network, "student" and "teacher", has the layers that are named for it."""
+    for side, names in layers.items():
+        if side not in networks:
+            raise one_of("features are of", side, networks)
+        network = networks[side]
+        for name in names:
+            if network is None:
+                raise InputError(f"features name the layer {name!r} of the {side}, but there is none")
+            find_layer(network, name, side)
+
+
 @contextmanager
 def features_of(network: nn.Module | None, names: Sequence[str], what: str) -> Iterator[dict[str, Tensor]]:
     """The outputs of these layers, filled in by the one forward that runs in this block.

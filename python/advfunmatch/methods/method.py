@@ -154,8 +154,8 @@ class Method:
     def outer_loss(self, logits: Logits, config: TrainConfig) -> Tensor:
         """The loss of one batch, with the method's own settings."""
         if self.settings is not None:
-            return self.loss(logits, config, self.settings(**config.settings))
-        return self.loss(logits, config, **config.settings)
+            return self.loss(logits, config, self.settings(**(config.settings or {})))
+        return self.loss(logits, config, **(config.settings or {}))
 
     def layers(self, config: TrainConfig) -> Layers:
         """The layers whose outputs the loss wants."""

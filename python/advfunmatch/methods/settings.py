@@ -22,7 +22,7 @@ def fill_in_defaults(config: TrainConfig) -> TrainConfig:
     for name, fallback in FALLBACKS.items():
         if getattr(config, name) is None:
             filled[name] = method.defaults[name].value if name in method.defaults else fallback
-    return replace(config, settings=method.own_settings(config.settings), **filled)
+    return replace(config, settings=method.own_settings(config.settings or {}), **filled)
 
 
 def check_with_method(config: TrainConfig) -> None:

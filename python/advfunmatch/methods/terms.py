@@ -136,6 +136,7 @@ def _match(student: Tensor, target: Tensor, config: TrainConfig) -> Tensor:
         temperature=config.temperature,
         reduction=config.reduction,
         scale_by_t2=config.scale_by_t2,
+        dim=1,
     )
 
 

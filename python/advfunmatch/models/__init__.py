@@ -7,7 +7,7 @@ from .fit import ClassesReordered
 from .normalization import NORMALIZATIONS, Normalized, parse_normalization
 from .outputs import logits_in
 from .state_dicts import load_weights
-from .zoo import FAMILIES, MODELS, create_model, models_text, register_model, same_weights
+from .zoo import FAMILIES, MODELS, create_model, find_family, models_text, register_model, same_weights
 
 __all__ = [
     "FAMILIES",
@@ -16,6 +16,7 @@ __all__ = [
     "ClassesReordered",
     "Normalized",
     "create_model",
+    "find_family",
     "load_model",
     "load_network",
     "load_weights",

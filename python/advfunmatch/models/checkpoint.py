@@ -9,6 +9,8 @@ A dict of tensors and plain Python values, so that ``torch.load(path, weights_on
 * ``state_dict``: the weights that are evaluated.
 * ``config``: the resolved `TrainConfig` as a dict.
 * ``epoch``, ``step``: how many were completed.
+* ``origins``: of what is not the package's own, by setting: ``{"model": {"kind": "import", "name": "/PATH/my.py"}}``;
+  of what was given to `train` as an object, ``{"kind": "given", "name": its type}``. `how_to_supply` says it in words.
 * ``digests``, ``teacher_accuracy``: of the data and the teacher (absent in files of earlier versions).
 * ``training``: what only a continued run needs (the optimizer's state, the best epoch so far); not in best.pt.
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +30,16 @@ from torch import Tensor, nn
 from ..data import ImageDataset, as_float
 from ..errors import InputError
 from ..files import write_atomically
+from ..plugins import how_to_supply
 from .fit import ClassesReordered, class_order
 from .outputs import logits_in
 from .reparametrized import with_plain_weights
 from .state_dicts import agreement, align, load_weights, state_dicts_of
 from .weight_files import read_weight_file, write_safetensors
-from .zoo import create_model
+from .zoo import create_model, find_family
 
 FORMAT = "advfunmatch"
+Build = Callable[[int, int], nn.Module]
 VERSION = 1
 REQUIRED = {
     "model": str,
@@ -92,24 +97,65 @@ def _is_own(stored: Any) -> bool:
     return isinstance(stored, dict) and stored.get("format") == FORMAT
 
 
-def model_of(checkpoint: dict[str, Any], path: str | Path, what: str = "checkpoint") -> nn.Module:
-    """The network of a checkpoint that was read, in eval mode and frozen."""
-    model = create_model(
-        checkpoint["model"], num_classes=checkpoint["num_classes"], in_channels=checkpoint["in_channels"]
-    )
+def model_of(
+    checkpoint: dict[str, Any],
+    path: str | Path,
+    what: str = "checkpoint",
+    model: str | nn.Module | Build | None = None,
+) -> nn.Module:
+    """The network of a checkpoint that was read, in eval mode and frozen.
+
+    Args:
+        checkpoint: the dict of Note [Checkpoint].
+        path, what: how to call the file in an error.
+        model: the network or its name, where the checkpoint's own does not say enough; see `load_model`.
+    """
+    name, origin = checkpoint["model"], checkpoint.get("origins", {}).get("model")
+    if model is None and origin and (origin["kind"] == "given" or find_family(name) is None):
+        given = origin["kind"] == "given"
+        held = "a network that train was given in Python as model=" if given else "a network that is not here"
+        here = (
+            "load_model(path, model=…) takes such a network, or a function that builds one; " if given else ""
+        )
+        raise InputError(
+            f"{what} {str(path)!r} holds the weights of a {name!r}, {held}: {here}{how_to_supply(origin, 'model')}"
+        )
+    network = _builder(name if model is None else model)(checkpoint["num_classes"], checkpoint["in_channels"])
     try:
-        model.load_state_dict(checkpoint["state_dict"])
+        network.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{what} {str(path)!r} does not hold the weights of a {checkpoint['model']}"
+            f"{what} {str(path)!r} does not hold the weights of a {_called(name, model)}"
         ) from error
-    return model.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)
+
+
+def _builder(model: str | nn.Module | Build) -> Build:
+    """A function of (num_classes, in_channels) that gives the network."""
+    if isinstance(model, str):
+        return lambda num_classes, in_channels: create_model(
+            model, num_classes=num_classes, in_channels=in_channels
+        )
+    if isinstance(model, nn.Module):
+        return lambda num_classes, in_channels: model
+    if not callable(model):
+        raise InputError(
+            f"model is of type {type(model).__name__}, but must be a name, a torch.nn.Module, or a function of "
+            "(num_classes, in_channels) that builds one"
+        )
+    return model
+
+
+def _called(name: str, model: str | nn.Module | Build | None) -> str:
+    if model is None or isinstance(model, str):
+        return model or name
+    return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__qualname__", "network")
 
 
 def load_model(
     path: str | Path,
     *,
-    model: str | None = None,
+    model: str | nn.Module | Build | None = None,
     num_classes: int | None = None,
     in_channels: int | None = None,
     normalize: str | None = None,
@@ -120,7 +166,9 @@ def load_model(
     Args:
         path: a ``checkpoint.pt`` of `advfunmatch train`; or, where `model` is given, another project's: a file of
             ``torch.save`` or of safetensors with a state dict, alone or under a key, with or without prefixes.
-        model: the architecture, as for `create_model`; `advfunmatch models` says whose code each is equal to.
+        model: the architecture, as for `create_model`; `advfunmatch models` says whose code each is equal to. Or the
+            network itself, which the weights are put into, or a function of (num_classes, in_channels) that builds it;
+            a checkpoint of a network that `train` was given in Python needs one.
         num_classes: number of logits [default: the file's].
         in_channels: channels of the images [default: the file's].
         normalize: what another project's network expects to be done to images in [0, 1]: ``cifar10``, ``cifar100``,
@@ -144,7 +192,7 @@ def load_model(
         for name, given in (("num_classes", num_classes), ("in_channels", in_channels)):
             if given is not None and given != checkpoint[name]:
                 raise InputError(f"checkpoint {str(path)!r} has {name} = {checkpoint[name]}, and not {given}")
-        return model_of(checkpoint, path)
+        return model_of(checkpoint, path, model=model)
     assert model is not None
     return _foreign(stored, path, model, num_classes, in_channels, normalize, weights_key, "checkpoint")
 
@@ -186,7 +234,7 @@ def load_network(
     else:
         stored = _own(stored, path, what)
         order = class_order(stored, data, f"{what} {str(path)!r}")
-        network = model_of(stored, path, what)
+        network = model_of(stored, path, what, model)
         network = network if order is None else ClassesReordered(network, order)
     network.to(data.images.device)
     require_forward(network, data, f"{what} {str(path)!r}")
@@ -198,7 +246,7 @@ def load_network(
 def _is_foreign(
     stored: Any,
     path: str | Path,
-    model: str | None,
+    model: str | nn.Module | Build | None,
     normalize: str | None,
     weights_key: str | None,
     what: str,
@@ -206,7 +254,9 @@ def _is_foreign(
     """Whether a file is to be read as another project's; InputError for settings that its kind does not take."""
     prefix = "teacher_" if what == "teacher" else ""
     if _is_own(stored):
-        if model is not None and model != stored.get("model"):
+        origin = stored.get("origins", {}).get("model", {"kind": "built in"})
+        is_known = isinstance(model, str) and origin["kind"] not in ("given", "script")
+        if is_known and model != stored.get("model"):
             raise InputError(
                 f"{prefix}model is {model!r}, but {what} {str(path)!r} was written by advfunmatch train, and is a "
                 f"{stored.get('model')!r}"
@@ -224,7 +274,7 @@ def _is_foreign(
 def _foreign(
     stored: Any,
     path: str | Path,
-    model: str,
+    model: str | nn.Module | Build,
     num_classes: int | None,
     in_channels: int | None,
     normalize: str | None,
@@ -233,11 +283,12 @@ def _foreign(
 ) -> nn.Module:
     """Another project's network, in eval mode and frozen."""
     settings = "teacher_" if what == "teacher" else ""
-    if num_classes is None or in_channels is None:
-        classes, channels = _sizes(stored, model, weights_key)
+    build = _builder(model)
+    if not isinstance(model, nn.Module) and (num_classes is None or in_channels is None):
+        classes, channels = _sizes(stored, build, weights_key)
         num_classes = num_classes or classes
         in_channels = in_channels or channels
-    network = create_model(model, num_classes=num_classes, in_channels=in_channels)
+    network = build(num_classes or 0, in_channels or 0)
     network = load_weights(
         network,
         stored,
@@ -249,12 +300,12 @@ def _foreign(
     return network.eval().requires_grad_(False)
 
 
-def _sizes(stored: Any, model: str, weights_key: str | None) -> tuple[int, int]:
+def _sizes(stored: Any, build: Build, weights_key: str | None) -> tuple[int, int]:
     """The numbers of classes and channels that stored weights are for: the sizes of the entries that depend on them."""
 
     def shapes(num_classes: int, in_channels: int) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
-            network = create_model(model, num_classes=num_classes, in_channels=in_channels)
+            network = build(num_classes, in_channels)
         return {name: tuple(value.shape) for name, value in network.state_dict().items()}
 
     classes, channels = 10, 3

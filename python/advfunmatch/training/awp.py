@@ -35,14 +35,17 @@ def perturbed_weights(
         world: the processes that share the batch.
     """
     weights: list[Tensor] = [
-        p for name, p in student.named_parameters() if p.dim() > 1 and name.endswith("weight")
+        p
+        for name, p in student.named_parameters()
+        if p.requires_grad and p.dim() > 1 and name.endswith("weight")
     ]
     buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
 
     def proxy(x: Tensor) -> Tensor:
         return functional_call(student, buffers, (x,))
 
-    gradients = torch.autograd.grad(loss_of(proxy), weights)
+    # Zeros for weights that the loss does not reach, which then stay.
+    gradients = torch.autograd.grad(loss_of(proxy), weights, materialize_grads=True)
     world.sum_(gradients)
     with torch.no_grad():
         moves = [

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -81,6 +81,17 @@ class World:
             if found is not None:
                 raise InputError(found)
 
+    def require_alike(self, digests: Mapping[str, str]) -> None:
+        """InputError where processes were given different things, as objects made without a seed are."""
+        found: list[Mapping[str, str]] = [{}] * self.size
+        _collectively(lambda: dist.all_gather_object(found, dict(digests)))
+        for name in digests:
+            if len({each.get(name) for each in found}) > 1:
+                raise InputError(
+                    f"{name} of the {self.size} processes differ; what is made in Python must be made alike in each, "
+                    "with a seed of its own"
+                )
+
 
 def join_world(device: torch.device) -> tuple[World, torch.device]:
     """The processes that torchrun started, and this one's device; NCCL between GPUs, gloo between CPUs."""
@@ -119,11 +130,19 @@ def synchronise_batch_norm(model: nn.Module, name: str) -> None:
     for module in model.modules():
         if type(module) in SYNCHRONISED:
             # Only its forward changes: parameters, names and the optimizer's references stay.
+            module.plain_class = type(module)  # type: ignore[assignment]
             module.__class__ = SynchronisedBatchNorm
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise InputError(
                 f"model is {name!r}, whose {type(module).__name__} cannot be synchronised over several processes"
             )
+
+
+def plain_batch_norm(model: nn.Module) -> None:
+    """Undo `synchronise_batch_norm`."""
+    for module in model.modules():
+        if type(module) is SynchronisedBatchNorm:
+            module.__class__ = module.__dict__.pop("plain_class")
 
 
 class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -21,11 +21,12 @@ from ..errors import InputError, one_of
 from ..evaluation import Ball
 from ..files import make_folder, remove_partial_files, write_json
 from ..lean import PreparedModel, prepare_for_attack
-from ..methods import Method, get_method, make_attack, unused_settings
+from ..methods import Method, get_method, make_attack, require_layers, unused_settings
 from ..models import ClassesReordered, create_model, load_network, require_forward
 from .averaging import WeightAverage
-from .digests import Digests, digests_of, require_same
+from .digests import Digests, digest_of_network, digests_of, require_same
 from .distributed import World, join_world, synchronise_batch_norm
+from .given import Given, Origins, origins_of, student_of, teacher_of
 from .splits import Splits, load_splits
 from .state import TrainingState, checkpoint_to_resume
 from .trials import DTYPES, autocast, measure_teacher, require_trainable
@@ -47,6 +48,7 @@ class Run:
         lean_student, lean_teacher: copies of the networks that only the attack uses, where it can.
         made_with: versions, device and commit.
         digests: of the teacher and the data, which a continued run must have too.
+        origins: where things that are not the package's own came from, by setting.
         teacher_accuracy: how good the teacher is on a few images; None without one, and in processes that only follow.
         remarks: what the user should know before training starts.
     """
@@ -63,6 +65,7 @@ class Run:
     lean_teacher: PreparedModel | None
     made_with: dict[str, Any]
     digests: Digests = field(default_factory=dict)
+    origins: Origins = field(default_factory=dict)
     teacher_accuracy: dict[str, Any] | None = None
     remarks: list[str] = field(default_factory=list)
 
@@ -152,15 +155,21 @@ class Run:
         return autocast(self.config, self.device)
 
 
-def set_up(config: TrainConfig) -> Run:
+def set_up(config: TrainConfig, given: Given) -> Run:
     """Put a run together from a resolved configuration, continue it if asked to, and open its folder.
+
+    Args:
+        config: what to train, resolved.
+        given: things that it does not name, but that were given as objects.
 
     Raises:
         InputError: a setting, the data, the teacher or the folder cannot be used; nothing was written then.
     """
     world, device = join_world(choose_device(config.device))
     with world.together():
-        run = _put_together(config, world, device)
+        run = _put_together(config, world, device, given)
+    if world.size > 1:
+        world.require_alike({**run.digests, "model": digest_of_network(run.student, config.model)})
     with world.together():
         if world.leads:
             make_folder(run.out, "out")
@@ -168,8 +177,13 @@ def set_up(config: TrainConfig) -> Run:
             if run.state.best is None:  # and none of a run that this one replaces
                 run.best_path.unlink(missing_ok=True)
                 run.best_path.with_suffix(".safetensors").unlink(missing_ok=True)
-            record = {"config": config.to_dict(), "environment": run.made_with, "digests": run.digests}
-            write_json(run.out / "run.json", record | {"teacher_accuracy": run.teacher_accuracy})
+            record: dict[str, Any] = {
+                "config": config.to_dict(),
+                "environment": run.made_with,
+                "digests": run.digests,
+            }
+            record |= {"origins": run.origins, "teacher_accuracy": run.teacher_accuracy}
+            write_json(run.out / "run.json", record)
     return run
 
 
@@ -187,16 +201,18 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _put_together(config: TrainConfig, world: World, device: torch.device) -> Run:
+def _put_together(config: TrainConfig, world: World, device: torch.device, given: Given) -> Run:
     if world.size > 1 and config.reduction == "sum":
         raise InputError("reduction is 'sum', but several processes need a mean: batchmean or mean")
     if config.tensorboard:
         importlib.import_module("torch.utils.tensorboard")
     if config.save_safetensors:
         importlib.import_module("safetensors")
-    splits, read = load_splits(config, device)
+    splits, read = load_splits(config, device, given.data)
     teacher, teacher_model = None, ""
-    if config.teacher:
+    if given.teacher is not None:
+        teacher, teacher_model = teacher_of(given.teacher, splits.train, device), config.teacher or ""
+    elif config.teacher:
         teacher, stored = load_network(
             config.teacher,
             config.teacher_model,
@@ -206,20 +222,22 @@ def _put_together(config: TrainConfig, world: World, device: torch.device) -> Ru
             weights_key=config.teacher_weights_key,
         )
         teacher_model = stored["model"]
-        if config.channels_last:
-            teacher.to(memory_format=torch.channels_last)
-    student = _new_student(config, splits.train, device, world)
+    if teacher is not None and config.channels_last:
+        teacher.to(memory_format=torch.channels_last)
+    student = _new_student(config, splits.train, device, world, given)
+    require_layers(get_method(config.method).layers(config), {"student": student, "teacher": teacher})
     if teacher is not None:
         _require_as_many_logits(student, teacher, splits.train, config)
     state = new_state(config, student, device)
     digests = digests_of(read, teacher, teacher_model)
-    resumed = _continue_or_begin(config, state, digests, splits.train)
+    resumed = _continue_or_begin(config, state, digests, splits.train, given)
     known = resumed.get("teacher_accuracy")
     if teacher is not None and known is None and world.leads:
         known = measure_teacher(teacher, splits.for_teacher(), config)
     return replace(
         assemble(config, world, device, splits, state, teacher),
         digests=digests,
+        origins=origins_of(config, given),
         teacher_accuracy=known,
         remarks=_remarks(config, resumed, teacher, known),
     )
@@ -280,9 +298,14 @@ def assemble(
     )
 
 
-def _new_student(config: TrainConfig, data: ImageDataset, device: torch.device, world: World) -> nn.Module:
+def _new_student(
+    config: TrainConfig, data: ImageDataset, device: torch.device, world: World, given: Given
+) -> nn.Module:
     torch.manual_seed(config.seed)
-    student = create_model(config.model, num_classes=data.num_classes, in_channels=data.in_channels)
+    if given.model is not None:
+        student = student_of(given.model, data)
+    else:
+        student = create_model(config.model, num_classes=data.num_classes, in_channels=data.in_channels)
     student.to(device)
     require_forward(student.eval(), data, f"model {config.model!r}")
     require_trainable(student, data, config, world)
@@ -319,7 +342,7 @@ def new_state(config: TrainConfig, student: nn.Module, device: torch.device) -> 
 
 
 def _continue_or_begin(
-    config: TrainConfig, state: TrainingState, digests: Digests, data: ImageDataset
+    config: TrainConfig, state: TrainingState, digests: Digests, data: ImageDataset, given: Given
 ) -> dict[str, Any]:
     """Restore the state of an interrupted run if that is wanted, and return its checkpoint; {} where a run begins.
 
@@ -327,7 +350,7 @@ def _continue_or_begin(
         InputError: a finished run would be lost, or the run to continue was started otherwise.
     """
     path = Path(config.out) / "checkpoint.pt"
-    if config.resume and (stored := checkpoint_to_resume(path, config)):
+    if config.resume and (stored := checkpoint_to_resume(path, config, given.names)):
         if "digests" in stored:
             require_same(stored, config, digests, data.class_names)
         state.restore(stored)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
 from ..config import TrainConfig
-from ..data import ImageDataset, as_extra_images, choose, load_dataset, require_labels
+from ..data import ImageDataset, as_extra_images, as_splits, choose, load_dataset, reduced, require_labels
 from ..data.augment import parse_augmentation, require_augmentable
 from ..errors import InputError
 from ..methods import get_method
@@ -54,8 +55,15 @@ class Splits:
         return images.subset(choose(len(images), TEACHER_IMAGES))
 
 
-def load_splits(config: TrainConfig, device: torch.device) -> tuple[Splits, dict[str, ImageDataset]]:
+def load_splits(
+    config: TrainConfig, device: torch.device, given: Any = None
+) -> tuple[Splits, dict[str, ImageDataset]]:
     """The data that a configuration names.
+
+    Args:
+        config: resolved.
+        device: where it goes.
+        given: data in place of what `data` names, as `as_splits` takes it.
 
     Returns:
         The splits; and what was read, by the setting that named it, which is what a run depends on.
@@ -64,8 +72,14 @@ def load_splits(config: TrainConfig, device: torch.device) -> tuple[Splits, dict
         InputError: they cannot be read, are not of one kind, or cannot be augmented or divided as configured.
     """
     load = partial(load_dataset, resize=config.resize, crop=config.crop)
-    train = load(config.data, split="train", limit=config.limit, cache=config.data_cache).to(device)
-    test = load(config.data, split="test", limit=config.eval_limit).to(device)
+    if given is None:
+        train = load(config.data, split="train", limit=config.limit, cache=config.data_cache)
+        test = load(config.data, split="test", limit=config.eval_limit)
+    else:
+        train, test = as_splits(given, name=config.data)
+        train = reduced(train, config.limit, config.resize, config.crop)
+        test = reduced(test, config.eval_limit, config.resize, config.crop)
+    train, test = train.to(device), test.to(device)
     _require_same_images(train, test)
     test = test.with_classes_of(train)
     require_augmentable(parse_augmentation(config.augment), train)

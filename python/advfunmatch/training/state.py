@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,17 +85,22 @@ class TrainingState:
             ) from error
 
 
-def checkpoint_to_resume(path: Any, config: TrainConfig) -> dict[str, Any] | None:
-    """The checkpoint to continue from, or None where there is none yet; InputError if it is of another run."""
+def checkpoint_to_resume(path: Any, config: TrainConfig, given: Collection[str]) -> dict[str, Any] | None:
+    """The checkpoint to continue from, or None where there is none yet; InputError if it is of another run.
+
+    Of networks and data that are given as objects, or were, digests and weights decide, and not what they are called.
+    """
     if not path.exists():
         return None
     checkpoint = read_checkpoint(path, "checkpoint to resume")
     stored, wanted = (
-        default_settings() | checkpoint["config"],
+        default_settings() | {"settings": {}} | checkpoint["config"],
         config.to_dict(),
     )  # an older run has fewer settings
+    origins = checkpoint.get("origins", {})
+    objects = {*given, *(name for name, origin in origins.items() if origin["kind"] == "given")} - {"method"}
     for name, value in wanted.items():
-        if name not in FREE_ON_RESUME and stored[name] != value:
+        if name not in (*FREE_ON_RESUME, *objects) and stored[name] != value:
             raise InputError(
                 f"{name} is {value!r}, but the run in {str(path.parent)!r} was started with {stored[name]!r}; "
                 "a run can only be continued as it was started"

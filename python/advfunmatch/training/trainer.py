@@ -34,9 +34,12 @@ from ..files import write_json_lines
 from ..lean import PreparedModel
 from ..methods import Logits, Method, Network
 from ..models import save_checkpoint
+from ..plugins import load_plugins
 from .averaging import refresh_batch_norm
 from .awp import perturbed_weights
 from .board import Board
+from .distributed import plain_batch_norm
+from .given import Given, GivenNetwork, require_known
 from .results import final_result, keep_best, monitor, sentence
 from .run import Run, set_up
 from .schedule import learning_rate
@@ -50,7 +53,16 @@ LEAST_SCALE = (
 )  # of fp16 losses, which halves at each overflow: below this a loss of 1 is not a normal number
 
 
-def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -> dict[str, Any]:
+def train(
+    config: TrainConfig,
+    *,
+    model: GivenNetwork | None = None,
+    teacher: GivenNetwork | None = None,
+    data: Any = None,
+    method: Method | None = None,
+    label: str | None = None,
+    show: bool = True,
+) -> dict[str, Any]:
     """Train one network, and write DIR/checkpoint.pt, DIR/metrics.jsonl and DIR/result.json; see Note [Splits].
 
     Everything that can be wrong with the configuration, the data and the teacher is found before DIR is touched. Under
@@ -58,6 +70,16 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
 
     Args:
         config: what to train, on what and how; unset fields take the method's defaults.
+        model: the network to train, in place of the one that ``config.model`` names: an ``nn.Module``, which is trained
+            in place, and left in eval mode on the run's device with the weights that the result is of; or a function
+            of (num_classes, in_channels) that builds one. It takes images in [0, 1], (N, C, H, W), and returns logits
+            (N, classes), or an object that has them as ``logits``. Parameters that need no gradient stay as they are.
+        teacher: the network to match, likewise, in place of the file that ``config.teacher`` names. A module is copied,
+            and stays as it is.
+        data: in place of what ``config.data`` names: what `as_dataset` takes, for ``{"train": …, "test": …}`` or as a
+            pair of the two; of one set alone a tenth is held out for the test split. It is read once, before training:
+            what its transforms draw at random is the same in every epoch, and ``config.augment`` draws anew.
+        method: a `Method` in place of the one that ``config.method`` names; it joins the table by its name.
         label: what the progress bar calls this run; the method and the model if not given.
         show: whether there is a progress bar.
 
@@ -67,12 +89,16 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
         in a process other than the first.
 
     Raises:
-        InputError: a setting, the data, the teacher or DIR cannot be used.
+        InputError: a setting, the data, a network or DIR cannot be used, or is given twice.
         TrainingDiverged: the loss or a weight became NaN or infinite.
     """
     from ..progress import ProgressBar  # needs rich, which those who import only the attack may not have
 
-    run = set_up(config.resolve())
+    given = Given(model, teacher, data, method)
+    config = given.complete(config)
+    load_plugins(config.imports)
+    require_known(config, given)
+    run = set_up(config.resolve(), given)
     config, state, leads = run.config, run.state, run.world.leads
     for remark in run.remarks if show and leads else ():
         print(remark, file=sys.stderr)
@@ -98,6 +124,10 @@ def train(config: TrainConfig, *, label: str | None = None, show: bool = True) -
             state.metrics.append(row)
             state.loss_sum.zero_()
             save(run)
+    if isinstance(model, nn.Module):
+        plain_batch_norm(model)
+        model.load_state_dict(state.evaluated.state_dict())
+        model.eval()
     return final_result(run) if leads else {}
 
 
@@ -340,5 +370,6 @@ def described(run: Run) -> dict[str, Any]:
         "config": run.config.to_dict(),
         "environment": run.made_with,
         "digests": run.digests,
+        "origins": run.origins,
         "teacher_accuracy": run.teacher_accuracy,
     }

@@ -14,6 +14,7 @@ from ..config import TrainConfig
 from ..data import ImageDataset, as_float
 from ..errors import InputError
 from ..evaluation import evaluate
+from ..models import logits_in
 from .distributed import SYNCHRONISED, World
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,7 +74,9 @@ def measure_teacher(teacher: nn.Module, data: ImageDataset, config: TrainConfig)
     """
     what = f"teacher {config.teacher!r}"
     with torch.no_grad(), autocast(config, data.images.device):  # as it will answer when it teaches
-        logits = torch.cat([teacher(as_float(images)) for images in data.images.split(config.batch_size)])
+        logits = torch.cat(
+            [logits_in(teacher(as_float(images))) for images in data.images.split(config.batch_size)]
+        )
     if broken := int((~logits.isfinite().all(1)).sum()):
         raise InputError(
             f"{what} answers {broken} of {len(data)} training images with logits that are not finite in "
