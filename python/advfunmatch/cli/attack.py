@@ -15,6 +15,7 @@ from ..data import as_float, load_dataset
 from ..errors import InputError, one_of
 from ..evaluation import ATTACKS, Attack, Ball, attack_images, attacks_of, balls_of, mismatched_examples
 from ..files import prepare_file, write_atomically
+from ..models import logits_in
 from ..training.run import choose_device
 from .networks import load
 from .options import BallOptions, Checkpoint, Data, Foreign, Images, Plugins, with_groups
@@ -60,7 +61,7 @@ def attack(
         prepare_file(out, "out")
         x_adv = attack_images(chosen, network, test_set, **settings, progress=True)
     with torch.no_grad():
-        predicted = torch.cat([network(part).argmax(1) for part in x_adv.split(images.batch_size)])
+        predicted = torch.cat([logits_in(network(part)).argmax(1) for part in x_adv.split(images.batch_size)])
     correct = predicted == test_set.labels
     buffer = io.BytesIO()
     tensors = {"x_test": x_adv, "y_test": test_set.labels, "x_clean": x}
