@@ -53,10 +53,9 @@ def test_the_fields_of_the_files_are_those_that_are_listed(
     assert set(result) == listed("result.json")
     assert set(result["results"][0]) == listed("result.json", "A row of `results`:")
     assert set(json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])) == listed("metrics.jsonl")
-    plugins = {"origins"}  # there where a plugin brought something
-    assert set(json.loads((folder / "run.json").read_text())) | plugins == listed("run.json")
+    assert set(json.loads((folder / "run.json").read_text())) == listed("run.json")
     whole = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert set(whole) | plugins == listed("checkpoint.pt")
+    assert set(whole) == listed("checkpoint.pt")
 
     common = ["--checkpoint", str(folder), "--data", "digits", "--limit", "10", "--out"]
     assert run(["evaluate", *common, str(tmp_path / "e.json"), "--fidelity"]) == 0
