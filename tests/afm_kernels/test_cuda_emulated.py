@@ -32,9 +32,12 @@ def host() -> Iterator[Host]:
         yield host
 
 
+# dkl has no CUDA kernel; certain rows of 32000 classes take half of their time, and go the way of those of 5000.
+CHOSEN = "cuda-cpu and not (test_certain_rows and (test_dkl or 32000))"
 SUITES = (
     "test_softmax_kl.py",
     "test_softmax_kl_direction.py",
+    "test_certain_rows.py",
     "test_distillation.py",
     "test_pgd_step.py",
     "test_scale_shift_relu.py",
@@ -43,7 +46,7 @@ SUITES = (
 
 def test_suites_of_every_backend(host: Host) -> None:
     done = host.pytest(
-        *("-p", "cuda_emulator.cuda_emulator", "-k", "cuda-cpu"), *(str(HERE / suite) for suite in SUITES)
+        *("-p", "cuda_emulator.cuda_emulator", "-k", CHOSEN), *(str(HERE / suite) for suite in SUITES)
     )
     assert done.returncode == 0, done.said[-5000:]
     passed = re.search(r"(\d+) passed", done.said)
