@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,15 +217,15 @@ def test_a_method_refuses_what_it_cannot_be() -> None:
 
 
 class Inner(nn.Module):
-    """A network with dropout and a layer that is never used."""
+    """A network with dropout and a layer that is never used, which answers with an object."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = create_model("small_cnn-4", num_classes=10, in_channels=1)
         self.drop, self.unused = nn.Dropout(0.1), nn.Linear(2, 2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.drop(self.net(x))
+    def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.drop(self.net(x)))
 
 
 def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
