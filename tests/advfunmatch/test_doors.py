@@ -131,6 +131,10 @@ def test_a_file_serves_every_command_and_its_runs_say_that_they_need_it(
     result = str(tmp_path / "measured.json")
     measure = ["evaluate", "--checkpoint", path, "--data", "stripes", "--attacks", "clean", "--out", result]
     assert run([*measure, "--import", mine]) == 0
+    forget()
+    assert f"data is 'stripes', which {path!r} was trained on, and which is not here: add --import" in said(
+        measure, capsys
+    )
     capsys.readouterr()
     for command, words in (("methods", "--set gamma=2.0"), ("models", "My network")):
         assert run([command, "--import", mine]) == 0
