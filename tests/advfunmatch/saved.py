@@ -38,7 +38,7 @@ def flags_of(config: TrainConfig) -> list[str]:
     for field in fields(config):
         value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
         if field.name == "settings":
-            flags += [part for name, given in value.items() for part in ("--set", f"{name}={given}")]
+            flags += [part for name, given in (value or {}).items() for part in ("--set", f"{name}={given}")]
         elif value is True:
             flags.append(flag)
         elif value is not None and value != defaults[field.name]:
