@@ -11,13 +11,13 @@ import torch
 import typer
 
 from ..config import check_teacher_settings
-from ..data import as_float
+from ..data import as_float, load_dataset
 from ..errors import InputError, one_of
 from ..evaluation import ATTACKS, Attack, Ball, attack_images, attacks_of, balls_of, mismatched_examples
 from ..files import prepare_file, write_atomically
 from ..models import logits_in
 from ..training.run import choose_device
-from .networks import load, test_split
+from .networks import load, require_known_data
 from .options import BallOptions, Checkpoint, Data, Foreign, Images, Plugins, with_groups
 
 
@@ -46,7 +46,8 @@ def attack(
         raise InputError(f"teacher is {teacher!r}, but attack {attack!r} uses none; mismatch does")
     (chosen,) = [None] if attack == "mismatch" else attacks_of([attack])
     check_teacher_settings(teacher, *foreign.teacher)
-    test_set = test_split(checkpoint, data, images.loading).to(choose_device(images.device))
+    require_known_data(checkpoint, data)
+    test_set = load_dataset(data, split="test", **images.loading).to(choose_device(images.device))
     network, stored = load(checkpoint, foreign.checkpoint, test_set)
     found = ball_of(chosen, **ball.of(checkpoint, stored["config"]))
     settings: dict[str, Any] = {"seed": images.seed, "batch_size": images.batch_size}

@@ -10,14 +10,14 @@ import typer
 from torch import nn
 
 from ..config import check_teacher_settings
-from ..data import ImageDataset, corruption_cells, is_corrupted_set
+from ..data import ImageDataset, corruption_cells, is_corrupted_set, load_dataset
 from ..environment import environment
 from ..errors import InputError
 from ..evaluation import ATTACKS, Evaluation, attacks_of, evaluate_corruptions, split_attacks
 from ..evaluation import evaluate as evaluate_model
 from ..models.digest import digest_of_network
 from ..training.run import choose_device
-from .networks import ForeignWeights, load, remembered_teacher, test_split
+from .networks import ForeignWeights, load, remembered_teacher, require_known_data
 from .options import BallOptions, Checkpoint, Data, Foreign, Images, Plugins, with_groups
 
 
@@ -69,7 +69,8 @@ def evaluate(
     if corrupted and wants_fidelity:
         raise InputError(f"teacher is {teacher!r}, but corrupted sets measure no fidelity")
     one = corruption_cells(data)[0].name if corrupted else data
-    test_set = test_split(checkpoint, one, images.loading).to(choose_device(images.device))
+    require_known_data(checkpoint, one)
+    test_set = load_dataset(one, split="test", **images.loading).to(choose_device(images.device))
     network, stored = load(checkpoint, foreign.checkpoint, test_set)
     where = ball.of(checkpoint, stored["config"])
     about = {

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..data import DATASETS, ImageDataset, load_dataset
+from ..data import DATASETS, ImageDataset
 from ..errors import InputError
 from ..models import ClassesReordered, load_network, read_checkpoint
 from ..plugins import how_to_supply
@@ -23,25 +23,19 @@ class ForeignWeights(NamedTuple):
     weights_key: str | None = None
 
 
-def test_split(checkpoint: str, data: str, loading: dict[str, Any]) -> ImageDataset:
-    """The test split; of data that only a plugin reads, the checkpoint that was trained on it says which.
-
-    Args:
-        checkpoint: the file, or a run's folder.
-        data: what --data names.
-        loading: the keyword arguments of `load_dataset`.
-    """
-    if data.partition(":")[0] not in DATASETS:
-        stored: dict[str, Any] = {}
-        with contextlib.suppress(InputError):  # the file's own faults are said when its network is loaded
-            stored = read_checkpoint(checkpoint)
-        origin = stored.get("origins", {}).get("data")
-        if origin and stored["config"]["data"] == data:
-            raise InputError(
-                f"data is {data!r}, which {checkpoint!r} was trained on, and which is not here: "
-                f"{how_to_supply(origin, 'data')}"
-            )
-    return load_dataset(data, split="test", **loading)
+def require_known_data(checkpoint: str, data: str) -> None:
+    """InputError for data that only a plugin reads, which is not here: the checkpoint trained on it says which."""
+    if data.partition(":")[0] in DATASETS:
+        return
+    stored: dict[str, Any] = {}
+    with contextlib.suppress(InputError):  # the file's own faults are said when its network is loaded
+        stored = read_checkpoint(checkpoint)
+    origin = stored.get("origins", {}).get("data")
+    if origin and stored["config"]["data"] == data:
+        raise InputError(
+            f"data is {data!r}, which {checkpoint!r} was trained on, and which is not here: "
+            f"{how_to_supply(origin, 'data')}"
+        )
 
 
 def load(
