@@ -6,7 +6,7 @@ from typing import Any
 
 from ..attacks import FixedTeacher, Mismatch, PGDAttack
 from ..config import TrainConfig
-from .method import MATCHING, Default, Method, get_method, register_method
+from .method import MATCHING, METHODS, Default, Method, get_method, register_method
 from .terms import (
     cross_entropy_adversarial,
     cross_entropy_clean,
@@ -17,6 +17,8 @@ from .terms import (
     mixed,
     trades,
 )
+
+__all__ = ["METHODS", "make_attack"]
 
 ABSTRACT_ONLY = "arXiv 2305.14700; not in its abstract, so this project's choice"
 ARD_CODE = "goldblum/AdversariallyRobustDistillation main.py"
