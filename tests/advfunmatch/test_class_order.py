@@ -75,7 +75,7 @@ def test_extra_images_with_classes_in_another_order(
     import advfunmatch.training.trainer as trainer
 
     runs, real = [], trainer.set_up
-    monkeypatch.setattr(trainer, "set_up", lambda config: runs.append(real(config)) or runs[0])
+    monkeypatch.setattr(trainer, "set_up", lambda *given: runs.append(real(*given)) or runs[0])
     train(make_config(extra_data=permuted, epochs=1))
     extra, digits = runs[0].splits.extra, load_dataset("digits", split="train", limit=200)
     assert torch.equal(extra.labels, digits.labels)

@@ -115,6 +115,7 @@ def train(
     with Board(run.out, state.metrics, wanted=config.tensorboard and leads) as board, progress:
         for epoch in range(run.epochs_done, config.epochs):
             train_epoch(run, epoch, progress)
+            require_finite_weights(run)  # before an attack meets them
             measured = monitor(run, epoch)
             if measured:
                 progress.say(sentence(run, measured))
@@ -310,7 +311,7 @@ def require_finite(losses: list[Tensor], run: Run) -> None:
 
 
 def require_finite_weights(run: Run) -> None:
-    """Stop a run before it saves weights that are not finite, which the losses so far need not show."""
+    """Stop a run before it measures or saves weights that are not finite, which the losses so far need not show."""
     for name, value in run.student.state_dict().items():
         if not value.isfinite().all():
             raise _diverged(
