@@ -483,18 +483,18 @@ def test_the_command_line_takes_the_same(tmp_path: Path, capsys: pytest.CaptureF
     images = load_dataset("digits", split="test", limit=64)
     correct = network(images.images.float() / 255).argmax(1) == images.labels
     options = ["--model", "small_cnn-4", "--normalize", "0.5/0.25", "--weights-key", "last"]
-    evaluate = ["evaluate", *FEW, "--attacks", "clean", "--out", str(figures), "--checkpoint"]
+    evaluate = ["evaluate", *FEW, "--attacks", "clean", "--out", str(figures), "--overwrite", "--checkpoint"]
     assert run([*evaluate, str(path), *options]) == 0
     assert json.loads(figures.read_text())["clean"] == pytest.approx(
         100 * correct.double().mean().item(), abs=0.006
     )
     # The two sides, told the same and told apart.
     for side, equal in ((options, True), ([*options[:2], "--normalize", "none", *options[4:]], False)):
-        assert run([*evaluate, str(path), *side, *theirs, *said_of_it]) == 0
+        assert run([*evaluate, str(path), "--eps", "0.1", *side, *theirs, *said_of_it]) == 0
         assert (json.loads(figures.read_text())["kl_clean"] < 1e-9) == equal
     # A student remembers what was said of its teacher: no doubts are left when it is compared with it.
     capsys.readouterr()
-    assert run([*evaluate, out + "/checkpoint.pt"]) == 0
+    assert run([*evaluate, out + "/checkpoint.pt", "--fidelity"]) == 0
     assert "agreement" in json.loads(figures.read_text())
     assert capsys.readouterr().err == ""
     # Without these words there are doubts, each one line.
