@@ -12,7 +12,9 @@ import json
 import pathlib
 import pickle
 import re
+import tarfile
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +74,10 @@ EQUAL: dict[str, Callable[[State], Any]] = {
         "optimizer": {"state": {0: {"exp_avg": s["fc.weight"]}}},
     },
     "AveragedModel": averaged,
+    "queues and ranges": lambda s: {
+        "state_dict": s,
+        "last": [collections.deque([1.0], 3), range(3), frozenset([1])],
+    },
     "Lightning": lambda s: {"state_dict": under("net.", s), "hyper_parameters": {"lr": 0.1}},
     "torch.compile": lambda s: under("_orig_mod.", s),
     "ema alone": lambda s: {"ema": s, "best": torch.tensor(93.1)},
@@ -267,6 +273,53 @@ def test_one_of_several_sets_of_weights(tmp_path: Path) -> None:
         load_model(path, model=NAME, weights_key="z")
 
 
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        (
+            lambda s, other: {"state_dict": other | {"x.w": torch.ones(2, 2)}, "ema": s},
+            "since 'state_dict' does not",
+        ),
+        (lambda s, other: {"momentum": other, "final": s}, "'final' is taken, not 'momentum'"),
+    ],
+)
+def test_what_is_taken_in_place_of_the_main_weights_is_said(
+    form: Callable[[State, State], Any], said: str, tmp_path: Path
+) -> None:
+    wanted = settled()
+    torch.save(form(wanted.state_dict(), settled(seed=1).state_dict()), tmp_path / "w.pt")
+    with pytest.warns(UserWarning, match=said):
+        found = load_model(tmp_path / "w.pt", model=NAME)
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(found(x), wanted(x))
+
+
+def test_weights_that_are_not_finite_are_said(tmp_path: Path) -> None:
+    torch.save(
+        {n: v / 0 if v.dim() == 4 else v for n, v in settled().state_dict().items()}, tmp_path / "w.pt"
+    )
+    with pytest.warns(UserWarning, match="has NaN or infinity in 'features.0.weight'"):
+        load_model(tmp_path / "w.pt", model=NAME, normalize="none")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_sparse_weights_are_made_dense(tmp_path: Path) -> None:
+    network = settled()
+    sparse = {n: v.to_sparse() if v.dim() > 1 else v for n, v in network.state_dict().items()}
+    torch.save(sparse, tmp_path / "w.pt")
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(load_model(tmp_path / "w.pt", model=NAME)(x), network(x))
+
+
+def test_a_normalisation_of_bytes_can_be_replaced(tmp_path: Path) -> None:
+    network = settled(preprocess=normalised)
+    torch.save(network.state_dict() | {"pixel_mean": 255 * MEAN, "pixel_std": 255 * STD}, tmp_path / "w.pt")
+    with pytest.warns(UserWarning, match="holds the normalisation"):
+        found = load_model(tmp_path / "w.pt", model=NAME, normalize="0.4,0.5,0.6/0.2,0.3,0.1")
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.allclose(found(x), network(normalised(x)), atol=1e-5)
+
+
 def test_one_of_two_networks_in_a_state_dict(tmp_path: Path) -> None:
     networks, path, x = [settled(seed=seed) for seed in range(2)], tmp_path / "w.pt", torch.rand(2, 3, 16, 16)
     torch.save(
@@ -316,7 +369,18 @@ def test_where_weights_fit_several_networks_the_name_decides(tmp_path: Path) -> 
             lambda s: s | statistics("mean", "std") | {"0.mean": torch.ones(3), "0.std": torch.ones(3)},
             "which differ",
         ),
-        (lambda s: s | {"mean": 100 * torch.ones(3), "std": 50 * torch.ones(3)}, r"as of images in \[0, 1\]"),
+        (
+            lambda s: s | {"mean": 102 * torch.ones(3), "std": 51 * torch.ones(3)},
+            r"as of images in \[0, 1\].* from 0 to 255 it is 0.4,0.4,0.4/0.2,0.2,0.2",
+        ),
+        (
+            lambda s: {"state_dict": under("model.", s) | {"loss.weight": torch.ones(7)}},
+            "beyond the network's 'loss.weight'; .*weights_key = 'model' leaves it out",
+        ),
+        (
+            lambda s: {n: v.to("meta") for n, v in s.items()},
+            "holds no state dict",
+        ),
         (
             lambda s: {n: v.char() if n == "fc.weight" else v for n, v in s.items()},
             "torch.int8 and not torch.float32",
@@ -378,10 +442,24 @@ def test_files_are_called_what_they_are(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(InputError, match="is a pickle, but not one of"):
         load_model(path, model=NAME)
+    np.savez(path.with_suffix(".npz"), a=np.ones(2))
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
+        archive.writestr("a/w.pt", whole)
+    with tarfile.open(tmp_path / "w.tar", "w") as packed:
+        packed.add(path, "w.pt")
+    for name, sentence in (
+        ("w.npz", r"of NumPy arrays; .*torch.save\(dict\(numpy.load"),
+        ("w.zip", "a zip archive of a/w.pt, .*unpack it"),
+        ("w.tar", "is a tar archive: unpack it first"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            load_model(tmp_path / name, model=NAME)
     for content, sentence in (
         (b"", "is empty"),
         (b"<!DOCTYPE html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS"),
+        (b"BZh91AY&SY", "is a bzip2 archive: unpack it first"),
+        (b"<!doctype html>", "is a web page"),
         (b"hello world", "is not a PyTorch checkpoint: neither"),
     ):
         path.write_bytes(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 from pathlib import Path
 
@@ -48,6 +49,11 @@ def test_idx_files(tmp_path: Path, kind: str, place: str, pack: bool) -> None:
     assert data.class_names[9] == ("9" if kind == "mnist" else "Ankle boot")
     mnist(tmp_path / "other", made, pack=False, ending=".idx{}-ubyte")
     assert same(load_dataset(f"{kind}:{tmp_path / 'other'}", split="test"), made["test"])
+    for file in [*(tmp_path / "other").iterdir()]:  # unpacked into folders of their own
+        file.rename(tmp_path / "file")
+        file.mkdir()
+        (tmp_path / "file").rename(file / file.name)
+    assert same(load_dataset(f"{kind}:{tmp_path / 'other'}", split="test"), made["test"])
 
 
 def test_cifar10_1(tmp_path: Path) -> None:
@@ -79,6 +85,9 @@ def test_corrupted_sets_by_corruption_and_severity(tmp_path: Path) -> None:
     assert same(load_dataset(f"{source}@snow:2", split="test"), (images[6:12] + 1, labels[6:12]))
     with pytest.raises(InputError, match="corruption is 'frost', but must be one of: fog, snow"):
         load_dataset(f"{source}@frost", split="test")
+    np.save(tmp_path / "labels.npy", labels + 5)
+    with pytest.raises(InputError, match=r"has label 1\d, but only 10 classes"):
+        load_dataset(source, split="test")
     (tmp_path / "labels.npy").rename(tmp_path / "label.npy")
     with pytest.raises(InputError, match=r"needs labels\.npy and a NAME\.npy for each corruption"):
         load_dataset(source, split="test")
@@ -227,6 +236,9 @@ def test_a_set_in_a_cache_is_the_same_set(tmp_path: Path) -> None:
     assert torch.equal(part.images[:], torch.from_numpy(planes(made["train"][0]))[order[[3, 1]]])
     few = load(limit=9)
     assert torch.equal(few.images[:], load_dataset(f"npz:{path}", split="train", limit=9).images)
+    for file in cache.glob("*.npy"):
+        os.truncate(file, file.stat().st_size // 2)
+    assert same(load(), made["train"])  # what a full or broken disk left is written anew
     np.savez(path, x_train=made["train"][0] + 1, y_train=made["train"][1])
     assert same(load(), (made["train"][0] + 1, made["train"][1]))
 

@@ -99,14 +99,25 @@ def test_sixteen_bits_in_a_pgm_keep_their_brightness(colour_folder: Path) -> Non
 def test_hidden_and_empty_folders_are_named_and_no_classes(colour_folder: Path) -> None:
     (colour_folder / "train/.ipynb_checkpoints").mkdir()
     (colour_folder / "train/ant").mkdir()
+    (colour_folder / "train/__MACOSX/cat").mkdir(parents=True)
+    grey().save(colour_folder / "train/__MACOSX/cat/0.png")
     (colour_folder / "train/cat/._0.png").write_bytes(b"what another system notes beside a file")
     with pytest.warns(UserWarning, match="no classes") as caught:
         data = load_dataset(f"folder:{colour_folder}", split="train")
     assert data.class_names == ("cat", "dog")
     assert len(data) == 6
     said = " ".join(str(warning.message) for warning in caught)
-    assert "are no classes: .ipynb_checkpoints" in said
+    assert "are no classes: .ipynb_checkpoints, __MACOSX" in said
     assert "without images are no classes: ant" in said
+
+
+def test_images_that_are_left_out_are_said(colour_folder: Path) -> None:
+    grey().save(colour_folder / "train/cat/7.jfif", "JPEG")
+    grey().save(colour_folder / "train/loose.png")
+    (colour_folder / "train/dog/0.heic").write_bytes(b"")
+    (colour_folder / "train/dog/boxes.txt").write_text("which tells nothing of images")
+    with pytest.warns(UserWarning, match=r"2 files of .* are left out, such as '.*loose.png'"):
+        assert len(load_dataset(f"folder:{colour_folder}", split="train")) == 7
 
 
 def test_a_class_without_training_images_keeps_its_number(colour_folder: Path) -> None:
@@ -247,6 +258,12 @@ def test_values_and_labels_that_look_shifted_are_said(tmp_path: Path) -> None:
     said = " ".join(str(warning.message) for warning in caught)
     assert "uint8 with no value above 1" in said
     assert "of which 0 has no image; subtract 1" in said
+
+
+def test_values_divided_by_255_twice_are_said(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x_train=np.eye(8)[None].repeat(4, 0) / 255, y_train=np.array([0, 1, 0, 1]))
+    with pytest.warns(UserWarning, match="divided by 255 twice"):
+        load_dataset(f"npz:{tmp_path / 'a.npz'}", split="train")
 
 
 def test_archives_of_objects_are_refused_without_reading_them(tmp_path: Path) -> None:

@@ -524,3 +524,25 @@ def test_what_is_written_down_for_others_holds_pytorchs_operators_alone(written_
         kinds = {node.kind().partition("::")[0] for node in again.inlined_graph.nodes()}
         assert kinds <= {"aten", "prim"}
     assert_near(again(x), prepared(x), 1e-5)
+
+
+def test_transforms_that_let_a_proxy_through_are_not_lost() -> None:
+    """torchvision's v2 transforms return what is no tensor unchanged: traced through, a normalisation would be lost."""
+    from torchvision.transforms import v2
+
+    normalise = v2.Normalize((0.4, 0.5, 0.6), (0.2, 0.3, 0.2))
+
+    def elsewhere(net: Net, x: Tensor) -> Tensor:
+        return normalise(x)
+
+    for net, said in (
+        (nn.Sequential(v2.Compose([normalise]), Net()), None),
+        (Net(before=elsewhere), "no submodule of it"),
+    ):
+        network, x = settle(net).double(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            prepared = prepare_for_attack(network)
+        assert [said in str(warning.message) for warning in caught] == [True] * (said is not None)
+        for ours, theirs in zip(out_and_gradient(prepared, x), out_and_gradient(network, x), strict=True):
+            assert_near(ours, theirs, 1e-10)

@@ -111,6 +111,11 @@ def assemble(wanted: Wanted, contents: Contents) -> ImageDataset:
     Raises:
         InputError: it does not fit into memory, or the cache cannot be written.
     """
+    last = int(contents.labels.max(initial=-1))
+    if contents.class_names and last >= len(contents.class_names):
+        raise InputError(
+            f"data {wanted.name!r} ({wanted.split}) has label {last}, but only {len(contents.class_names)} classes"
+        )
     kept = choose(len(contents.labels), wanted.limit)
     resized = not contents.sized and (wanted.resize is not None or wanted.crop is not None)
 
@@ -181,7 +186,7 @@ def _in_cache(
         stored = folder / f"{_digest(wanted, files)}.npy"
         with open(stored.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of a run want the same file; one writes it
-            if not stored.exists():
+            if not stored.exists() or not MappedFile.is_whole(stored):
                 _write(stored, parts(), count)
         return MappedImages(MappedFile(stored))
     except OSError as error:

@@ -10,8 +10,10 @@ before, 1 ms, as from memory (``python -m benchmarks.training.mapped``, on a vir
 
 from __future__ import annotations
 
+import math
 import mmap
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -29,9 +31,7 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         with open(path, "rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            self.start = file.tell()
+            shape, dtype, self.start = _header(file)
             # A private copy where it is written to, since PyTorch has no tensors that cannot be; nobody writes.
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.map.madvise(mmap.MADV_RANDOM)
@@ -41,12 +41,29 @@ class MappedFile:
         )
         self.row_bytes = count // shape[0] * dtype.itemsize
 
+    @staticmethod
+    def is_whole(path: Path) -> bool:
+        """Whether a file has all the images that its head announces."""
+        with open(path, "rb") as file:
+            try:
+                shape, dtype, start = _header(file)
+            except ValueError:
+                return False
+        return path.stat().st_size == start + math.prod(shape) * dtype.itemsize
+
     def ask_for(self, rows: Tensor) -> None:
         """Have the images at `rows` read into the page cache, without waiting for them."""
         for row in rows.tolist():
             first = self.start + row * self.row_bytes
             page = first // mmap.PAGESIZE * mmap.PAGESIZE
             self.map.madvise(mmap.MADV_WILLNEED, page, first + self.row_bytes - page)
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape and type of the array in a .npy, and where its values begin."""
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return shape, dtype, file.tell()
 
 
 class MappedImages:

@@ -114,8 +114,8 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not self.assigned_in(module_qualified_name) and super().is_leaf_module(
-            m, module_qualified_name
+        return not self.assigned_in(module_qualified_name) and (
+            _asks_for_types(m) or super().is_leaf_module(m, module_qualified_name)
         )
 
     def assigned_in(self, path: str) -> str | None:
@@ -206,6 +206,8 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if m not in (self.submodule_paths or ()) and runs_only_its_forward(m) and not _has_tensors(m):
+            if any(map(_asks_for_types, m.modules())):
+                raise RuntimeError(f"it calls a {type(m).__name__} that is no submodule of it")
             return forward(*args, **kwargs)  # made in forward
         if (inner := wrapped_network(m, compiled=True)) is not None and not hooks_of(m):
             return inner(*args, **kwargs)
@@ -534,6 +536,11 @@ def _require_followable(module: nn.Module) -> None:
         isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes
     ):
         raise RuntimeError("it is an exported program")
+
+
+def _asks_for_types(module: nn.Module) -> bool:
+    """Whether it is one of torchvision's v2 transforms: these return what is no tensor, and so a proxy, unchanged."""
+    return any(kind.__module__.startswith("torchvision.transforms.v2") for kind in type(module).__mro__)
 
 
 def _has_tensors(module: nn.Module) -> bool:

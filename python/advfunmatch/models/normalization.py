@@ -31,7 +31,10 @@ NORMALIZATIONS = f"{', '.join(STATISTICS)}, MEAN/STD with commas between channel
 # The means that images in [0, 1] have, of one channel and of several; that of normalised ones is about 0.
 USUAL_MEANS = {1: (0.05, 0.95), 3: (0.15, 0.9)}
 # Last parts of the names under which files hold a mean and a standard deviation.
-NAMES = (("mean", "std"), ("mu", "sigma"), ("_mean", "_std"), ("image_mean", "image_std"))
+NAMES = (
+    *(("mean", "std"), ("mu", "sigma"), ("_mean", "_std"), ("means", "stds"), ("means", "sds")),
+    *((f"{what}_mean", f"{what}_std") for what in ("image", "pixel", "data", "norm")),
+)
 Statistics = tuple[Tensor, Tensor]
 
 
@@ -88,7 +91,7 @@ def take_statistics(left: dict[str, Tensor], what: str) -> Statistics | None:
     """Remove a mean and a standard deviation from the entries that are no weights, and return them.
 
     Raises:
-        InputError: several that differ, or such as are not for images in [0, 1].
+        InputError: there are several that differ.
     """
     pairs: dict[str, Statistics] = {}
     for key in list(left):
@@ -96,23 +99,28 @@ def take_statistics(left: dict[str, Tensor], what: str) -> Statistics | None:
         for mean_name, std_name in NAMES:
             partner = f"{parent}.{std_name}" if parent else std_name
             if last == mean_name and key in left and partner in left:
-                pairs[key] = left.pop(key).flatten().float(), left.pop(partner).flatten().float()
+                mean, std = left.pop(key).flatten().float(), left.pop(partner).flatten().float()
+                pairs[key] = mean, std.expand_as(mean) if len(std) == 1 else std
     if not pairs:
         return None
     first = next(iter(pairs.values()))
     for mean, std in pairs.values():
         if not (torch.equal(mean, first[0]) and torch.equal(std, first[1])):
             raise InputError(f"{what} holds several normalisations, which differ: {', '.join(pairs)}")
-    check_statistics(*first, f"{what} holds a normalisation {next(iter(pairs))!r} whose")
     return first
 
 
 def check_statistics(mean: Tensor, std: Tensor, beginning: str) -> None:
     """InputError, which starts with `beginning`, unless they can be of images in [0, 1]."""
     if len(mean) != len(std) or not bool((mean.abs() <= 1).all() and (std > 0).all() and (std <= 4).all()):
+        of_bytes = len(mean) == len(std) and bool(
+            (mean > 1).any() and ((mean >= 0) & (mean <= 255) & (std > 0)).all()
+        )
+        scaled = "/".join(",".join(f"{value / 255:.4g}" for value in part.tolist()) for part in (mean, std))
         raise InputError(
             f"{beginning} means must be at most 1 and deviations positive, as of images in [0, 1], and not "
             f"{mean.tolist()} and {std.tolist()}"
+            + (f"; of images from 0 to 255 it is {scaled}" if of_bytes else "")
         )
 
 

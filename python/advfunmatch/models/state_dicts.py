@@ -38,6 +38,8 @@ from .zoo import find_family, same_weights
 
 # Keys under which a file's main weights are stored, the first of them that fits being taken; others come after these.
 HOLDERS = ("", "state_dict", "model_state_dict", "net", "model", "network", "weights", "best", "last")
+# Words in the keys of what optimizers keep for each weight.
+OF_OPTIMIZERS = ("optim", "momentum", "exp_avg", "grad")
 # The same layer in CIFAR ResNets of the kuangliu family and in torchvision's naming, which ours follows.
 RENAMED = (("shortcut.", "downsample."), ("linear.", "fc."))
 # Last parts of names that averages and profilers leave, and the first of TRADES' block that its forward never uses.
@@ -103,6 +105,9 @@ def load_weights(
             f"{what} holds several sets of weights that fit: {key!r} is taken, not {others}; {settings}weights_key "
             "chooses"
         )
+    before = list(refusals)[: list(holders).index(key)]
+    if main := [each for each in before if _is_of(holders[each], own)]:
+        remarks.append(f"{key!r} of {what} is taken, since {main[0]!r} does not fit: {refusals[main[0]]}")
     name = str(getattr(network, "model_name", ""))
     family = find_family(name)
     normalizes = family is not None and family[0].normalizes
@@ -116,6 +121,10 @@ def load_weights(
     if normalize is None and found is None and (beside := statistics_beside(stored, _channels(own))):
         found, remark = _from_beside(*beside, normalizes, what, settings)
         remarks.append(remark)
+    if normalize is None and found is not None:
+        check_statistics(
+            *found, f"{what} holds a normalisation that {settings}normalize does not replace, and whose"
+        )
     if normalize is None and found is None and not normalizes:
         mean, channels = seen_mean(network, weights), _channels(own)
         remarks += _doubts_of_images(mean, channels, prefix, stored, what, settings)
@@ -123,6 +132,10 @@ def load_weights(
         values = "/".join(",".join(f"{value:.4g}" for value in part.tolist()) for part in found)
         remarks.append(
             f"{what} holds the normalisation {values}, but {settings}normalize = {normalize!r} is used"
+        )
+    if wrong := [name for name, value in weights.items() if not _is_finite(value)]:
+        remarks.append(
+            f"{what} has NaN or infinity in {wrong[0]!r}{_more(wrong)}, as of a training that has diverged"
         )
     for remark in remarks:
         warnings.warn(remark, stacklevel=2)
@@ -151,13 +164,33 @@ def state_dicts_of(stored: Any, key: str = "") -> dict[str, Weights]:
         if isinstance(name, str):  # the states of optimizers stand under numbers
             found |= state_dicts_of(value, f"{key}.{name}" if key else name)
     rank = {name: index for index, name in enumerate(HOLDERS)}
-    return dict(sorted(found.items(), key=lambda item: rank.get(item[0].split(".")[0], len(rank))))
+
+    def place(item: tuple[str, Weights]) -> tuple[bool, int]:
+        main = item[0].split(".")[0]
+        return any(word in main for word in OF_OPTIMIZERS), rank.get(main, len(rank))
+
+    return dict(sorted(found.items(), key=place))
 
 
 def _as_tensor(value: Any) -> Tensor | None:
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
         return torch.as_tensor(value.astype(value.dtype.newbyteorder("=")))
-    return value if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor) or value.is_meta:
+        return None
+    return value.to_dense() if value.layout != torch.strided else value
+
+
+def _is_finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(value.float().isfinite().all())
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether they are the same, NaN included, in any dtype."""
+    if one is other:
+        return True
+    if one.dtype.is_floating_point and one.dtype.itemsize == 1:  # which torch.equal does not take
+        one, other = one.float(), other.float()
+    return torch.equal(one, other)
 
 
 def _contents(stored: Any) -> str:
@@ -189,6 +222,12 @@ def align(weights: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, dict[s
 def agreement(weights: Weights, own: Iterable[str]) -> int:
     """How many of a network's entries there are."""
     return max((len(place) for place in align(weights, own).values()), default=0)
+
+
+def _is_of(weights: Weights, own: Mapping[str, Tensor]) -> bool:
+    """Whether a network's entries are there in its own shapes, whatever is there besides."""
+    place = next(iter(align(weights, own).values()), {})
+    return 2 * sum(weights[key].shape == own[name].shape for name, key in place.items()) > len(own)
 
 
 def _fit_plain(
@@ -233,7 +272,7 @@ def _fit(
         raise _refusal(what, "lacks", [name for name in needed if name not in place])
     prefix, place = next(iter(whole.items()))
     for other, again in whole.items():
-        if any(not torch.equal(weights[place[name]], weights[again[name]]) for name in needed):
+        if any(not _equal(weights[place[name]], weights[again[name]]) for name in needed):
             raise InputError(
                 f"{what} holds several networks of this architecture, behind {prefix!r} and {other!r}; "
                 f"{settings}weights_key = {other.rstrip('.')!r} chooses one"
@@ -249,7 +288,12 @@ def _fit(
     left = _without_second_names(left, weights, used, prefix)
     found = take_statistics(left, what)
     if left:
-        raise _refusal(what, "has beyond the network's", list(left))
+        remedy = (
+            f"; if that is no part of the network, {settings}weights_key = {prefix.rstrip('.')!r} leaves it out"
+            if prefix and not any(name.startswith(prefix) for name in left)
+            else ""
+        )
+        raise _refusal(what, "has beyond the network's", list(left), remedy)
     taken = {name: weights[key] for name, key in place.items()}
     _require_shapes(taken, own, what)
     return taken, prefix, found
@@ -263,7 +307,7 @@ def _without_second_names(left: Weights, weights: Weights, used: set[str], prefi
 
     def is_again(name: str) -> bool:
         last = name.rpartition(".")[2]
-        return any(key.rpartition(".")[2] == last and torch.equal(left[name], weights[key]) for key in used)
+        return any(key.rpartition(".")[2] == last and _equal(left[name], weights[key]) for key in used)
 
     for names in again.values():
         if any(left[name].dim() >= 2 for name in names) and all(map(is_again, names)):

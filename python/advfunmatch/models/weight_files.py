@@ -18,6 +18,7 @@ import os
 import pathlib
 import pickletools
 import re
+import tarfile
 import types
 import zipfile
 from collections.abc import Callable, Mapping
@@ -36,7 +37,13 @@ BEGINNINGS = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file it stands for (git lfs pull fetches that)",
     b"<!DOCTYPE": "a web page: the download has failed",
     b"<html": "a web page: the download has failed",
+    b"<!doctype": "a web page: the download has failed",
     b"\x1f\x8b": "a gzip archive: unpack it first",
+    b"BZh": "a bzip2 archive: unpack it first",
+    b"\xfd7zXZ": "an xz archive: unpack it first",
+    b"\x28\xb5\x2f\xfd": "a zstd archive: unpack it first",
+    b"7z\xbc\xaf": "a 7z archive: unpack it first",
+    b"Rar!": "a rar archive: unpack it first",
     b"\x93NUMPY": "a NumPy array",
 }
 OF_A_RUN = "checkpoint.pt"  # what stands for the folder of a run
@@ -50,6 +57,10 @@ def _plain_dict(*_: Any) -> dict[Any, Any]:
     return {}
 
 
+def _plain_list(*_: Any) -> list[Any]:
+    return []
+
+
 def _values_only() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """See Note [Nothing in a file is run]."""
     kinds: list[Any] = [argparse.Namespace, np.ndarray, np.dtype]
@@ -57,8 +68,10 @@ def _values_only() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     # A path of the other system cannot be made here; its pure form can.
     kinds += [(pathlib.PurePosixPath, "pathlib.PosixPath"), (pathlib.PureWindowsPath, "pathlib.WindowsPath")]
     kinds += [datetime.datetime, datetime.date, datetime.timedelta, datetime.timezone, types.SimpleNamespace]
+    kinds += [frozenset, range, slice]
     # A dict that makes what is missing by calling something becomes one that does not.
     kinds += [(_plain_dict, "collections.defaultdict")]
+    kinds += [(_plain_list, "collections.deque")]  # for which torch.load has no appending
     kinds += [
         (kind, f"{module}.{kind.__name__}") for module in ("builtins", "__builtin__") for kind in FACTORIES
     ]
@@ -100,7 +113,14 @@ def read_weight_file(path: str | Path, what: str) -> Any:
     if start.startswith(b"PK"):
         _require_whole_archive(path, what)
     elif start.startswith(b"\x80") and MAGIC not in start:
-        raise InputError(f"{what} is a pickle, but not one of torch.save")
+        raise InputError(
+            f"{what} is a pickle, but not one of torch.save; where it is trusted, its weights alone: "
+            f"stored = pickle.load(open({str(path)!r}, 'rb')); torch.save(dict(stored), 'weights.pt')"
+        )
+    elif tarfile.is_tarfile(path):
+        raise InputError(f"{what} is a tar archive: unpack it first")
+    elif not start.startswith(b"\x80"):
+        raise InputError(f"{what} is not a PyTorch checkpoint: neither a file of torch.save nor safetensors")
     try:
         # The pickle's own classes only, under names that no file can change.
         with torch.serialization.safe_globals(_values_only()):
@@ -165,7 +185,8 @@ def _require_whole_archive(path: str | Path, what: str) -> None:
     """InputError for a zip archive that has no end, or is none of ``torch.save``."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name.partition("/")[2] for name in archive.namelist()]
+            members = archive.namelist()
+            names = [name.partition("/")[2] for name in members]
     except (zipfile.BadZipFile, OSError):
         raise InputError(
             f"{what} is truncated: it begins as an archive of torch.save, but lacks its end"
@@ -176,12 +197,17 @@ def _require_whole_archive(path: str | Path, what: str) -> None:
             f"network = torch.jit.load({str(path)!r}); torch.save(network.state_dict(), 'weights.pt')"
         )
     if "data.pkl" not in names:
-        kind = (
-            "a program of torch.export"
-            if any(name.startswith("models/") for name in names)
-            else "a zip archive"
+        if any(name.startswith("models/") for name in names):
+            raise InputError(f"{what} is a program of torch.export, and holds no file of torch.save")
+        if all(name.endswith(".npy") for name in members):
+            raise InputError(
+                f"{what} is an archive of NumPy arrays; if they are a state dict: "
+                f"torch.save(dict(numpy.load({str(path)!r})), 'weights.pt')"
+            )
+        raise InputError(
+            f"{what} is a zip archive of {', '.join(members[:3]) or 'nothing'}, and no file of torch.save: unpack it "
+            "first"
         )
-        raise InputError(f"{what} is {kind}, and holds no file of torch.save")
 
 
 def _refusal(path: str | Path, what: str, error: Exception) -> InputError:
@@ -209,7 +235,7 @@ def _needs_code(path: str | Path, what: str, kind: str) -> InputError:
         )
     return InputError(
         f"{what} holds a {kind}, whose code would be run, beside or in place of weights; where it is trusted, the "
-        f"weights alone: {lines}; torch.save(stored['state_dict'], 'weights.pt'), with the key that they have"
+        f"weights alone: {lines}; torch.save(dict(stored['state_dict']), 'weights.pt'), with the key that they have"
     )
 
 

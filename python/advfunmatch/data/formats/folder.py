@@ -13,7 +13,21 @@ import numpy as np
 from ...errors import InputError
 from ..loading import SPLIT_NAMES, Contents, Wanted
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+EXTENSIONS = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".ppm",
+    ".pgm",
+    ".jfif",
+    ".jpe",
+)
+BESIDE = (".txt", ".csv", ".json", ".xml", ".yaml", ".md", ".db", ".ini", ".html")  # what lies beside images
 IMAGENET_RESIZE, IMAGENET_CROP = 256, 224  # torchvision's for evaluation
 TINY_IMAGENET = "tiny-imagenet-200"  # the folder that its archive holds
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's: file name, class, box
@@ -130,37 +144,51 @@ def _split_folder(root: Path, split: str) -> Path | None:
 
 
 def _visible(folder: Path) -> list[Path]:
-    return [folder / name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+    return [folder / name for name in sorted(os.listdir(folder)) if not _is_hidden(name)]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"  # macOS's archives have a copy of every name there
 
 
 def _class_files(folder: Path) -> ClassFiles:
     """The image files of each class folder, in folders below it too; hidden ones are no classes and no images."""
-    hidden = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name.startswith("."))
+    hidden = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and _is_hidden(entry.name))
     if hidden:
         warnings.warn(f"hidden folders of {str(folder)!r} are no classes: {', '.join(hidden)}", stacklevel=2)
     listed: ClassFiles = {}
     places: dict[Path, str] = {}
+    unread: list[Path] = []
     for entry in _visible(folder):
         if not entry.is_dir():
+            unread.append(entry)
             continue
         if other := places.get(entry.resolve()):
             raise InputError(
                 f"class folders {other!r} and {entry.name!r} of {str(folder)!r} are one and the same"
             )
         places[entry.resolve()] = entry.name
-        listed[entry.name] = list(_images(entry))
+        found = list(_files(entry))
+        listed[entry.name] = [file for file in found if file.suffix.lower() in EXTENSIONS]
+        unread += [file for file in found if file.suffix.lower() not in EXTENSIONS]
+    if unread := [file for file in unread if file.suffix.lower() not in BESIDE]:
+        warnings.warn(
+            f"{len(unread)} files of {str(folder)!r} are left out, such as {str(unread[0])!r}: images lie in class "
+            f"folders and end in {', '.join(EXTENSIONS)}",
+            stacklevel=2,
+        )
     return listed
 
 
-def _images(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     real = folder.resolve()
     if real in above:  # a link to a folder that it lies in
         return
     for entry in _visible(folder):
-        if entry.suffix.lower() in EXTENSIONS:
+        if entry.is_dir():
+            yield from _files(entry, (*above, real))
+        else:
             yield entry
-        elif entry.is_dir():
-            yield from _images(entry, (*above, real))
 
 
 def _class_names(by_split: dict[str, ClassFiles], wanted: Wanted) -> tuple[str, ...]:

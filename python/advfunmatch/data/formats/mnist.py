@@ -76,7 +76,10 @@ def _read_mat(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _find(root: Path, folder_name: str, stem: str) -> Path:
     for folder in (root, root / folder_name / "raw", root / "raw"):
         for file in sorted(folder.glob(f"{stem}[-.]idx*")):
-            return file
+            if file.is_file():
+                return file
+            if (below := file / file.name).is_file():  # as some unpack it, in a folder of its own
+                return below
     raise InputError(f"data folder {str(root)!r} holds no {stem}-idx…-ubyte, packed (.gz) or not")
 
 

@@ -62,16 +62,22 @@ def read_npz(wanted: Wanted) -> Contents:
         names = numbered_classes(every_label, path, unlabelled=wanted.unlabelled)
 
     def parts(kept: np.ndarray) -> Iterator[np.ndarray]:
-        highest = 0
+        highest, brightest = 0, 0.0
         with _opened(path) as archive:
             for rows in _rows(archive, own[0], axes, kept):
                 images = as_pixels(rows, own[0], path)
                 highest = max(highest, int(images.max()) if images.dtype == np.uint8 else 2)
+                brightest = max(brightest, float(images.max()))
                 yield images if images.ndim == 4 else images[:, None]
         if highest == 1:
             warnings.warn(
                 f"{own[0]} in {path!r} is uint8 with no value above 1, and is read as shades of 255; store 0 and "
                 "255, or floats, if 1 is meant to be white",
+                stacklevel=2,
+            )
+        if 0 < brightest <= 1 / 255:
+            warnings.warn(
+                f"{own[0]} in {path!r} has no value above 1/255, as images that were divided by 255 twice",
                 stacklevel=2,
             )
 
