@@ -75,7 +75,7 @@ def read_npz(wanted: Wanted) -> Contents:
                 "255, or floats, if 1 is meant to be white",
                 stacklevel=2,
             )
-        if 0 < brightest <= 1 / 255:
+        if 0 < brightest < 1.01 / 255:
             warnings.warn(
                 f"{own[0]} in {path!r} has no value above 1/255, as images that were divided by 255 twice",
                 stacklevel=2,
