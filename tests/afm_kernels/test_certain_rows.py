@@ -149,6 +149,14 @@ def test_dkl(device: torch.device, classes: int, alpha: float) -> None:
             assert_median(torch.autograd.grad(loss, own), truth, who, gap)
 
 
+def test_dkl_far_from_zero(device: torch.device) -> None:
+    """Where float32 has multiples of 8 alone: less than that below the largest logit is that logit again."""
+    student, teacher = (1e8 + 8 * x.round() for x in certain_rows(129, 2.0, "both"))
+    own = [x.to(device).requires_grad_() for x in (student, teacher)]
+    loss = dkl_loss(*own, alpha=1.0, beta=2.0, reduction="sum")
+    assert_median(torch.autograd.grad(loss, own), certain_dkl(student, teacher, 1.0, 2.0))
+
+
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 @pytest.mark.parametrize("classes", [10, 129, 32000])
 def test_js_near_the_ends_of_beta(device: torch.device, classes: int, scale: float) -> None:

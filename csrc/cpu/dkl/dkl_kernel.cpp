@@ -204,11 +204,12 @@ struct Worker {
     row.value += params.beta / 2 * total * total * (variance > 0 ? variance : 0);
   }
 
-  // The class of a certain side: the only number above a limit.
+  // The class of a certain side: the only number from a limit on. Far from 0 the limit rounds to
+  // that number itself.
   int64_t peak_of(const RowPointer& numbers, double limit) const {
     for (int64_t j = 0; j < params.classes; j += kTile) {
       const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
-      const int64_t at = first_above(numbers.read(j, n, weight_tile), n, static_cast<T>(limit));
+      const int64_t at = first_from(numbers.read(j, n, weight_tile), n, static_cast<T>(limit));
       if (at >= 0) return j + at;
     }
     return -1;

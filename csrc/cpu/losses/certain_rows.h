@@ -26,26 +26,26 @@ constexpr double kCertain = 0.98;
 template <class T>
 constexpr T kSmallFactor = static_cast<T>(__builtin_ldexp(1.0, 25 - Float<T>::bias));
 
-// The first of n classes whose number is larger than `limit`; -1 where none is.
+// The first of n classes whose number is no less than `limit`; -1 where none is.
 template <class T>
-AFM_LOOP int64_t first_above(const T* numbers, int64_t n, T limit) {
+AFM_LOOP int64_t first_from(const T* numbers, int64_t n, T limit) {
   using V = Vec<T>;
   const V bound(limit);
   const auto lane = [&](V x) {
     T lanes[V::width];
     x.store(lanes);
     int at = 0;
-    while (!(lanes[at] > limit)) ++at;
+    while (!(lanes[at] >= limit)) ++at;
     return at;
   };
   int64_t j = 0;
   for (; j + V::width <= n; j += V::width) {
-    const V x = Whole().load(numbers + j, bound);
-    if (any(bound < x)) return j + lane(x);
+    const V x = V::load(numbers + j);
+    if (any(bound <= x)) return j + lane(x);
   }
   if (j == n) return -1;
-  const V x = PartOf<Whole>{static_cast<int>(n - j)}.load(numbers + j, bound);
-  return any(bound < x) ? j + lane(x) : -1;
+  const V x = V::load(numbers + j, static_cast<int>(n - j), V(-Float<T>::infinity));
+  return any(bound <= x) ? j + lane(x) : -1;
 }
 
 // The first of those whose number is the largest; all are finite.

@@ -565,7 +565,7 @@ struct Worker {
     const auto write = [&](const RowPointer& grad, T* tile, const T* probability, const T* logs,
                            double weight, double mean, bool is_certain) {
       Peak peak;
-      if (is_certain) peak.at = first_above(probability, params.classes, T(0.5));
+      if (is_certain) peak.at = first_from(probability, params.classes, T(0.5));
       for (int64_t j = 0; j < params.classes && grad.data != nullptr; j += kTile) {
         const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
         T* to = grad.writable(j, tile);
