@@ -7,6 +7,7 @@ pytest-xdist need is a core each. Tests of threads set their number themselves.
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch is imported: children that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +17,8 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell ignores it for what runs in its background, and so would the children that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

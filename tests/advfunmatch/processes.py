@@ -43,9 +43,6 @@ def _work(
     from advfunmatch.cli import main
 
     os.environ.update(environment)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored where the suite runs in a shell's background
     with open(said, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -166,7 +166,10 @@ def test_processes_of_one_command_end_with_one_line(tmp_path: Path) -> None:
     while not (tmp_path / "b" / "checkpoint.pt").exists() and stopped.poll() is None:
         time.sleep(0.05)
     stopped.send_signal(signal.SIGINT)
-    said = stopped.communicate()[1].splitlines()
+    try:
+        said = stopped.communicate(timeout=300)[1].splitlines()
+    finally:
+        stopped.kill()  # one that goes on would do so for hours
     said = [line for line in said if "images/s" not in line and not line.startswith("warning: ")]
     assert len(said) == 1, said
     assert said[0].startswith("error: interrupted; what was written is whole")
