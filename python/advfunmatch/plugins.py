@@ -303,6 +303,28 @@ def _run_file(given: str) -> str:
     return path
 
 
+def fault_of_plugin(error: BaseException) -> str | None:
+    """An error that came out of a file from outside as one line with its place there; None if no such file had a part.
+
+    Asked where an error would otherwise show the frames of this package, which has no part in it.
+    """
+    files = {
+        origin.file
+        for registry in _registries
+        for origin in registry._origins.values()
+        if origin.kind != "built in"
+    }
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename in files or frame.filename in _loaded
+    ]
+    if not frames:
+        return None
+    text = " ".join(str(error).split())
+    return f"{frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name}: {type(error).__name__}: {text}"
+
+
 @contextmanager
 def _rows_of(kind: str, name: str) -> Iterator[None]:
     """What is registered in this block has that origin; all of it goes again if the block fails."""

@@ -30,15 +30,20 @@ MakeConfig = Callable[..., TrainConfig]
 # What somebody writes outside of the package.
 MINE = '''
 import torch
+from types import SimpleNamespace
 from typing import Literal
 from torch import nn
 from afm_kernels import softmax_kl_div
 from advfunmatch import register_dataset, register_method, register_model
 
+class Head(nn.Linear):
+    def forward(self, x):
+        return SimpleNamespace(logits=super().forward(x))
+
 @register_model("mine-<width>")
 def mine(num_classes, in_channels, width):
     """My network."""
-    return nn.Sequential(nn.Conv2d(in_channels, width, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36 * width, num_classes))
+    return nn.Sequential(nn.Conv2d(in_channels, width, 3), nn.ReLU(), nn.Flatten(), Head(36 * width, num_classes))
 
 @register_dataset("stripes")
 def stripes(path="", split="train"):
@@ -135,7 +140,11 @@ def test_a_file_serves_every_command_and_its_runs_say_that_they_need_it(
     assert f"data is 'stripes', which {path!r} was trained on, and which is not here: add --import" in said(
         measure, capsys
     )
-    capsys.readouterr()
+    page = tmp_path / "page.html"
+    assert run(["report", str(tmp_path / "student"), "--out", str(page)]) == 0
+    assert "no adversarial examples of student: data is 'stripes', which" in capsys.readouterr().err
+    assert run(["report", "--import", mine, str(tmp_path / "student"), "--out", str(page)]) == 0
+    assert "no adversarial examples" not in capsys.readouterr().err
     for command, words in (("methods", "--set gamma=2.0"), ("models", "My network")):
         assert run([command, "--import", mine]) == 0
         printed = capsys.readouterr().out
@@ -175,7 +184,7 @@ REGISTERING = "from advfunmatch import register_model\nregister_model"
         ("import no_such", r"ModuleNotFoundError: No module named 'no_such' \(.*mine.py, line 1\)"),
         ("x = (", "SyntaxError"),
         ("raise SystemExit(3)", "SystemExit: 3"),
-        (MINE + "\n1 / 0", r"ZeroDivisionError.*line 29\)"),
+        (MINE + "\n1 / 0", r"ZeroDivisionError.*line 34\)"),
         (REGISTERING + "('resnet18')(print)", "already registered by advfunmatch"),
         (REGISTERING + "('a')(lambda classes: 0)", r"cannot be called as \(num_classes"),
     ],
@@ -195,7 +204,7 @@ def test_a_file_that_fails_says_why_and_leaves_nothing(mine: str, text: str, wor
 
 def test_a_name_is_taken_once(mine: str) -> None:
     load_plugins(mine)
-    ours = f"{mine}, line 8"
+    ours = f"{mine}, line 13"
     for name, owner in (("mine-<depth>", ours), ("mine-12", ours), ("wrn-9-9", "advfunmatch")):
         with pytest.raises(InputError, match=f"{name}.*already registered by {owner}"):
             register_model(name)(lambda classes, channels, *numbers: nn.Flatten())
@@ -306,6 +315,7 @@ def test_what_is_frozen_stays_and_what_cannot_be_is_said(make_config: MakeConfig
         ({"model": student.requires_grad_(False), "data": digits}, "has no parameter that needs a gradient"),
         ({"model": "resnet18", "data": digits}, "model is of type str"),
         ({"model": lambda n, c: 3, "data": digits}, "as a int, but must be a torch.nn.Module"),
+        ({"model": lambda: 3, "data": digits}, r"cannot be called as \(num_classes, in_channels\)"),
         ({"model": Inner(), "data": digits, "method": "ce"}, "method is of type str"),
         ({"model": nn.Flatten(), "data": digits}, "has no parameter"),
         ({"data": digits}, "model is missing"),
@@ -318,7 +328,31 @@ def test_what_is_frozen_stays_and_what_cannot_be_is_said(make_config: MakeConfig
         train(make_config(data=""), model=Inner(), data=digits)
     with pytest.raises(InputError, match="data_cache is 'c', but data is given as data="):
         train(make_config(data="", data_cache="c"), data=digits)
+    with pytest.raises(InputError, match="config is of type dict, but must be a TrainConfig"):
+        train({"method": "ce"}, model=Inner(), data=digits)  # type: ignore[arg-type]
     assert not (tmp_path / "never").exists()
+
+
+def test_a_fault_in_ones_own_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "faulty.py"
+    file.write_text(
+        "import torch\n"
+        "from advfunmatch import register_dataset, register_method\n"
+        "@register_method('faulty_loss', objective='cross_entropy')\n"
+        "def faulty_loss(logits, config):\n"
+        "    return logits.student_adv @ logits.student_adv\n"
+        "@register_dataset('faulty_data')\n"
+        "def faulty_data(split):\n"
+        "    import a_module_that_is_not_there\n"
+    )
+    train_it = ["train", "--import", str(file), "--model", "small_cnn-4", "--epochs", "1", "--eps", "0.1"]
+    train_it += ["--out", str(tmp_path / "run"), "--limit", "60", "--steps", "1", "--method"]
+    for more, words in (
+        (["faulty_loss", "--data", "digits"], "line 5, in faulty_loss: RuntimeError: mat1 and mat2 shapes"),
+        (["ce", "--data", "faulty_data"], "line 8, in faulty_data: ModuleNotFoundError: No module named"),
+    ):
+        refusal = said([*train_it, *more], capsys)
+        assert f"error: {file}, {words}" in refusal
 
 
 def test_features_are_of_layers_that_run_once_and_stay(tmp_path: Path) -> None:

@@ -129,6 +129,9 @@ def far(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         (["fgsm", "fgsm"], "attack 'fgsm' is given twice"),
         (["pgd20", "pgd20(eps=0.1)"], "attack 'pgd20' would be measured twice"),
         (["clean(eps=0.1)"], "attack 'clean' takes no eps"),
+        ([PGDAttack(eps=0.1)], r"attack 'PGDAttack\(Mismatch.* needs a teacher, which is missing"),
+        ({"near": lambda model, x, y, *, teacher: x}, "attack 'near' needs a teacher"),
+        ([PGDAttack], r"is the class PGDAttack, but must be one of its instances"),
     ],
 )
 def test_what_is_no_attack_in_the_ball_gives_no_figure(

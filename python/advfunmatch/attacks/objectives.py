@@ -41,6 +41,8 @@ from torch import Tensor
 
 from afm_kernels import softmax_kl_direction, softmax_kl_div
 
+from ..errors import did_you_mean
+
 __all__ = [
     "OBJECTIVES",
     "CrossEntropy",
@@ -267,7 +269,10 @@ def create_objective(name: str, *, targeted: bool = False, temperature: float = 
         ValueError: an unknown name, or an option that this objective does not have.
     """
     if name not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)} or a callable, got {name!r}")
+        near = did_you_mean(name, OBJECTIVES)
+        raise ValueError(
+            f"objective must be one of {', '.join(OBJECTIVES)} or a callable, got {name!r}{near}"
+        )
     labelled = issubclass(OBJECTIVES[name], _Labelled)
     if targeted and not labelled:
         raise ValueError(f"targeted=True needs objective 'cross_entropy' or 'margin', got {name!r}")

@@ -2,9 +2,10 @@
 
 Note [Exit codes]
 ~~~~~~~~~~~~~~~~~
-0: done. 2: what was asked for cannot be done (a name, a value, a file, a full disk); one sentence on stderr says why.
-1: training diverged. 130: interrupted. Anything else is a bug and shows its traceback. Of the processes that torchrun
-(or `train --processes`) started, all end with that code, and the first one says why.
+0: done. 2: what was asked for cannot be done (a name, a value, a file, a full disk, code of one's own that
+fails); one sentence on stderr says why. 1: training diverged. 130: interrupted. Anything else is a bug and shows its
+traceback. Of the processes that torchrun (or `train --processes`) started, all end with that code, and the first one
+says why.
 """
 
 from __future__ import annotations

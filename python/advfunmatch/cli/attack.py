@@ -15,9 +15,9 @@ from ..data import as_float, load_dataset
 from ..errors import InputError, one_of
 from ..evaluation import ATTACKS, Attack, Ball, attack_images, attacks_of, balls_of, mismatched_examples
 from ..files import prepare_file, write_atomically
-from ..models import logits_in
+from ..models import logits_in, require_known_data
 from ..training.run import choose_device
-from .networks import load, require_known_data
+from .networks import load
 from .options import BallOptions, Checkpoint, Data, Foreign, Images, Plugins, with_groups
 
 

@@ -15,6 +15,7 @@ import typer
 from afm_kernels.version import __version__
 
 from ..errors import InputError, ProcessLost, TrainingDiverged
+from ..plugins import fault_of_plugin
 from .attack import attack
 from .demo import demo
 from .evaluate import evaluate
@@ -86,7 +87,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
             sentence += ", and evaluate --resume goes on after the last attack that was done"
         return _fail(sentence, INTERRUPTED)
     except ModuleNotFoundError as error:
-        return _fail(f"{error.name} is not installed: pip install 'advfunmatch[train]'", 2)
+        fault = fault_of_plugin(error)
+        return _fail(fault or f"{error.name} is not installed: pip install 'advfunmatch[train]'", 2)
     except Exception as error:
         # typer's own complaints about flags know their exit code and say what is wrong.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
@@ -94,6 +96,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, torch.OutOfMemoryError):
             sentence = f"the device is out of memory; a smaller --batch-size needs less ({error})"
             return _fail(sentence, 2, everywhere=True)
+        if fault := fault_of_plugin(error):
+            return _fail(fault, 2, everywhere=True)
         raise
 
 

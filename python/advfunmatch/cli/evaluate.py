@@ -15,9 +15,10 @@ from ..environment import environment
 from ..errors import InputError
 from ..evaluation import ATTACKS, Evaluation, attacks_of, evaluate_corruptions, split_attacks
 from ..evaluation import evaluate as evaluate_model
+from ..models import require_known_data
 from ..models.digest import digest_of_network
 from ..training.run import choose_device
-from .networks import ForeignWeights, load, remembered_teacher, require_known_data
+from .networks import ForeignWeights, load, remembered_teacher
 from .options import BallOptions, Checkpoint, Data, Foreign, Images, Plugins, with_groups
 
 

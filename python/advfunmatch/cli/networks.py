@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..data import DATASETS, ImageDataset
+from ..data import ImageDataset
 from ..errors import InputError
-from ..models import ClassesReordered, load_network, read_checkpoint
-from ..plugins import how_to_supply
+from ..models import ClassesReordered, load_network
 
 
 class ForeignWeights(NamedTuple):
@@ -21,21 +19,6 @@ class ForeignWeights(NamedTuple):
     model: str | None = None
     normalize: str | None = None
     weights_key: str | None = None
-
-
-def require_known_data(checkpoint: str, data: str) -> None:
-    """InputError for data that only a plugin reads, which is not here: the checkpoint trained on it says which."""
-    if data.partition(":")[0] in DATASETS:
-        return
-    stored: dict[str, Any] = {}
-    with contextlib.suppress(InputError):  # the file's own faults are said when its network is loaded
-        stored = read_checkpoint(checkpoint)
-    origin = stored.get("origins", {}).get("data")
-    if origin and stored["config"]["data"] == data:
-        raise InputError(
-            f"data is {data!r}, which {checkpoint!r} was trained on, and which is not here: "
-            f"{how_to_supply(origin, 'data')}"
-        )
 
 
 def load(

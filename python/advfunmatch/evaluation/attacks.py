@@ -7,7 +7,7 @@ An attack is a function ``(model, x, y, ...) -> x_adv`` of a network in eval mod
 
 * ``eps``, ``norm``: the ball that its images must stay in, which is checked.
 * ``seed``: one for each batch. PyTorch's generators are seeded with it too, and given back as they were.
-* ``teacher``: the network to compare with, or None.
+* ``teacher``: the network to compare with; None without one, if it has a default.
 * ``batch_size``: it is then handed all images at once, and splits them itself; otherwise a batch at a time.
 * ``progress``: to be called with the number of images done, of those that it was handed.
 
@@ -66,6 +66,14 @@ class Attack:
     def parameters(self) -> dict[str, inspect.Parameter]:
         """What the function takes beside the network, the images and the labels."""
         return _parameters(self.function)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it cannot do without a teacher: it looks for a mismatch, or its ``teacher`` has no default."""
+        if isinstance(self.function, partial) and self.function.func is _run_instance:
+            return getattr(self.function.args[0].objective, "teacher", "none") != "none"
+        own = self.parameters.get("teacher")
+        return own is not None and own.default is inspect.Parameter.empty
 
     @property
     def label(self) -> str:
@@ -178,11 +186,15 @@ def _attack_of(given: Any, name: str) -> Attack:
     if isinstance(given, PGDAttack):
         return Attack(_describe(given), partial(_run_instance, given), eps=given.eps, norm=given.norm)
     if callable(given):
-        _parameters(given)
         own = _unwrapped(given)
         name = name or getattr(own, "__name__", type(own).__name__)
+        if isinstance(given, type):
+            raise InputError(
+                f"attack is the class {name}, but must be one of its instances, as in {name}(...)"
+            )
         if name == "<lambda>":
             raise InputError("attack is a lambda, which has no name; give it one, as in {'name': lambda ...}")
+        _parameters(given)
         return Attack(name, given)
     raise one_of("attack", given, ATTACKS)
 

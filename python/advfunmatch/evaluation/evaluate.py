@@ -120,6 +120,7 @@ def measure_into(
     wanted = _plan(attacks, balls, norm)
     data = data if isinstance(data, ImageDataset) else as_dataset(data)
     _check_arguments(model, data, teacher)
+    _require_teacher(attacks, teacher)
     if teacher is not None and not balls:
         raise InputError("eps is missing, but mismatched examples are sought within a radius, such as 8/255")
     if any(attack.function is auto_attack for attack in attacks):
@@ -197,6 +198,7 @@ def attack_images(
     _, ball = plan[0]
     data = data if isinstance(data, ImageDataset) else as_dataset(data)
     _check_arguments(model, data, teacher)
+    _require_teacher([attack], teacher)
     data = data.to(device_of(model, data))
     with frozen(model), frozen(teacher), warnings_of_autoattack([]), Shown(progress) as shown:
         require_forward(model, data, "model")
@@ -219,7 +221,8 @@ def _plan(attacks: list[Attack], balls: list[Ball], norm: str) -> list[tuple[Att
             )
         elif len(balls) > 1 and "eps" not in attack.parameters:
             raise InputError(
-                f"attack {attack.label!r} takes no eps, so it cannot be measured in {len(balls)} balls"
+                f"attack {attack.label!r} takes no eps, so it cannot be measured in {len(balls)} balls; let it "
+                "take eps, or give one radius"
             )
         else:
             plan += [(attack, Ball(attack.norm or ball.norm, ball.eps)) for ball in balls]
@@ -305,6 +308,16 @@ def _check_arguments(model: nn.Module, data: ImageDataset, teacher: nn.Module | 
         raise InputError(
             f"data {data.name!r} has labels from {low} to {high}, but only {data.num_classes} class names"
         )
+
+
+def _require_teacher(attacks: list[Attack], teacher: nn.Module | None) -> None:
+    """InputError for an attack that cannot do without a teacher where there is none."""
+    for attack in attacks if teacher is None else ():
+        if attack.needs_teacher:
+            raise InputError(
+                f"attack {attack.label!r} needs a teacher, which is missing: name one (--teacher FILE, in Python "
+                "teacher=NETWORK), or attack the network alone, as PGDAttack(objective='cross_entropy', ...) does"
+            )
 
 
 def _require_comparable(model: nn.Module, teacher: nn.Module | None, data: ImageDataset) -> None:

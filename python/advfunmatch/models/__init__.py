@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from .checkpoint import load_model, load_network, model_of, read_checkpoint, require_forward, save_checkpoint
+from .checkpoint import (
+    load_model,
+    load_network,
+    model_of,
+    read_checkpoint,
+    require_forward,
+    require_known_data,
+    save_checkpoint,
+)
 from .fit import ClassesReordered
 from .normalization import NORMALIZATIONS, Normalized, parse_normalization
 from .outputs import logits_in
@@ -27,6 +35,7 @@ __all__ = [
     "read_checkpoint",
     "register_model",
     "require_forward",
+    "require_known_data",
     "same_weights",
     "save_checkpoint",
 ]

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import ImageDataset, as_float
+from ..data import DATASETS, ImageDataset, as_float
 from ..errors import InputError
 from ..files import write_atomically
 from ..plugins import how_to_supply
@@ -241,6 +241,21 @@ def load_network(
     for doubt in doubts:  # of a network that is refused nobody needs to know them
         warnings.warn(doubt.message, stacklevel=2)
     return network, stored | {"doubts": [str(doubt.message) for doubt in doubts]}
+
+
+def require_known_data(checkpoint: str | Path, data: str) -> None:
+    """InputError for data that only a plugin reads, which is not here: the checkpoint trained on it says which."""
+    if data.partition(":")[0] in DATASETS:
+        return
+    stored: dict[str, Any] = {}
+    with contextlib.suppress(InputError):  # the file's own faults are said when its network is loaded
+        stored = read_checkpoint(checkpoint)
+    origin = stored.get("origins", {}).get("data")
+    if origin and stored["config"]["data"] == data:
+        raise InputError(
+            f"data is {data!r}, which {str(checkpoint)!r} was trained on, and which is not here: "
+            f"{how_to_supply(origin, 'data')}"
+        )
 
 
 def _is_foreign(

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data import ImageDataset, as_float, load_dataset
 from ..errors import InputError
 from ..evaluation import attack_images
-from ..models import load_network
+from ..models import load_network, logits_in, require_known_data
 from .names import drawable, label_legend
 from .tables import MONITORED, Run, Table
 
@@ -107,6 +107,7 @@ def draw_examples(runs: Sequence[Run]) -> tuple[bytes | None, list[str]]:
 
     data, ball = runs[0].images
     try:
+        require_known_data(runs[0].folder / "checkpoint.pt", data)
         shown = _examples(data)
     except (InputError, ModuleNotFoundError) as error:
         return None, [f"no adversarial examples of {', '.join(run.name for run in runs)}: {error}"]
@@ -174,7 +175,7 @@ def stacked(pictures: Sequence[bytes]) -> bytes:
 
 @torch.no_grad()
 def _classes(model: torch.nn.Module, images: Tensor, class_names: tuple[str, ...]) -> list[str]:
-    return [class_names[index] for index in model(images).argmax(1).tolist()]
+    return [class_names[index] for index in logits_in(model(images)).argmax(1).tolist()]
 
 
 def _png(figure: Any, **settings: Any) -> bytes:

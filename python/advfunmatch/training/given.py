@@ -13,7 +13,9 @@ A run's settings hold the names of these; its ``origins`` say that they were giv
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -77,6 +79,11 @@ class Given:
         Raises:
             InputError: a setting names another, or says something of what is not read from a file.
         """
+        if not isinstance(config, TrainConfig):
+            raise InputError(
+                f"config is of type {type(config).__name__}, but must be a TrainConfig, such as "
+                "TrainConfig(method='pgd_at', eps=0.1, out='runs/first')"
+            )
         for setting, name in self.names.items():
             named = getattr(config, setting)
             if named and named != name:
@@ -149,6 +156,14 @@ def teacher_of(given: GivenNetwork, data: ImageDataset, device: torch.device) ->
 def _built(given: GivenNetwork, data: ImageDataset, what: str) -> nn.Module:
     if isinstance(given, nn.Module):
         return given
+    try:
+        with contextlib.suppress(ValueError):  # of what is built in, whose arguments nothing says
+            inspect.signature(given).bind(data.num_classes, data.in_channels)
+    except TypeError as error:
+        raise InputError(
+            f"{what} {name_of_network(given)!r} is a function that cannot be called as (num_classes, in_channels): "
+            f"{error}"
+        ) from error
     network = given(data.num_classes, data.in_channels)
     if not isinstance(network, nn.Module):
         raise InputError(
