@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 
 
 class InputError(ValueError):
@@ -28,6 +28,15 @@ def one_of(what: str, given: object, allowed: Iterable[str]) -> InputError:
     return InputError(
         f"{what} is {given!r}, but must be one of: {', '.join(names)}{did_you_mean(given, names)}"
     )
+
+
+def and_more(names: Sized) -> str:
+    """What follows the first of several names.
+
+    >>> and_more(["a", "b", "c"]), and_more(["a"])
+    (' and 2 more', '')
+    """
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def did_you_mean(given: object, names: Iterable[str]) -> str:

@@ -131,6 +131,15 @@ class Images:
         return {"limit": self.limit, "resize": self.resize, "crop": self.crop}
 
 
+def _import_option(**more: Any) -> Any:
+    return typer.Option(
+        "--import",
+        help="Python file or module that registers models, data sets, methods or attacks; repeatable",
+        metavar="FILE|MODULE",
+        **more,
+    )
+
+
 # Settings of `TrainConfig` that are given piece by piece.
 REPEATED = {
     "settings": Annotated[
@@ -141,11 +150,7 @@ REPEATED = {
     ],
     "imports": Annotated[
         list[str] | None,
-        typer.Option(
-            "--import",
-            help="Python file or module that registers models, data sets, methods or attacks; repeatable",
-            metavar="FILE|MODULE",
-        ),
+        _import_option(),
     ],
 }
 
@@ -161,13 +166,7 @@ class Plugins:
 
     imports: Annotated[
         list[str] | None,
-        typer.Option(
-            "--import",
-            help="Python file or module that registers models, data sets, methods or attacks; repeatable",
-            metavar="FILE|MODULE",
-            callback=_load,
-            is_eager=True,
-        ),
+        _import_option(callback=_load, is_eager=True),
     ] = None
 
 

@@ -18,10 +18,10 @@ annotations, else from their defaults. It returns the images, or `Attacked`, whi
 from __future__ import annotations
 
 import inspect
-import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +31,7 @@ from torch import Tensor
 from ..attacks import PGDAttack
 from ..config import parse_number
 from ..errors import InputError, one_of
+from ..methods.own import SIMPLE, parse_simple
 from ..plugins import Registry, caller
 from .balls import short_number
 
@@ -283,17 +284,13 @@ def _typed(value: Any, parameter: inspect.Parameter, what: str) -> Any:
     allowed = _kinds(parameter)
     if not allowed:
         return value
-    if value is None or (value == "none" and type(None) in allowed):
-        if type(None) in allowed:
-            return None
-    elif isinstance(value, bool) or (bool in allowed and str(value).lower() in ("true", "false")):
-        if bool in allowed:
-            return value if isinstance(value, bool) else value.lower() == "true"
-    elif int in allowed and re.fullmatch(r"[+-]?\d+", str(value).strip()):
-        return int(value)
-    elif float in allowed and _is_number(value):
-        return parse_number(value, what)
-    elif isinstance(value, tuple(allowed)):
+    if type(None) in allowed and (value is None or value == "none"):
+        return None
+    for kind in SIMPLE:  # text last, which any of the others may be written as
+        if kind in allowed:
+            with suppress(InputError):
+                return parse_simple(kind, value, what)
+    if isinstance(value, tuple(allowed)) and not isinstance(value, bool):
         return value
     wanted = " or ".join(kind.__name__ for kind in allowed if kind is not type(None))
     raise InputError(f"{what} is {value!r}, but must be of type {wanted}")
@@ -312,11 +309,3 @@ def _kinds(parameter: inspect.Parameter) -> list[type]:
     return (
         list(members) if annotation is not empty and all(isinstance(kind, type) for kind in members) else []
     )
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        parse_number(value, "")
-    except InputError:
-        return False
-    return True

@@ -9,6 +9,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .attacks import ATTACKS, Attack, attacks_of
 from .auto_attack import auto_attack, warnings_of_autoattack
 from .balls import Ball, balls_of
 from .doubts import margin_warnings, masking_warnings
-from .fidelity import ABOUT, clean_fidelity, mismatched_fidelity
+from .fidelity import ABOUT, Compared, clean_fidelity, compare, mismatched_fidelity
 from .measuring import Measuring, measure, run
 from .networks import device_of, frozen, returning_logits
 from .results import Evaluation, Fidelity
@@ -166,14 +167,14 @@ def _fill(
         yield
     result.results += known.values()  # what an earlier call measured, and this one did not ask for
     near = {row.ball: row for row in done.fidelity} if done else {}
-    teacher = measuring.teacher
-    for place in (None, *balls):
-        if teacher is None:
-            break
-        if place not in near:
-            near[place] = _fidelity(measuring, teacher, place, shown)
-        result.fidelity.append(near.pop(place))
-        yield
+    if (teacher := measuring.teacher) is not None:
+        # Every row asks for it.
+        on_clean = cache(partial(compare, measuring.model, teacher, measuring.images, measuring.batch_size))
+        for place in (None, *balls):
+            if place not in near:
+                near[place] = _fidelity(measuring, teacher, place, shown, on_clean)
+            result.fidelity.append(near.pop(place))
+            yield
     result.fidelity += near.values()
 
 
@@ -233,13 +234,19 @@ def _plan(attacks: list[Attack], balls: list[Ball], norm: str) -> list[tuple[Att
     return plan
 
 
-def _fidelity(measuring: Measuring, teacher: nn.Module, ball: Ball | None, shown: Shown) -> Fidelity:
+def _fidelity(
+    measuring: Measuring,
+    teacher: nn.Module,
+    ball: Ball | None,
+    shown: Shown,
+    on_clean: Callable[[], Compared],
+) -> Fidelity:
     """On clean images, or on mismatched ones of a ball."""
-    model, images, size = measuring.model, measuring.images, measuring.batch_size
     if ball is None:
-        return clean_fidelity(model, teacher, images, size)
+        return clean_fidelity(on_clean)
+    model, images, size = measuring.model, measuring.images, measuring.batch_size
     bar = shown.bar(f"mismatched, {ball}", len(images))
-    return mismatched_fidelity(model, teacher, images, ball, measuring.seed, size, bar)
+    return mismatched_fidelity(model, teacher, images, ball, measuring.seed, size, bar, on_clean)
 
 
 def _warnings(result: Evaluation, balls: list[Ball]) -> list[str]:

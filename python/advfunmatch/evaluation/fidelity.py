@@ -21,6 +21,10 @@ from .rows import run_in_batches
 MISMATCH_STEPS = 20
 ABOUT = f"PGD on KL(teacher ‖ student), {MISMATCH_STEPS} steps of eps/4, gaussian start, each image's best iterate"
 
+Compared = tuple[
+    Tensor, Tensor
+]  # of each image, whether both networks agree on its class, and KL(teacher ‖ student)
+
 
 def mismatched_examples(
     model: nn.Module, teacher: nn.Module, images: Tensor, *, eps: float, norm: str, seed: int, batch_size: int
@@ -51,10 +55,10 @@ def _mismatched(
     return run_in_batches(attack, networks, (images,), batch_size, progress)
 
 
-def clean_fidelity(model: nn.Module, teacher: nn.Module, images: Tensor, batch_size: int) -> Fidelity:
-    """On the images as they are."""
+def clean_fidelity(clean: Callable[[], Compared]) -> Fidelity:
+    """On the images as they are, of which `clean` is what `compare` gives."""
     started = time.perf_counter()
-    agrees, kl = _compare(model, teacher, images, batch_size)
+    agrees, kl = clean()
     seconds = round(time.perf_counter() - started, 3)
     return Fidelity("clean", None, None, percent(agrees), float(kl.mean()), seconds, 0, [])
 
@@ -67,12 +71,13 @@ def mismatched_fidelity(
     seed: int,
     batch_size: int,
     progress: Callable[[int], None],
+    clean: Callable[[], Compared],
 ) -> Fidelity:
     """On mismatched examples."""
     started = time.perf_counter()
     attacked = _mismatched(model, teacher, images, ball, seed, batch_size, progress)
-    agrees, kl = _compare(model, teacher, attacked.images, batch_size)
-    agrees_clean, kl_clean = _compare(model, teacher, images, batch_size)
+    agrees, kl = compare(model, teacher, attacked.images, batch_size)
+    agrees_clean, kl_clean = clean()
     # Which is best was decided by the prepared networks; by these an image itself may be better by a rounding.
     clean_is_best = kl_clean > kl
     warnings = zero_gradient_warnings("mismatched", ball, attacked.zero_gradients, len(images))
@@ -98,7 +103,7 @@ def zero_gradient_warnings(what: str, ball: Ball | None, count: int, images: int
     ]
 
 
-def _compare(model: nn.Module, teacher: nn.Module, x: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+def compare(model: nn.Module, teacher: nn.Module, x: Tensor, batch_size: int) -> Compared:
     """Of each image, whether both agree on its class, and KL(teacher ‖ student) in float64."""
     ours, theirs = logits_on(model, x, batch_size), logits_on(teacher, x, batch_size)
     kl = softmax_kl_div(ours.double(), theirs.double(), reduction="none")

@@ -47,13 +47,12 @@ def measure(
         said.append(f"{attack.label}: the logits of {broken} images are not finite")
     correct = logits.argmax(1) == labels
     names = measuring.data.class_names
-    present = [label for label in range(len(names)) if bool((labels == label).any())]
     return Figure(
         attack=attack.label,
         norm=ball.norm if ball else None,
         eps=ball.eps if ball else None,
         accuracy=percent(correct),
-        per_class={names[label]: percent(correct[labels == label]) for label in present},
+        per_class={names[label]: percent(correct[labels == label]) for label in labels.unique().tolist()},
         seconds=round(time.perf_counter() - started, 3),
         zero_gradients=attacked.zero_gradients,
         standing=packed(correct),

@@ -86,7 +86,7 @@ class WriteWatch(TorchDispatchMode):
 def _memory(tensor: Tensor) -> int | None:
     try:
         return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # a tensor without storage: sparse, opaque, a subclass's own
+    except RuntimeError:  # a tensor without storage: sparse, opaque, a subclass's own
         return None
 
 

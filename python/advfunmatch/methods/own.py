@@ -144,11 +144,12 @@ def _parse(kind: Any, value: Any, what: str) -> Any:
         )
         if not isinstance(parts, list | tuple):
             raise InputError(f"{what} is {value!r}, but must be values with commas between")
-        return get_origin(kind)(_simple(element, part, what) for part in parts)
-    return _simple(kind, value, what)
+        return get_origin(kind)(parse_simple(element, part, what) for part in parts)
+    return parse_simple(kind, value, what)
 
 
-def _simple(kind: type, value: Any, what: str) -> Any:
+def parse_simple(kind: type, value: Any, what: str) -> Any:
+    """A value of one of the `SIMPLE` types, from text or from Python; InputError, about `what`, where it is none."""
     if kind is str and isinstance(value, str):
         return value
     if kind is bool:

@@ -21,7 +21,7 @@ import re
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, and_more
 
 SCORES = "popup_scores"
 PARAMETRIZED = re.compile(r"(.*?)parametrizations\.(\w+)\.(.+)")
@@ -69,9 +69,9 @@ def with_plain_weights(
             done.setdefault("spectral norm", []).append(name)
     if scores := [name for name in weights if name.rpartition(".")[2] == SCORES]:
         raise InputError(
-            f"{what} has {scores[0]!r}{_more(scores)}, HYDRA's: of each layer only the weights with the highest scores "
-            "are used, and how many those are is not in the file; multiply each weight by the mask of the pruning rate "
-            f"that it was trained with, and {PLAIN}"
+            f"{what} has {scores[0]!r}{and_more(scores)}, HYDRA's: of each layer only the weights with the highest "
+            "scores are used, and how many those are is not in the file; multiply each weight by the mask of the "
+            f"pruning rate that it was trained with, and {PLAIN}"
         )
     return weights, done
 
@@ -102,7 +102,3 @@ def _in_hooks_names(weights: dict[str, Tensor], what: str) -> dict[str, Tensor]:
 def _require(fits: bool, name: str, kind: str, what: str) -> None:
     if not fits:
         raise InputError(f"{what} has {name!r} as the parts of {kind}, whose shapes do not fit; {PLAIN}")
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""

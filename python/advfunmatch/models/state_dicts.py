@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, and_more
 from .normalization import (
     Statistics,
     check_statistics,
@@ -96,7 +96,7 @@ def load_weights(
         raise max(refusals.items(), key=lambda item: agreement(holders[item[0]], own))[1]
     key, (weights, prefix, found, computed) = next(iter(fitting.items()))
     remarks += [
-        f"{what} holds {names[0]!r}{_more(names)} by {kind}; that is computed into the weights"
+        f"{what} holds {names[0]!r}{and_more(names)} by {kind}; that is computed into the weights"
         for kind, names in computed.items()
     ]
     if len(fitting) > 1:
@@ -135,7 +135,7 @@ def load_weights(
         )
     if wrong := [name for name, value in weights.items() if not _is_finite(value)]:
         remarks.append(
-            f"{what} has NaN or infinity in {wrong[0]!r}{_more(wrong)}, as of a training that has diverged"
+            f"{what} has NaN or infinity in {wrong[0]!r}{and_more(wrong)}, as of a training that has diverged"
         )
     for remark in remarks:
         warnings.warn(remark, stacklevel=2)
@@ -346,12 +346,8 @@ def _require_shapes(weights: Weights, own: Mapping[str, Tensor], what: str) -> N
 
 def _refusal(what: str, problem: str, names: list[str], reason: str = "") -> InputError:
     return InputError(
-        f"{what} does not hold the weights of this architecture: it {problem} {names[0]!r}{_more(names)}{reason}"
+        f"{what} does not hold the weights of this architecture: it {problem} {names[0]!r}{and_more(names)}{reason}"
     )
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _doubts_of_name(name: str, what: str, settings: str) -> list[str]:

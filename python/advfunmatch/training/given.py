@@ -147,7 +147,7 @@ def teacher_of(given: GivenNetwork, data: ImageDataset, device: torch.device) ->
     if teacher is given:
         try:
             teacher = copy.deepcopy(teacher)
-        except (RuntimeError, TypeError, NotImplementedError) as error:
+        except (RuntimeError, TypeError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"teacher {name_of_network(given)!r} cannot be copied: {reason}") from error
     return teacher.to(device).eval().requires_grad_(False)
