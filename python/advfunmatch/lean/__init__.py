@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .prepared import PreparedModel, prepare_for_attack
+from .vjp import vjp
 from .wrappers import unwrap
 
-__all__ = ["PreparedModel", "prepare_for_attack", "unwrap"]
+__all__ = ["PreparedModel", "prepare_for_attack", "unwrap", "vjp"]
