@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from advfunmatch.attacks.draws import APGD_CE, APGD_DLR, SQUARE, Draws, image_keys
 
 IMAGES = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
