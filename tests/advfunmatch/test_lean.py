@@ -6,6 +6,8 @@ import copy
 import io
 import operator
 import random
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -657,6 +659,20 @@ def test_a_network_with_hooks_compiles_without_a_graph_break() -> None:
     prepared = prepare_for_attack(settle(net))
     x = torch.rand(2, 3, 8, 8)
     assert_near(torch.compile(prepared, fullgraph=True, backend="eager")(x), net(x), 1e-5)
+
+
+PREPARED_FIRST = """
+import torch
+from advfunmatch import create_model, prepare_for_attack
+
+prepare_for_attack(create_model("small_cnn", num_classes=10, in_channels=1))
+assert torch.compile(lambda x: x + len([1, 2]) * isinstance(x, list), fullgraph=True, backend="eager")(1.0) == 1.0
+"""
+
+
+def test_torch_compile_still_knows_the_builtins_where_preparing_was_the_first_to_import_it() -> None:
+    done = subprocess.run([sys.executable, "-c", PREPARED_FIRST], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_hooks_on_a_wrapper_are_an_error() -> None:

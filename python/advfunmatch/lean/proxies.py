@@ -6,6 +6,7 @@ import builtins
 import contextlib
 import dis
 import functools
+import importlib
 import operator
 import sys
 import types
@@ -202,6 +203,9 @@ def torch_patched(network: nn.Module, tracer: Any) -> Iterator[None]:
     What the network's code holds under a name, of Functions and of Tensor's methods, is seen through there. Whether
     gradients are enabled is a question to the graph's own caller.
     """
+    # torch.compile notes the ids of builtins as it is imported, which the first call of many a function does: it would
+    # take what stands in their place here for them, and break at every len and isinstance afterwards.
+    importlib.import_module("torch._dynamo")
     Function = torch.autograd.Function
     original = vars(Function)["apply"]
 
