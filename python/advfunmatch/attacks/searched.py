@@ -1,0 +1,59 @@
+"""What an attack looks at: a network whose forwards and backwards are counted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..lean import vjp
+
+__all__ = ["Searched"]
+
+
+class Searched:
+    """A network, best a prepared one, as the attacks of AutoAttack see it.
+
+    Logits are float32, or float64 where the network's are: an attack decides on them, and those of bfloat16 have ties.
+
+    Attributes:
+        forwards, backwards: images that went through.
+        seconds: within the network's calls; of a GPU, until they are under way.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.forwards = self.backwards = 0
+        self.seconds = 0.0
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(N, C) of images (N, ...), without a graph."""
+        started = time.perf_counter()
+        with torch.no_grad():
+            z = _widened(self.network(x))
+        self.forwards += len(x)
+        self.seconds += time.perf_counter() - started
+        return z
+
+    def vjp(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Logits (N, C), and what takes their gradient to that of the images, as often as is wished until the next
+        call."""
+        started = time.perf_counter()
+        z, pullback = vjp(self.network, x)
+        self.forwards += len(x)
+        self.seconds += time.perf_counter() - started
+
+        def counted(grad_logits: Tensor) -> Tensor:
+            started = time.perf_counter()
+            grad = pullback(grad_logits.to(z.dtype))
+            self.backwards += len(x)
+            self.seconds += time.perf_counter() - started
+            return grad
+
+        return _widened(z), counted
+
+
+def _widened(z: Tensor) -> Tensor:
+    return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
