@@ -2,7 +2,7 @@
 
 Public are the names in ``__all__`` here and in the packages below, and nothing else:
 
-* ``attacks``: `PGDAttack` and its objectives.
+* ``attacks``: `PGDAttack`, its objectives, and attacks that look for the nearest adversarial image.
 * ``lean``: `prepare_for_attack`, eval-mode copies of networks for attacks.
 * ``models``, ``data``: networks, checkpoints and data sets by name.
 * ``methods``: the table of distillation methods and their settings.

@@ -240,11 +240,11 @@ def test_data_that_nothing_can_be_measured_on(small_test) -> None:  # type: igno
 
 def test_stronger_attacks_leave_less(teacher: str, small_test) -> None:  # type: ignore[no-untyped-def]
     left = evaluate(
-        load_model(teacher), small_test, ["clean", "fgsm", "pgd20", "pgd100", "cw"], eps=0.08
+        load_model(teacher), small_test, ["clean", "fgsm", "pgd20", "pgd100", "cw_pgd"], eps=0.08
     ).accuracies
     by_luck = 100 / len(small_test)  # one image, which a weaker attack may break and a stronger one not
     assert left["fgsm"] < left["clean"] - 2 * by_luck
-    for weak, strong in (("fgsm", "pgd20"), ("pgd20", "pgd100"), ("pgd20", "cw")):
+    for weak, strong in (("fgsm", "pgd20"), ("pgd20", "pgd100"), ("pgd20", "cw_pgd")):
         assert left[strong] <= left[weak] + by_luck
 
 
@@ -301,7 +301,7 @@ class Certain(torch.nn.Module):
 
 
 def test_robust_accuracy_does_not_depend_on_the_unit_of_the_logits(small_test) -> None:  # type: ignore[no-untyped-def]
-    attacks = ["pgd20", "cw"]
+    attacks = ["pgd20", "cw_pgd"]
     found = [evaluate(Certain(unit), small_test, attacks, eps=0.08) for unit in (10.0, 1e6)]
     assert 0 < found[0].accuracies["pgd20"] < 100
     for name in attacks:
@@ -328,11 +328,11 @@ def test_no_image_ends_below_its_own_divergence(small_test) -> None:  # type: ig
 
 
 def test_what_only_the_margin_breaks_is_said() -> None:
-    standing = {"pgd20": torch.ones(40, dtype=torch.bool), "cw": torch.arange(40) >= 3}
-    assert margin_warnings(standing)[0].startswith("cw breaks 7.5 % of the images that pgd20 leaves")
-    standing["cw"] = torch.arange(40) >= 2  # 5 %
+    standing = {"pgd20": torch.ones(40, dtype=torch.bool), "cw_pgd": torch.arange(40) >= 3}
+    assert margin_warnings(standing)[0].startswith("cw_pgd breaks 7.5 % of the images that pgd20 leaves")
+    standing["cw_pgd"] = torch.arange(40) >= 2  # 5 %
     assert not margin_warnings(standing)
-    assert not margin_warnings({"cw": standing["cw"]})
+    assert not margin_warnings({"cw_pgd": standing["cw_pgd"]})
 
 
 def test_a_radius_of_the_other_norm_is_pointed_out(small_test, recwarn) -> None:  # type: ignore[no-untyped-def]

@@ -1,8 +1,12 @@
-"""Attacks: projected gradient ascent through one network or two, on any objective of their logits."""
+"""Attacks: projected gradient ascent on any objective of the logits of one network or two, and the nearest adversarial
+image."""
 
 from __future__ import annotations
 
 from .arguments import INITS, NORMS, radius_warnings
+from .carlini_wagner import carlini_wagner, carlini_wagner_linf
+from .lbfgs import lbfgs
+from .nearest import Nearest
 from .objectives import (
     OBJECTIVES,
     CrossEntropy,
@@ -25,10 +29,14 @@ __all__ = [
     "FixedTeacher",
     "Margin",
     "Mismatch",
+    "Nearest",
     "Objective",
     "PGDAttack",
+    "carlini_wagner",
+    "carlini_wagner_linf",
     "create_objective",
     "divergence_score",
     "input_gradient",
+    "lbfgs",
     "radius_warnings",
 ]

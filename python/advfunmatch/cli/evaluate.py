@@ -131,7 +131,7 @@ def _print_figures(result: Evaluation) -> None:
     ]
     width = max(22, *(len(name) for name, _ in (*rows, *near)))
     for name, figure in rows:
-        print(f"{name:<{width}} {figure.accuracy:6.2f} %")
+        print(f"{name:<{width}} {figure.accuracy:6.2f} %" + (f", {figure.nearest}" if figure.nearest else ""))
     for name, fidelity in near:
         print(f"{name:<{width}} {fidelity.agreement:6.2f} %, KL {fidelity.kl:.4g}")
     for warning in result.warnings:

@@ -12,7 +12,7 @@ An attack is a function ``(model, x, y, ...) -> x_adv`` of a network in eval mod
 * ``progress``: to be called with the number of images done, of those that it was handed.
 
 The other parameters are its settings: ``pgd(steps=40)`` in text and in Python. Their types come from their
-annotations, else from their defaults. It returns the images, or `Attacked`, which says of how many it had no gradient.
+annotations, else from their defaults. It returns the images, or `Attacked`, which says more of them.
 """
 
 from __future__ import annotations
@@ -40,10 +40,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Attacked(NamedTuple):
-    """What an attack made of the images, and of how many it never had a gradient."""
+    """What an attack made of the images.
+
+    Attributes:
+        images: (N, C, H, W), in the ball.
+        zero_gradients: of how many it never had a gradient.
+        distances: (N,), where it looks for the nearest adversarial image: how far that is in the ball's norm, whatever
+            the radius; 0 of an image that is misclassified as it is, infinite where none was found.
+    """
 
     images: Tensor
     zero_gradients: int
+    distances: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ def measure(
         said.append(f"{attack.label}: the logits of {broken} images are not finite")
     correct = logits.argmax(1) == labels
     names = measuring.data.class_names
+    distances = attacked.distances
+    near = None if distances is None else distances[(distances > 0) & distances.isfinite()]
     return Figure(
         attack=attack.label,
         norm=ball.norm if ball else None,
@@ -57,6 +59,8 @@ def measure(
         zero_gradients=attacked.zero_gradients,
         standing=packed(correct),
         warnings=list(dict.fromkeys(said)),
+        found=None if near is None else len(near),
+        distance=None if near is None or not len(near) else float(near.double().quantile(0.5)),
     )
 
 
@@ -73,7 +77,7 @@ def run(attack: Attack, ball: Ball | None, measuring: Measuring, progress: Calla
     offered |= {"eps": ball.eps, "norm": ball.norm} if ball else {}
     handed = {name: value for name, value in offered.items() if name in named}
     size = len(x) if "batch_size" in named else measuring.batch_size
-    parts, zero_gradients = [], 0
+    parts, distances, zero_gradients = [], [], 0
     # An attack may draw from PyTorch's default generators, and needs autograd, whoever calls.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=devices):
@@ -85,11 +89,24 @@ def run(attack: Attack, ball: Ball | None, measuring: Measuring, progress: Calla
                 handed["progress"] = lambda count, first=first: progress(first + count)
             torch.manual_seed(seed)
             found = attack.function(measuring.model, x_part, y_part, **attack.settings, **handed)
-            images = found.images if isinstance(found, Attacked) else found
-            zero_gradients += found.zero_gradients if isinstance(found, Attacked) else 0
-            parts.append(_checked_images(images, x_part, ball, attack.label))
+            found = found if isinstance(found, Attacked) else Attacked(found, 0)
+            zero_gradients += found.zero_gradients
+            parts.append(_checked_images(found.images, x_part, ball, attack.label))
+            if found.distances is not None:
+                distances.append(_checked_distances(found.distances, x_part, attack.label))
             progress(first + len(x_part))
-    return Attacked(torch.cat(parts), zero_gradients)
+    return Attacked(torch.cat(parts), zero_gradients, torch.cat(distances) if distances else None)
+
+
+def _checked_distances(distances: Any, x: Tensor, label: str) -> Tensor:
+    """InputError for what cannot be one distance for each image."""
+    if (
+        not isinstance(distances, Tensor)
+        or distances.shape != x.shape[:1]
+        or not bool((distances >= 0).all())
+    ):
+        raise InputError(f"attack {label!r} must return distances of shape ({len(x)},), none below 0 or NaN")
+    return distances.detach()
 
 
 def _checked_images(x_adv: Any, x: Tensor, ball: Ball | None, label: str) -> Tensor:

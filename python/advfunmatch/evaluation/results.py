@@ -28,6 +28,8 @@ class Figure:
         zero_gradients: how many images had a gradient of exactly zero at every step, and have not been attacked.
         standing: which images were still classified correctly, in order, one bit each: base64 of ``np.packbits``.
         warnings: what was said of it.
+        found, distance: of an attack that looks for the nearest adversarial image, whatever the radius: for how many
+            of the images that are classified correctly it found one, and how far these are in the median, in ``norm``.
     """
 
     attack: str
@@ -39,6 +41,8 @@ class Figure:
     zero_gradients: int
     standing: str
     warnings: list[str]
+    found: int | None = None
+    distance: float | None = None
 
     @property
     def ball(self) -> Ball | None:
@@ -48,6 +52,14 @@ class Figure:
     def __str__(self) -> str:
         where = f", {self.ball}" if self.ball else ""
         return f"{self.attack}{where}: {self.accuracy:.2f} %"
+
+    @property
+    def nearest(self) -> str:
+        """What is known of the nearest adversarial images, in words; nothing where they were not looked for."""
+        if self.found is None:
+            return ""
+        middle = "" if self.distance is None else f", median distance {self.distance:.4g} ({self.norm})"
+        return f"found {self.found}{middle}"
 
     def stood(self, images: int) -> Tensor:
         """(images,), bool: which were still classified correctly."""

@@ -14,6 +14,7 @@ from ..errors import InputError, one_of
 from ..lean import prepare_for_attack
 from .attacks import Attacked, register_attack
 from .auto_attack import auto_attack
+from .minimum_norm import carlini_wagner_row, lbfgs_row
 
 Progress = Callable[[int], None]
 
@@ -102,6 +103,10 @@ register_attack("fgsm")(partial(pgd, steps=1, step_size="eps", init="zero"))
 register_attack("pgd10")(partial(pgd, steps=10))
 register_attack("pgd20")(partial(pgd, steps=20))
 register_attack("pgd100")(partial(pgd, steps=100, step_size="eps/10", restarts=5))
-register_attack("cw")(partial(pgd, objective="margin", steps=100, step_size="eps/10"))
+margin_pgd = partial(pgd, objective="margin", steps=100, step_size="eps/10")
+register_attack("cw_pgd")(margin_pgd)
+register_attack("cw")(margin_pgd)  # as it was called before there was carlini_wagner
+register_attack("carlini_wagner")(carlini_wagner_row)
+register_attack("lbfgs")(lbfgs_row)
 register_attack("pgd")(pgd)
 register_attack("autoattack")(auto_attack)

@@ -37,7 +37,10 @@ TITLES = {
     "pgd10": "PGD-10",
     "pgd20": "PGD-20",
     "pgd100": "PGD-100",
+    "cw_pgd": "margin PGD",
     "cw": "C&W",
+    "carlini_wagner": "Carlini-Wagner",
+    "lbfgs": "L-BFGS",
     "autoattack": "AutoAttack",
 }
 # Where the accuracies of metrics.jsonl were measured, by the prefix of their names; "" in runs of version 0.1.
