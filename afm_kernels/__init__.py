@@ -8,6 +8,8 @@
 
 from afm_kernels.autograd import SoftmaxKLDivFunction
 from afm_kernels.functional import (
+    APGDState,
+    apgd_step,
     distillation_loss,
     dkl_loss,
     pgd_start,
@@ -22,11 +24,13 @@ from afm_kernels.ops import backend_info, use_backend
 from afm_kernels.version import __version__
 
 __all__ = [
+    "APGDState",
     "DKLLoss",
     "DistillationLoss",
     "SoftmaxKLDivFunction",
     "SoftmaxKLDivLoss",
     "__version__",
+    "apgd_step",
     "backend_info",
     "distillation_loss",
     "dkl_loss",

@@ -43,6 +43,10 @@ What every backend may assume, because ``functional`` has checked it, and must d
 * pgd_step, pgd_start: ``x_adv``, ``x``, ``out`` of one dtype, ``grad`` and ``noise`` of any; one shape and device,
   any strides. ``norm``: an index into ``NORMS``. ``out`` may be one of the inputs. The semantics, those of NaN, 0
   and infinity included: Note [PGD step] in reference/pgd_step.py.
+* apgd_step: ``x_adv``, ``x_old``, ``x_best``, ``x_hit``, ``x`` of one dtype, ``grad`` and ``grad_best`` of another; all
+  of one shape and of one layout, dense with one image behind the other. ``numbers`` (4, N), ``loss`` (N,): float64 if
+  an image or a gradient is, else float32; ``counts`` (3, N) int32, ``misclassified`` (N,) bool; all contiguous. What is
+  written lies apart. Note [APGD step] in reference/apgd_step.py.
 * scale_shift_relu: ``x`` (N, C, ...) of any strides; ``scale``, ``shift`` (C,) of any stride and dtype;
   ``residual`` like ``x``, of any dtype. ``output`` is what the forward returned; where it is not <= 0 the
   gradient passes.
@@ -189,6 +193,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "pgd_step": _fake_like_first,
     "pgd_step_out": _fake_nothing,
     "pgd_start": _fake_like_first,
+    "apgd_step": _fake_nothing,
     "scale_shift_relu_forward": _fake_like_first,
     "scale_shift_relu_backward": _fake_scale_shift_relu_backward,
     "conv3x3_forward": _fake_conv3x3_forward,

@@ -56,6 +56,9 @@ SCHEMAS = {
     "pgd_step_out": "(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, int norm, "
     f"{_CLIP}, Tensor(a!) out) -> ()",
     "pgd_start": f"(Tensor x, Tensor noise, float noise_scale, float eps, int norm, {_CLIP}) -> Tensor",
+    "apgd_step": "(Tensor(a!) x_adv, Tensor(b!) x_old, Tensor(c!) x_best, Tensor(d!) grad_best, Tensor(e!) x_hit, "
+    "Tensor(f!) numbers, Tensor(g!) counts, Tensor grad, Tensor x, Tensor loss, Tensor misclassified, float eps, "
+    f"int norm, {_CLIP}, float momentum, float decrease, int window, bool first) -> ()",
     # relu(x * scale[c] + shift[c] + residual), channels in dim 1
     "scale_shift_relu_forward": "(Tensor x, Tensor scale, Tensor shift, Tensor? residual) -> Tensor",
     "scale_shift_relu_backward": "(Tensor grad_output, Tensor output, Tensor scale, bool wrt_x, bool wrt_residual)"

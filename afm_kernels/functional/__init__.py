@@ -1,5 +1,6 @@
 """What users call: checks, reductions, documentation."""
 
+from afm_kernels.functional.apgd_step import APGDState, apgd_step
 from afm_kernels.functional.distillation import distillation_loss
 from afm_kernels.functional.dkl import dkl_loss
 from afm_kernels.functional.pgd_step import pgd_start, pgd_step
@@ -8,6 +9,8 @@ from afm_kernels.functional.softmax_kl import softmax_kl_div, softmax_kl_div_gra
 from afm_kernels.functional.softmax_kl_direction import softmax_kl_direction
 
 __all__ = [
+    "APGDState",
+    "apgd_step",
     "distillation_loss",
     "dkl_loss",
     "pgd_start",

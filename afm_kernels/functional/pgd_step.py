@@ -71,8 +71,8 @@ def pgd_step(
         check_not_recorded("out", out)
     step_size = check_positive("step_size", step_size)
     eps = check_positive("eps", eps)
-    norm_index = _check_norm(norm, x)
-    clip_min, clip_max = _check_clip(clip)
+    norm_index = check_norm(norm, x)
+    clip_min, clip_max = check_clip(clip)
     # Detached: there is no gradient of a step, and autograd must not think it lost one.
     x_adv, grad, x = _detached(x_adv), _detached(grad), _detached(x)
     device_type = x.device.type
@@ -123,8 +123,8 @@ def pgd_start(
     check_floating("x", x)
     eps = check_positive("eps", eps)
     kind = INITS[check_choice("init", init, INITS)]
-    norm_index = _check_norm(norm, x)
-    clip_min, clip_max = _check_clip(clip)
+    norm_index = check_norm(norm, x)
+    clip_min, clip_max = check_clip(clip)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator is a {type(generator).__name__}; a torch.Generator or None is expected")
     if generator is not None and generator.device.type != x.device.type:
@@ -167,14 +167,14 @@ def _detached(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
 
 
-def _check_norm(norm: str, x: Tensor) -> int:
+def check_norm(norm: str, x: Tensor) -> int:
     index = check_choice("norm", norm, ops.NORMS)
     if x.ndim == 0 and norm == "l2":
         raise ValueError('x has shape (), but norm="l2" needs samples: a first dimension')
     return index
 
 
-def _check_clip(clip: Clip) -> tuple[float | None, float | None]:
+def check_clip(clip: Clip) -> tuple[float | None, float | None]:
     if clip is None:
         return None, None
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:

@@ -1,5 +1,6 @@
 """Every operator in plain PyTorch: its definition, and the backend where no compiled kernel serves."""
 
+from afm_kernels.reference.apgd_step import apgd_step
 from afm_kernels.reference.conv3x3 import conv3x3_forward, conv3x3_input_grad
 from afm_kernels.reference.distillation import (
     distillation_backward,
@@ -25,6 +26,7 @@ from afm_kernels.reference.softmax_kl import (
 from afm_kernels.reference.softmax_kl_direction import softmax_kl_direction
 
 __all__ = [
+    "apgd_step",
     "conv3x3_forward",
     "conv3x3_input_grad",
     "distillation_backward",
