@@ -36,6 +36,12 @@ class APGDState(NamedTuple):
             or their gradients are, else float32.
         counts: (3, N) int32: losses since the last checkpoint that rose, whether that one went back, whether a point
             was misclassified.
+
+    >>> import torch
+    >>> from afm_kernels import APGDState
+    >>> state = APGDState.at(torch.zeros(2, 3), step_size=0.5)
+    >>> state.step_size.tolist(), state.hit.tolist()
+    ([0.5, 0.5], [False, False])
     """
 
     x_adv: Tensor
