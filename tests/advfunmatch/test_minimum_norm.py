@@ -244,7 +244,7 @@ def test_an_attack_of_ones_own_may_say_distances(small_test) -> None:  # type: i
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
 
     def told(model, x, y, *, far: float = 2.0):  # type: ignore[no-untyped-def]
-        return Attacked(x, 0, torch.full((len(x),), far))
+        return Attacked(x, 0, distances=torch.full((len(x),), far))
 
     (row,) = evaluate(network, small_test, [told], eps=0.1).results
     assert (row.found, row.distance) == (len(small_test), 2.0)
@@ -252,6 +252,6 @@ def test_an_attack_of_ones_own_may_say_distances(small_test) -> None:  # type: i
         evaluate(
             network,
             small_test,
-            [("told", lambda m, x, y: Attacked(x, 0, x.new_full((len(x),), -1)))],
+            [("told", lambda m, x, y: Attacked(x, 0, distances=x.new_full((len(x),), -1)))],
             eps=0.1,
         )

@@ -95,7 +95,7 @@ def run(attack: Attack, ball: Ball | None, measuring: Measuring, progress: Calla
             if found.distances is not None:
                 distances.append(_checked_distances(found.distances, x_part, attack.label))
             progress(first + len(x_part))
-    return Attacked(torch.cat(parts), zero_gradients, torch.cat(distances) if distances else None)
+    return Attacked(torch.cat(parts), zero_gradients, distances=torch.cat(distances) if distances else None)
 
 
 def _checked_distances(distances: Any, x: Tensor, label: str) -> Tensor:

@@ -109,4 +109,4 @@ def _in_ball(
         zero_gradients += found.zero_gradients
         done += len(x)
         progress(done)
-    return Attacked(torch.cat(images), zero_gradients, torch.cat(distances))
+    return Attacked(torch.cat(images), zero_gradients, distances=torch.cat(distances))
