@@ -41,6 +41,14 @@ def evaluate(
     teacher: Annotated[
         str | None, typer.Option(help="checkpoint to measure fidelity (agreement and KL) against")
     ] = None,
+    transfer_from: Annotated[
+        str | None,
+        typer.Option(
+            help="checkpoints, with commas, that the attacks are also made on, to see what their images do to this one",
+            metavar="CKPT,...",
+            show_default=False,
+        ),
+    ] = None,
     fidelity: Annotated[
         bool | None,
         typer.Option(
@@ -69,6 +77,8 @@ def evaluate(
         raise InputError(f"teacher is {teacher!r}, but --no-fidelity says that none is wanted")
     if corrupted and wants_fidelity:
         raise InputError(f"teacher is {teacher!r}, but corrupted sets measure no fidelity")
+    if corrupted and transfer_from is not None:
+        raise InputError(f"transfer_from is {transfer_from!r}, but corrupted sets measure no transfer")
     one = corruption_cells(data)[0].name if corrupted else data
     require_known_data(checkpoint, one)
     test_set = load_dataset(one, split="test", **images.loading).to(choose_device(images.device))
@@ -94,6 +104,10 @@ def evaluate(
         about["warnings"] += known["doubts"]
         about["teacher_model"] = known["model"]
     about["teacher"] = teacher
+    if transfer_from is not None:
+        sources = _sources(transfer_from, test_set)
+        settings["transfer_from"] = {name: other for name, (other, _) in sources.items()}
+        about["warnings"] += [doubt for _, known in sources.values() for doubt in known["doubts"]]
     result = evaluate_model(network, test_set, chosen, teacher=teacher_network, **settings, about=about)
     print(f"{ball.said(**where)}; {len(test_set)} images of {data}")
     _print_figures(result)
@@ -121,6 +135,14 @@ def _teacher(
         print(f"warning: {doubt}", file=sys.stderr)
         known["doubts"] = [*known["doubts"], doubt]
     return path, network, known
+
+
+def _sources(text: str, data: ImageDataset) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+    """The networks of --transfer-from by the names of their files, and what is known of each."""
+    paths = [path.strip() for path in text.split(",") if path.strip()]
+    if not paths:
+        raise InputError(f"transfer_from is {text!r}, but must be one checkpoint or several, with commas")
+    return {path: load(path, ForeignWeights(), data, "transfer_from") for path in paths}
 
 
 def _print_figures(result: Evaluation) -> None:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attacks import PGDAttack
 from ..config import parse_number
@@ -63,6 +63,8 @@ class Attack:
         function: see Note [Attack functions].
         settings: those that were given.
         eps, norm: of a ball of its own, whatever the others' is.
+        source: what the network is called that its images are made on; empty for that which is measured.
+        network: that network.
     """
 
     name: str
@@ -70,6 +72,8 @@ class Attack:
     settings: Mapping[str, Any] = field(default_factory=dict)
     eps: float | None = None
     norm: str | None = None
+    source: str = ""
+    network: nn.Module | None = None
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -92,7 +96,8 @@ class Attack:
         'noise(tries=3)'
         """
         given = _said(self.settings)
-        return f"{self.name}({given})" if given else self.name
+        own = f"{self.name}({given})" if given else self.name
+        return f"{own} from {self.source}" if self.source else own
 
     @property
     def about(self) -> str:

@@ -33,6 +33,7 @@ from .results import Evaluation, Fidelity
 from .rows import clean
 from .shown import Shown
 from .stored import EvaluationFile
+from .transfer import digests_of_sources, ready_sources, transfer_warnings, transferred
 
 __all__ = ["ATTACKS", "attack_images", "evaluate", "margin_warnings", "masking_warnings"]
 
@@ -48,6 +49,7 @@ def evaluate(
     norm: str = "linf",
     seed: int = 0,
     teacher: nn.Module | None = None,
+    transfer_from: Mapping[str, nn.Module] | None = None,
     batch_size: int = BATCH_SIZE,
     progress: bool | Callable[[str, int, int], None] = False,
     out: str | Path | None = None,
@@ -68,6 +70,8 @@ def evaluate(
         norm: ``"linf"`` or ``"l2"``.
         seed: seeds every attack, so that the same call gives the same figures.
         teacher: measures fidelity to this network too, which has as many logits.
+        transfer_from: other networks by name; each attack is also made on each of these, as rows ``"pgd20 from NAME"``
+            that say what its images do to the model. That they do more than the model's own is said.
         batch_size: images attacked at a time.
         progress: True shows a bar for each attack; a function is called with what is measured, how many of its images
             are done, and of how many.
@@ -96,6 +100,7 @@ def evaluate(
         teacher=teacher,
         size=batch_size,
         tell=progress,
+        transfer_from=transfer_from,
     )
 
 
@@ -111,14 +116,16 @@ def measure_into(
     teacher: nn.Module | None,
     size: int,
     tell: bool | Callable[[str, int, int], None],
+    transfer_from: Mapping[str, nn.Module] | None = None,
 ) -> Evaluation:
     """What `evaluate` does, going on from what a file holds and writing into it."""
     attacks = attacks_of(attacks)
+    attacks += transferred(attacks, transfer_from)
     seed, size = _checked(seed, size)
     if norm not in NORMS:
         raise one_of("norm", norm, NORMS)
     balls = [] if eps is None else balls_of(eps, norm)
-    wanted = _plan(attacks, balls, norm)
+    _plan(attacks, balls, norm)
     data = data if isinstance(data, ImageDataset) else as_dataset(data)
     _check_arguments(model, data, teacher)
     _require_teacher(attacks, teacher)
@@ -129,16 +136,23 @@ def measure_into(
     data = data.to(device_of(model, data))
     result = Evaluation([], len(data), _settings(attacks, balls, norm, seed, teacher), complete=False)
     if file.path is not None:
-        result.digests = _digests(model, data, teacher, file.about)
+        result.digests = _digests(model, data, teacher, file.about) | digests_of_sources(transfer_from)
     stored = file.read()
     done = None if stored is None else file.continued(stored, result)
-    with frozen(model), frozen(teacher), warnings_of_autoattack([]), _radius_is_said(), Shown(tell) as shown:
+    with (
+        frozen(model),
+        frozen(teacher),
+        ready_sources(attacks, data) as ready,
+        warnings_of_autoattack([]),
+        _radius_is_said(),
+        Shown(tell) as shown,
+    ):
         _require_comparable(model, teacher, data)
         model = returning_logits(model, data)
         teacher = None if teacher is None else returning_logits(teacher, data)
         measuring = Measuring(model, teacher, data, as_float(data.images), seed, size)
         file.prepare()
-        for _ in _fill(result, done, wanted, balls, measuring, shown):
+        for _ in _fill(result, done, _plan(ready, balls, norm), balls, measuring, shown):
             file.write(result.to_dict())
     if done:
         result.settings["attacks"] = done.settings["attacks"] | result.settings["attacks"]
@@ -254,6 +268,7 @@ def _warnings(result: Evaluation, balls: list[Ball]) -> list[str]:
     said = [text for ball in balls for text in radius_warnings(ball.norm, ball.eps)]
     said += [text for row in result.results for text in row.warnings]
     said += [text for row in result.fidelity for text in row.warnings]
+    said += transfer_warnings(result.results)
     for ball in dict.fromkeys(row.ball for row in result.results if row.ball):
         rows = [row for row in result.results if row.ball in (None, ball)]
         compared = masking_warnings({row.attack: row.accuracy for row in rows})

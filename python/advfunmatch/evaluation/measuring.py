@@ -47,7 +47,7 @@ def measure(
         said.append(f"{attack.label}: the logits of {broken} images are not finite")
     correct = logits.argmax(1) == labels
     names = measuring.data.class_names
-    distances = attacked.distances
+    distances = None if attack.source else attacked.distances  # to the source's boundary
     near = None if distances is None else distances[(distances > 0) & distances.isfinite()]
     return Figure(
         attack=attack.label,
@@ -61,6 +61,7 @@ def measure(
         warnings=list(dict.fromkeys(said)),
         found=None if near is None else len(near),
         distance=None if near is None or not len(near) else float(near.double().quantile(0.5)),
+        source=attack.source or None,
     )
 
 
@@ -72,7 +73,7 @@ def run(attack: Attack, ball: Ball | None, measuring: Measuring, progress: Calla
     """
     x, y = measuring.images, measuring.data.labels
     x = x.clone() if x.is_inference() else x
-    named = attack.parameters
+    named, network = attack.parameters, measuring.model if attack.network is None else attack.network
     offered: dict[str, Any] = {"teacher": measuring.teacher, "batch_size": measuring.batch_size}
     offered |= {"eps": ball.eps, "norm": ball.norm} if ball else {}
     handed = {name: value for name, value in offered.items() if name in named}
@@ -88,7 +89,7 @@ def run(attack: Attack, ball: Ball | None, measuring: Measuring, progress: Calla
             if "progress" in named:
                 handed["progress"] = lambda count, first=first: progress(first + count)
             torch.manual_seed(seed)
-            found = attack.function(measuring.model, x_part, y_part, **attack.settings, **handed)
+            found = attack.function(network, x_part, y_part, **attack.settings, **handed)
             found = found if isinstance(found, Attacked) else Attacked(found, 0)
             zero_gradients += found.zero_gradients
             parts.append(_checked_images(found.images, x_part, ball, attack.label))

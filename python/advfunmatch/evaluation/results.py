@@ -30,6 +30,7 @@ class Figure:
         warnings: what was said of it.
         found, distance: of an attack that looks for the nearest adversarial image, whatever the radius: for how many
             of the images that are classified correctly it found one, and how far these are in the median, in ``norm``.
+        source: the network that the images were made on, where that is another than the one that is measured.
     """
 
     attack: str
@@ -43,6 +44,7 @@ class Figure:
     warnings: list[str]
     found: int | None = None
     distance: float | None = None
+    source: str | None = None
 
     @property
     def ball(self) -> Ball | None:

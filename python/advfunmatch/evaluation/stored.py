@@ -99,9 +99,9 @@ class EvaluationFile:
 def _differences(stored: Evaluation, wanted: Evaluation) -> list[str]:
     """What was otherwise when the file was begun, in words."""
     found = []
-    for name in ("model", "data", "teacher"):
+    for name in ("model", "data", *sorted(wanted.digests.keys() - {"model", "data"})):
         before, now = stored.digests.get(name), wanted.digests.get(name)
-        if before != now and (name != "teacher" or (before and now)):
+        if before != now and (name in ("model", "data") or (before and now)):
             found.append(f"{name} is not the one it was begun with")
     for name in ("eps", "norm", "seed"):
         before, now = stored.settings.get(name), wanted.settings.get(name)
