@@ -21,7 +21,7 @@ import sys
 
 from afm_kernels.version import __version__
 
-from .attacks import PGDAttack
+from .attacks import AutoAttack, PGDAttack
 from .config import TrainConfig
 from .data import ImageDataset, as_dataset, load_dataset, register_dataset
 from .errors import InputError, TrainingDiverged
@@ -33,6 +33,7 @@ from .plugins import load_plugins
 from .training import train
 
 __all__ = [
+    "AutoAttack",
     "ImageDataset",
     "InputError",
     "Method",

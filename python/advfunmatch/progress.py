@@ -71,6 +71,12 @@ class ProgressBar:
         elif time.monotonic() - self.last_line > QUIET_SECONDS:
             self._line()
 
+    def expect(self, total: int) -> None:
+        """Replace how many there are in all, those done included."""
+        self.total = total
+        if self.bar:
+            self.bar.update(self.task, total=total)
+
     def say(self, note: str) -> None:
         """Replace the text at the end of the bar, such as the last epoch's accuracies."""
         self.note = note

@@ -169,7 +169,7 @@ def test_progress_tells_how_far_each_attack_is(data: ImageDataset) -> None:
     assert [done for what, done, total in told if what == near and total == 40] == [0, 16, 32, 40]
     autoattack: list[int] = []
     tell = {"progress": lambda what, done, total: autoattack.append(done)}
-    evaluate(Linear(), data, ["autoattack"], eps=0.5, batch_size=10, **tell)  # type: ignore[arg-type]
+    evaluate(Linear(), data, ["autoattack"], eps=0.1, batch_size=10, **tell)  # type: ignore[arg-type]
     assert autoattack == sorted(autoattack)
     assert len(set(autoattack)) > 3, "it moves while its attacks run"
 

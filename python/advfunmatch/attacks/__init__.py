@@ -1,10 +1,14 @@
 """Attacks: projected gradient ascent on any objective of the logits of one network or two, and the nearest adversarial
-image."""
+image; and AutoAttack."""
 
 from __future__ import annotations
 
+from .apgd import APGD
 from .arguments import INITS, NORMS, radius_warnings
+from .attacked import AutoAttacked, AutoAttackWarning, Stage
+from .auto_attack import AutoAttack
 from .carlini_wagner import carlini_wagner, carlini_wagner_linf
+from .draws import Draws, image_keys
 from .lbfgs import lbfgs
 from .nearest import Nearest
 from .objectives import (
@@ -18,24 +22,33 @@ from .objectives import (
     divergence_score,
 )
 from .pgd import PGDAttack, input_gradient
+from .searched import Searched
 from .target import BN_MODES
 
 __all__ = [
+    "APGD",
     "BN_MODES",
     "INITS",
     "NORMS",
     "OBJECTIVES",
+    "AutoAttack",
+    "AutoAttackWarning",
+    "AutoAttacked",
     "CrossEntropy",
+    "Draws",
     "FixedTeacher",
     "Margin",
     "Mismatch",
     "Nearest",
     "Objective",
     "PGDAttack",
+    "Searched",
+    "Stage",
     "carlini_wagner",
     "carlini_wagner_linf",
     "create_objective",
     "divergence_score",
+    "image_keys",
     "input_gradient",
     "lbfgs",
     "radius_warnings",

@@ -16,6 +16,10 @@ __all__ = ["Searched"]
 class Searched:
     """A network, best a prepared one, as the attacks of AutoAttack see it.
 
+    Args:
+        network: in eval mode.
+        told: called after each pass with its number of images.
+
     Logits are float32, or float64 where the network's are: an attack decides on them, and those of bfloat16 have ties.
 
     Attributes:
@@ -23,8 +27,8 @@ class Searched:
         seconds: within the network's calls; of a GPU, until they are under way.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
+    def __init__(self, network: nn.Module, told: Callable[[int], None] | None = None) -> None:
+        self.network, self.told = network, told
         self.forwards = self.backwards = 0
         self.seconds = 0.0
 
@@ -33,8 +37,7 @@ class Searched:
         started = time.perf_counter()
         with torch.no_grad():
             z = _widened(self.network(x))
-        self.forwards += len(x)
-        self.seconds += time.perf_counter() - started
+        self._count(started, forwards=len(x))
         return z
 
     def vjp(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -42,17 +45,22 @@ class Searched:
         call."""
         started = time.perf_counter()
         z, pullback = vjp(self.network, x)
-        self.forwards += len(x)
-        self.seconds += time.perf_counter() - started
+        self._count(started, forwards=len(x))
 
         def counted(grad_logits: Tensor) -> Tensor:
             started = time.perf_counter()
             grad = pullback(grad_logits.to(z.dtype))
-            self.backwards += len(x)
-            self.seconds += time.perf_counter() - started
+            self._count(started, backwards=len(x))
             return grad
 
         return _widened(z), counted
+
+    def _count(self, started: float, forwards: int = 0, backwards: int = 0) -> None:
+        self.seconds += time.perf_counter() - started
+        self.forwards += forwards
+        self.backwards += backwards
+        if self.told:
+            self.told(forwards + backwards)
 
 
 def _widened(z: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
                 args=arguments or ["--help"],
                 prog_name="advfunmatch",
                 standalone_mode=False,
-                obj=list(arguments),  # which train starts other processes with
+                obj=list(arguments),  # which other processes are started with
             )
         if code == INTERRUPTED:  # typer has swallowed the KeyboardInterrupt
             raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,10 +21,12 @@ from ..models.digest import digest_of_network
 from ..training.run import choose_device
 from .networks import ForeignWeights, load, remembered_teacher
 from .options import BallOptions, Checkpoint, Data, Foreign, Images, Plugins, with_groups
+from .processes import in_processes
 
 
 @with_groups
 def evaluate(
+    context: typer.Context,
     checkpoint: Checkpoint,
     data: Data,
     out: Annotated[Path, typer.Option(help="JSON file to write, after each attack")],
@@ -61,6 +64,12 @@ def evaluate(
     plugins: Plugins,
     resume: Annotated[bool, typer.Option("--resume", help="go on with what --out holds")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what --out holds")] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="processes on this machine among which AutoAttack shares the images out", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Measure a checkpoint on the test split.
 
@@ -68,6 +77,7 @@ def evaluate(
     open too. Stopped, it keeps what is done, and --resume goes on. Of a corrupted set, such as cifar10c:PATH, each
     corruption and severity is measured, and their means.
     """
+    shared = in_processes(processes, context.obj)
     corrupted = is_corrupted_set(data)
     attacks = ("clean" if corrupted else "clean,pgd20") if attacks is None else attacks
     chosen = attacks_of(split_attacks(attacks))
@@ -79,6 +89,8 @@ def evaluate(
         raise InputError(f"teacher is {teacher!r}, but corrupted sets measure no fidelity")
     if corrupted and transfer_from is not None:
         raise InputError(f"transfer_from is {transfer_from!r}, but corrupted sets measure no transfer")
+    if corrupted and shared:
+        raise InputError("processes is more than 1, but corrupted sets are measured in one")
     one = corruption_cells(data)[0].name if corrupted else data
     require_known_data(checkpoint, one)
     test_set = load_dataset(one, split="test", **images.loading).to(choose_device(images.device))
@@ -108,7 +120,10 @@ def evaluate(
         sources = _sources(transfer_from, test_set)
         settings["transfer_from"] = {name: other for name, (other, _) in sources.items()}
         about["warnings"] += [doubt for _, known in sources.values() for doubt in known["doubts"]]
-    result = evaluate_model(network, test_set, chosen, teacher=teacher_network, **settings, about=about)
+    settings |= {"shared": shared, "about": about}
+    result = evaluate_model(network, test_set, chosen, teacher=teacher_network, **settings)
+    if os.environ.get("RANK", "0") != "0":  # the first process reports
+        return
     print(f"{ball.said(**where)}; {len(test_set)} images of {data}")
     _print_figures(result)
     if not result.fidelity and fidelity is None:
@@ -154,6 +169,11 @@ def _print_figures(result: Evaluation) -> None:
     width = max(22, *(len(name) for name, _ in (*rows, *near)))
     for name, figure in rows:
         print(f"{name:<{width}} {figure.accuracy:6.2f} %" + (f", {figure.nearest}" if figure.nearest else ""))
+        for stage in figure.stages:
+            print(
+                f"  {stage['name']:<{width - 2}} {stage['accuracy']:6.2f} %, {stage['broken']} of {stage['images']} "
+                f"broken, {stage['seconds']:.1f} s, {stage['forwards']} forwards, {stage['backwards']} backwards"
+            )
     for name, fidelity in near:
         print(f"{name:<{width}} {fidelity.agreement:6.2f} %, KL {fidelity.kl:.4g}")
     for warning in result.warnings:

@@ -1,4 +1,4 @@
-"""`advfunmatch train --processes N`: what torchrun does on one machine, without its forty lines about an error.
+"""`--processes N` of train and evaluate: what torchrun does on one machine, without its forty lines about an error.
 
 Every process runs the same command in a session of its own, so that Ctrl-C reaches this one alone, which passes it on
 once. The first process speaks (see Note [Exit codes] in ``cli``); this one only says if one was killed.
@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ..errors import InputError
+
 PATIENCE = 10.0  # seconds for the first process to say what is wrong, after another has ended
 STEP = 0.05
 
@@ -25,6 +27,20 @@ class ProcessesEnded(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
+
+
+def in_processes(count: int | None, arguments: Sequence[str]) -> bool:
+    """Whether this is one of several processes; starts them first where it is not, and should be.
+
+    Raises:
+        InputError: a number of processes that cannot be.
+        ProcessesEnded: as `run_in_processes`.
+    """
+    if count is not None and count < 1:
+        raise InputError(f"processes is {count}, but must be at least 1")
+    if count is not None and count > 1 and "WORLD_SIZE" not in os.environ:
+        run_in_processes(count, arguments)
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def run_in_processes(count: int, arguments: Sequence[str]) -> NoReturn:

@@ -14,7 +14,7 @@ from ..methods import preset as make_preset
 from ..training import train as train_model
 from ..training.distributed import leave_world
 from .options import with_settings
-from .processes import run_in_processes
+from .processes import in_processes
 
 
 @with_settings
@@ -28,11 +28,7 @@ def train(
     flag, else from --config, else from --preset, else from the method (see `advfunmatch methods`). Several machines:
     torchrun ... -m advfunmatch train ...
     """
-    if processes is not None:
-        if processes < 1:
-            raise InputError(f"processes is {processes}, but must be at least 1")
-        if processes > 1 and "WORLD_SIZE" not in os.environ:
-            run_in_processes(processes, context.obj)
+    in_processes(processes, context.obj)
     settings = make_preset(preset) if preset else {}
     file = read_settings(config) if config else None
     settings |= file or {}

@@ -10,6 +10,9 @@ An attack is a function ``(model, x, y, ...) -> x_adv`` of a network in eval mod
 * ``teacher``: the network to compare with; None without one, if it has a default.
 * ``batch_size``: it is then handed all images at once, and splits them itself; otherwise a batch at a time.
 * ``progress``: to be called with the number of images done, of those that it was handed.
+* ``state``: a path, or None, of a file of its own in which it may keep what is done, to go on from after a stop; of
+  attacks that take ``batch_size``.
+* ``shared``: whether other processes of the run do the same meanwhile, so that it may share the images out.
 
 The other parameters are its settings: ``pgd(steps=40)`` in text and in Python. Their types come from their
 annotations, else from their defaults. It returns the images, or `Attacked`, which says more of them.
@@ -20,7 +23,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,7 +38,7 @@ from ..methods.own import SIMPLE, parse_simple
 from ..plugins import Registry, caller
 from .balls import short_number
 
-HANDED = ("eps", "norm", "seed", "teacher", "batch_size", "progress")
+HANDED = ("eps", "norm", "seed", "teacher", "batch_size", "progress", "state", "shared")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -47,11 +50,15 @@ class Attacked(NamedTuple):
         zero_gradients: of how many it never had a gradient.
         distances: (N,), where it looks for the nearest adversarial image: how far that is in the ball's norm, whatever
             the radius; 0 of an image that is misclassified as it is, infinite where none was found.
+        warnings: what there is to say of the figure, a sentence each.
+        stages: what each of its stages did, where it has some, as plain values.
     """
 
     images: Tensor
-    zero_gradients: int
+    zero_gradients: int = 0
     distances: Tensor | None = None
+    warnings: Sequence[str] = ()
+    stages: Sequence[dict[str, Any]] = ()
 
 
 @dataclass(frozen=True)

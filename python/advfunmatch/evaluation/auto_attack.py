@@ -1,17 +1,20 @@
-"""AutoAttack through `pyautoattack`."""
+"""AutoAttack and its stages as attacks of `evaluate`."""
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import inspect
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-LOGGER = "auto-attack"  # pyautoattack's
+from ..attacks.attacked import AutoAttackWarning
+from ..attacks.auto_attack import AutoAttack
+from ..attacks.stages import settings_of, stage
+from ..errors import InputError
+from .attacks import Attacked
 
 
 def auto_attack(
@@ -24,61 +27,74 @@ def auto_attack(
     seed: int,
     batch_size: int,
     progress: Callable[[int], None],
-) -> Tensor:
-    """AutoAttack, standard version, through pyautoattack."""
-    from pyautoattack import AutoAttack
+    state: Path | None,
+    shared: bool,
+    version: str = "standard",
+) -> Attacked:
+    """AutoAttack on the prepared network, each break verified on the network itself.
 
-    kwargs: dict[str, Any] = {"version": "standard"}
-    with torch.no_grad():
-        num_classes = len(model(x[:1])[0])
-    if num_classes < 4:
-        # The targeted DLR loss needs the third and fourth largest logit.
-        kwargs = {"version": "custom", "attacks": ["apgd-ce", "fab", "square"]}
-    adversary = AutoAttack(
-        model, device=x.device, eps=eps, norm={"linf": "Linf", "l2": "L2"}[norm], seed=seed, **kwargs
+    Args:
+        model, x, y, eps, norm, seed, batch_size, progress, state, shared: see Note [Attack functions].
+        version: ``"standard"``, ``"plus"`` or ``"rand"``.
+    """
+    attack = _made("autoattack", lambda: AutoAttack(norm, eps, version, seed, batch_size=batch_size))
+    return _run(attack, model, x, y, progress, state, shared)
+
+
+def one_stage(name: str) -> Callable[..., Attacked]:
+    """One stage of AutoAttack alone; its settings are the arguments of its class."""
+
+    def run(
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        eps: float,
+        norm: str,
+        seed: int,
+        batch_size: int,
+        progress: Callable[[int], None],
+        state: Path | None,
+        shared: bool,
+        **settings: Any,
+    ) -> Attacked:
+        only = {name: _made(name, lambda: stage(name, norm, eps, **settings))}
+        attack = AutoAttack(norm, eps, seed=seed, stages=only, batch_size=batch_size)
+        return _run(attack, model, x, y, progress, state, shared)
+
+    handed = list(inspect.signature(run, eval_str=True).parameters.values())[:-1]
+    run.__signature__ = inspect.Signature([*handed, *settings_of(name)])  # type: ignore[attr-defined]
+    run.__name__, run.__doc__ = (
+        name,
+        f"{name} of AutoAttack alone, each break verified on the network itself.",
     )
-    targets = min(9, num_classes - 1)
-    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
-    with _stages(adversary.attacks_to_run, len(x), progress):
-        x_adv, _ = adversary.run_standard_evaluation(x, y, batch_size=batch_size)
-    return x_adv
+    return run
 
 
-@contextmanager
-def _stages(attacks: list[str], images: int, progress: Callable[[int], None]) -> Iterator[None]:
-    """Progress from what it logs of its batches, as if each of its attacks had an equal share of the images."""
-
-    class Reader(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found = re.match(r"(\S+) - (\d+)/(\d+) - ", record.getMessage())
-            if found and found[1] in attacks:
-                done = attacks.index(found[1]) + int(found[2]) / int(found[3])
-                progress(int(images * done / len(attacks)))
-
-    logger, handler = logging.getLogger(LOGGER), Reader(logging.DEBUG)
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
+def _made(name: str, make: Callable[[], Any]) -> Any:
     try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        return make()
+    except (ValueError, TypeError) as error:
+        raise InputError(f"attack {name!r}: {error}") from error
 
 
-@contextmanager
-def warnings_of_autoattack(into: list[str]) -> Iterator[None]:
-    """Collect what AutoAttack warns about (masked gradients, randomised outputs) instead of printing it."""
+def _run(
+    attack: AutoAttack,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    progress: Callable[[int], None],
+    state: Path | None,
+    shared: bool,
+) -> Attacked:
+    furthest = 0
 
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            into.append(record.getMessage())
+    def tell(done: int, total: int) -> None:
+        nonlocal furthest
+        furthest = max(furthest, len(x) * done // max(total, 1))
+        progress(furthest)
 
-    logger, handler = logging.getLogger(LOGGER), Collector(logging.WARNING)
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AutoAttackWarning)  # they are the row's
+        found = attack(model, x, y, state=state, progress=tell, shared=shared)
+    return Attacked(found.x_adv, warnings=found.warnings, stages=[stage.to_dict() for stage in found.stages])

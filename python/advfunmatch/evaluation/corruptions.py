@@ -140,6 +140,7 @@ def evaluate_corruptions(
         raise InputError(f"eps is {eps!r}, but corrupted sets are measured in one ball at a time")
     file = EvaluationFile(out, resume=resume, overwrite=overwrite, about=about)
     before = _cells_of(file)
+    file.prepare()
     cells = corruption_cells(name)
     whole = CorruptionEvaluation([], complete=False)
     for cell in cells:
@@ -174,6 +175,12 @@ class _CellFile(EvaluationFile):
 
     def write(self, measured: Mapping[str, Any]) -> None:
         """Nothing: cells are written whole."""
+
+    def prepare(self) -> None:
+        """Nothing: the whole file is prepared once."""
+
+    def state_of(self, row: str) -> None:
+        """Nothing: a cell is measured again."""
 
 
 def _cells_of(file: EvaluationFile) -> dict[tuple[str, int], Mapping[str, Any]]:

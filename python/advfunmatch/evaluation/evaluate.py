@@ -16,19 +16,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..attacks import radius_warnings
+from ..attacks.processes import ALONE, Processes, joined
 from ..config import NORMS, check_seed, parse_integer
 from ..data import ImageDataset, as_dataset, as_float
 from ..data.digest import digest_of_data
 from ..errors import InputError, one_of
 from ..models import require_forward
 from ..models.digest import digest_of_network
+from ..models.frozen import frozen
 from .attacks import ATTACKS, Attack, attacks_of
-from .auto_attack import auto_attack, warnings_of_autoattack
+from .autoattack_official import autoattack_official, warnings_of_autoattack
 from .balls import Ball, balls_of
 from .doubts import margin_warnings, masking_warnings
 from .fidelity import ABOUT, Compared, clean_fidelity, compare, mismatched_fidelity
-from .measuring import Measuring, measure, run
-from .networks import device_of, frozen, returning_logits
+from .measuring import Measuring, label_in, measure, run
+from .networks import device_of, returning_logits
 from .results import Evaluation, Fidelity
 from .rows import clean
 from .shown import Shown
@@ -56,6 +58,7 @@ def evaluate(
     resume: bool = False,
     overwrite: bool = False,
     about: Mapping[str, Any] | None = None,
+    shared: bool = False,
 ) -> Evaluation:
     """Measure a model on every image of `data`.
 
@@ -79,6 +82,8 @@ def evaluate(
         resume: go on with what `out` holds, if it is there: of the same model, data, seed and balls.
         overwrite: replace what `out` holds.
         about: what `out` says beside the figures.
+        shared: whether all processes that torchrun started make this call, so that attacks that can, as AutoAttack,
+            share the images out; the first alone writes `out`.
 
     Returns:
         A row for each attack in each ball, fidelity where there is a teacher, settings and times.
@@ -88,20 +93,23 @@ def evaluate(
             classes, or a network that does not take these images or does not return such logits; an attack whose images
             leave its ball; and a file that is there, or whose evaluation was another.
     """
-    file = EvaluationFile(out, resume=resume, overwrite=overwrite, about=about)
-    return measure_into(
-        file,
-        model,
-        data,
-        attacks,
-        eps=eps,
-        norm=norm,
-        seed=seed,
-        teacher=teacher,
-        size=batch_size,
-        tell=progress,
-        transfer_from=transfer_from,
-    )
+    with joined(shared) as processes:
+        if processes.rank:
+            out, resume, overwrite, progress = None, False, False, False
+        return measure_into(
+            EvaluationFile(out, resume=resume, overwrite=overwrite, about=about),
+            model,
+            data,
+            attacks,
+            eps=eps,
+            norm=norm,
+            seed=seed,
+            teacher=teacher,
+            size=batch_size,
+            tell=progress,
+            transfer_from=transfer_from,
+            processes=processes,
+        )
 
 
 def measure_into(
@@ -117,8 +125,9 @@ def measure_into(
     size: int,
     tell: bool | Callable[[str, int, int], None],
     transfer_from: Mapping[str, nn.Module] | None = None,
+    processes: Processes = ALONE,
 ) -> Evaluation:
-    """What `evaluate` does, going on from what a file holds and writing into it."""
+    """What `evaluate` does, going on from what a file holds and writing into it, if that is the first process's."""
     attacks = attacks_of(attacks)
     attacks += transferred(attacks, transfer_from)
     seed, size = _checked(seed, size)
@@ -131,7 +140,7 @@ def measure_into(
     _require_teacher(attacks, teacher)
     if teacher is not None and not balls:
         raise InputError("eps is missing, but mismatched examples are sought within a radius, such as 8/255")
-    if any(attack.function is auto_attack for attack in attacks):
+    if any(attack.function is autoattack_official for attack in attacks):
         importlib.import_module("pyautoattack")  # before the other attacks have taken their time
     data = data.to(device_of(model, data))
     result = Evaluation([], len(data), _settings(attacks, balls, norm, seed, teacher), complete=False)
@@ -139,6 +148,7 @@ def measure_into(
         result.digests = _digests(model, data, teacher, file.about) | digests_of_sources(transfer_from)
     stored = file.read()
     done = None if stored is None else file.continued(stored, result)
+    done = processes.gathered(done)[0]
     with (
         frozen(model),
         frozen(teacher),
@@ -150,7 +160,9 @@ def measure_into(
         _require_comparable(model, teacher, data)
         model = returning_logits(model, data)
         teacher = None if teacher is None else returning_logits(teacher, data)
-        measuring = Measuring(model, teacher, data, as_float(data.images), seed, size)
+        measuring = Measuring(
+            model, teacher, data, as_float(data.images), seed, size, processes.size > 1, file
+        )
         file.prepare()
         for _ in _fill(result, done, _plan(ready, balls, norm), balls, measuring, shown):
             file.write(result.to_dict())
@@ -175,10 +187,12 @@ def _fill(
     known = {(row.attack, row.ball): row for row in done.results} if done else {}
     for attack, ball in wanted:
         if (attack.label, ball) not in known:
-            what = f"{attack.label}, {ball}" if ball else attack.label
+            what = label_in(attack, ball)
             known[attack.label, ball] = measure(attack, ball, measuring, shown.bar(what, result.images))
         result.results.append(known.pop((attack.label, ball)))
         yield
+        if measuring.file and (state := measuring.file.state_of(label_in(attack, ball))):
+            state.unlink(missing_ok=True)  # now that the row is written
     result.results += known.values()  # what an earlier call measured, and this one did not ask for
     near = {row.ball: row for row in done.fidelity} if done else {}
     if (teacher := measuring.teacher) is not None:

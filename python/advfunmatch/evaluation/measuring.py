@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ..data import ImageDataset
 from ..errors import InputError
 from .attacks import Attack, Attacked
-from .auto_attack import warnings_of_autoattack
+from .autoattack_official import warnings_of_autoattack
 from .balls import Ball
 from .fidelity import zero_gradient_warnings
 from .networks import logits_on, percent
 from .results import Figure, packed
+from .stored import EvaluationFile
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Measuring:
     images: Tensor
     seed: int
     batch_size: int
+    shared: bool = False
+    file: EvaluationFile | None = None
 
 
 def measure(
@@ -41,6 +44,7 @@ def measure(
     said: list[str] = []
     with warnings_of_autoattack(said):
         attacked = run(attack, ball, measuring, progress)
+    said += attacked.warnings
     said += zero_gradient_warnings(attack.label, ball, attacked.zero_gradients, images)
     logits = logits_on(measuring.model, attacked.images, measuring.batch_size)
     if broken := int((~logits.isfinite().all(1)).sum()):
@@ -62,7 +66,13 @@ def measure(
         found=None if near is None else len(near),
         distance=None if near is None or not len(near) else float(near.double().quantile(0.5)),
         source=attack.source or None,
+        stages=list(attacked.stages),
     )
+
+
+def label_in(attack: Attack, ball: Ball | None) -> str:
+    """What a row is called where it is not the only one of its attack."""
+    return f"{attack.label}, {ball}" if ball else attack.label
 
 
 def run(attack: Attack, ball: Ball | None, measuring: Measuring, progress: Callable[[int], None]) -> Attacked:
@@ -75,10 +85,17 @@ def run(attack: Attack, ball: Ball | None, measuring: Measuring, progress: Calla
     x = x.clone() if x.is_inference() else x
     named, network = attack.parameters, measuring.model if attack.network is None else attack.network
     offered: dict[str, Any] = {"teacher": measuring.teacher, "batch_size": measuring.batch_size}
+    offered |= {"shared": measuring.shared}
+    whole = "batch_size" in named
+    offered["state"] = measuring.file.state_of(label_in(attack, ball)) if whole and measuring.file else None
     offered |= {"eps": ball.eps, "norm": ball.norm} if ball else {}
     handed = {name: value for name, value in offered.items() if name in named}
-    size = len(x) if "batch_size" in named else measuring.batch_size
-    parts, distances, zero_gradients = [], [], 0
+    size = len(x) if whole else measuring.batch_size
+    parts: list[Tensor] = []
+    distances: list[Tensor] = []
+    said: list[str] = []
+    stages: list[dict[str, Any]] = []
+    zero_gradients = 0
     # An attack may draw from PyTorch's default generators, and needs autograd, whoever calls.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=devices):
@@ -90,13 +107,17 @@ def run(attack: Attack, ball: Ball | None, measuring: Measuring, progress: Calla
                 handed["progress"] = lambda count, first=first: progress(first + count)
             torch.manual_seed(seed)
             found = attack.function(network, x_part, y_part, **attack.settings, **handed)
-            found = found if isinstance(found, Attacked) else Attacked(found, 0)
+            found = found if isinstance(found, Attacked) else Attacked(found)
             zero_gradients += found.zero_gradients
+            said += found.warnings
+            stages += found.stages
             parts.append(_checked_images(found.images, x_part, ball, attack.label))
             if found.distances is not None:
                 distances.append(_checked_distances(found.distances, x_part, attack.label))
             progress(first + len(x_part))
-    return Attacked(torch.cat(parts), zero_gradients, distances=torch.cat(distances) if distances else None)
+    return Attacked(
+        torch.cat(parts), zero_gradients, torch.cat(distances) if distances else None, said, stages
+    )
 
 
 def _checked_distances(distances: Any, x: Tensor, label: str) -> Tensor:

@@ -31,6 +31,7 @@ class Figure:
         found, distance: of an attack that looks for the nearest adversarial image, whatever the radius: for how many
             of the images that are classified correctly it found one, and how far these are in the median, in ``norm``.
         source: the network that the images were made on, where that is another than the one that is measured.
+        stages: of attacks that have some, what each did: see `Stage` in ``attacks``.
     """
 
     attack: str
@@ -45,6 +46,7 @@ class Figure:
     found: int | None = None
     distance: float | None = None
     source: str | None = None
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def ball(self) -> Ball | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..files import prepare_file, write_json
 from .results import Evaluation
+
+STATE = ".state"
 
 
 class EvaluationFile:
@@ -47,9 +50,22 @@ class EvaluationFile:
             raise InputError(f"out is {str(self.path)!r}, which is a folder, but must be a file to write")
 
     def prepare(self) -> None:
-        """Make its folder; InputError says why that cannot be."""
-        if self.path is not None:
-            prepare_file(self.path, "out")
+        """Make its folder; InputError says why that cannot be. What rows have kept is removed, unless it goes on."""
+        if self.path is None:
+            return
+        prepare_file(self.path, "out")
+        if not self.resume:
+            for path in self.path.parent.iterdir():
+                if path.name.startswith(f".{self.path.name}.") and path.suffix == STATE:
+                    path.unlink(missing_ok=True)
+
+    def state_of(self, row: str) -> Path | None:
+        """Where a row may keep what is done of it."""
+        if self.path is None:
+            return None
+        return self.path.with_name(
+            f".{self.path.name}.{blake2b(row.encode(), digest_size=4).hexdigest()}{STATE}"
+        )
 
     def read(self) -> dict[str, Any] | None:
         """What the file holds, if it is to be continued and is there; InputError if that is no evaluation."""

@@ -17,8 +17,9 @@ from ..data import ImageDataset
 from ..errors import InputError
 from ..models import require_forward
 from ..models.digest import digest_of_network
+from ..models.frozen import frozen
 from .attacks import Attack
-from .networks import frozen, returning_logits
+from .networks import returning_logits
 from .results import Figure
 from .rows import clean
 
