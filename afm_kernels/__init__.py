@@ -9,9 +9,12 @@
 from afm_kernels.autograd import SoftmaxKLDivFunction
 from afm_kernels.functional import (
     APGDState,
+    Projection,
     apgd_step,
     distillation_loss,
     dkl_loss,
+    linear_kl_chunk_rows,
+    linear_kl_div,
     pgd_start,
     pgd_step,
     scale_shift_relu,
@@ -19,7 +22,7 @@ from afm_kernels.functional import (
     softmax_kl_div,
     softmax_kl_div_grad,
 )
-from afm_kernels.modules import DistillationLoss, DKLLoss, SoftmaxKLDivLoss
+from afm_kernels.modules import DistillationLoss, DKLLoss, LinearKLDivLoss, SoftmaxKLDivLoss
 from afm_kernels.ops import backend_info, use_backend
 from afm_kernels.version import __version__
 
@@ -27,6 +30,8 @@ __all__ = [
     "APGDState",
     "DKLLoss",
     "DistillationLoss",
+    "LinearKLDivLoss",
+    "Projection",
     "SoftmaxKLDivFunction",
     "SoftmaxKLDivLoss",
     "__version__",
@@ -34,6 +39,8 @@ __all__ = [
     "backend_info",
     "distillation_loss",
     "dkl_loss",
+    "linear_kl_chunk_rows",
+    "linear_kl_div",
     "pgd_start",
     "pgd_step",
     "scale_shift_relu",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from afm_kernels.functional import distillation_loss, dkl_loss, softmax_kl_div
+from afm_kernels.functional import Projection, distillation_loss, dkl_loss, linear_kl_div, softmax_kl_div
 
 
 class SoftmaxKLDivLoss(nn.Module):
@@ -175,4 +176,93 @@ class DKLLoss(nn.Module):
         return (
             f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, "
             f"weight_temperature={self.weight_temperature}, symmetric={self.symmetric}, reduction={self.reduction!r}"
+        )
+
+
+class LinearKLDivLoss(nn.Module):
+    """``linear_kl_div`` as a module. The weights stay where they are: they come with each call.
+
+    Args:
+        alpha, temperature, divergence, beta, reduction, softcap, logit_scale, num_classes, label_smoothing,
+            ignore_index, scale_by_t2, chunk_rows, recompute, accumulate_dtype: as ``linear_kl_div``.
+
+    >>> import torch
+    >>> from afm_kernels import LinearKLDivLoss, Projection
+    >>> loss = LinearKLDivLoss(temperature=2.0)
+    >>> loss(torch.zeros(8, 4), torch.zeros(10, 4), Projection(torch.zeros(8, 6), torch.zeros(10, 6))).item()
+    0.0
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        temperature: float = 1.0,
+        divergence: str = "kl",
+        reduction: str = "batchmean",
+        *,
+        beta: float = 0.5,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        num_classes: int | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        scale_by_t2: bool = False,
+        chunk_rows: int | None = None,
+        recompute: bool | None = None,
+        accumulate_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.temperature = temperature
+        self.divergence = divergence
+        self.reduction = reduction
+        self.beta = beta
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.scale_by_t2 = scale_by_t2
+        self.chunk_rows = chunk_rows
+        self.recompute = recompute
+        self.accumulate_dtype = accumulate_dtype
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher: Projection | Tensor,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        row_weight: Tensor | None = None,
+    ) -> Tensor:
+        return linear_kl_div(
+            student_hidden,
+            student_weight,
+            teacher,
+            student_bias=student_bias,
+            labels=labels,
+            alpha=self.alpha,
+            temperature=self.temperature,
+            divergence=self.divergence,
+            beta=self.beta,
+            reduction=self.reduction,
+            row_weight=row_weight,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            num_classes=self.num_classes,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            scale_by_t2=self.scale_by_t2,
+            chunk_rows=self.chunk_rows,
+            recompute=self.recompute,
+            accumulate_dtype=self.accumulate_dtype,
+        )
+
+    def extra_repr(self) -> str:
+        beta = f", beta={self.beta}" if self.divergence == "js" else ""
+        return (
+            f"alpha={self.alpha}, divergence={self.divergence!r}{beta}, temperature={self.temperature}, "
+            f"reduction={self.reduction!r}, scale_by_t2={self.scale_by_t2}"
         )

@@ -40,6 +40,9 @@ What every backend may assume, because ``functional`` has checked it, and must d
   dtype, contiguous), so that the largest entry of those asked for is at least 1/2 and at most 1. A row whose gradients
   are exactly 0 has a log_scale of -inf; one that has none, NaN. Note [Direction of a row] in
   reference/softmax_kl_direction.py.
+* linear_kl_rows: row values of divergence_weight * divergence + label_weight * cross-entropy (at temperature 1), times
+  ``row_weight`` and ``scale``. The logits of each side that is asked for are overwritten with their gradients; they
+  overlap nothing. ``labels`` come with kl, or with a divergence_weight of 0.
 * pgd_step, pgd_start: ``x_adv``, ``x``, ``out`` of one dtype, ``grad`` and ``noise`` of any; one shape and device,
   any strides. ``norm``: an index into ``NORMS``. ``out`` may be one of the inputs. The semantics, those of NaN, 0
   and infinity included: Note [PGD step] in reference/pgd_step.py.
@@ -98,6 +101,10 @@ for _name, _signature in SCHEMAS.items():
 def _fake_loss(student: torch.Tensor, teacher: torch.Tensor, reduction: int) -> torch.Tensor:
     shape = student.shape[:-1] if reduction == 0 else ()
     return student.new_empty(shape, dtype=accumulation_dtype(student, teacher))
+
+
+def _fake_rows(student: torch.Tensor, teacher: torch.Tensor, *args: Any) -> torch.Tensor:
+    return _fake_loss(student, teacher, 0)
 
 
 def _fake_stats(student: torch.Tensor, teacher: torch.Tensor, columns: int) -> torch.Tensor:
@@ -187,6 +194,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "distillation_forward": _fake_forward,
     "distillation_backward": _fake_backward,
     "distillation_forward_grad": _fake_forward_grad,
+    "linear_kl_rows": _fake_rows,
     "dkl_forward": _fake_forward,
     "dkl_backward": _fake_backward,
     "dkl_forward_grad": _fake_forward_grad,
@@ -247,6 +255,22 @@ def _register_triton() -> str:
     return "registered for cuda" + (" and, interpreted, for cpu" if interpreted else "")
 
 
+def _register_linear_kl_rows() -> None:
+    """Where no kernel overwrites logits, those of the losses serve, and their gradients are copied."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for library, namespace, keys in (
+        (_library, torch.ops.afm_kernels, ("CUDA",) if STATUS["cuda"] == "loaded" else ()),
+        (_triton_library, torch.ops.afm_kernels_triton, ("CUDA", "CPU") if interpreted else ("CUDA",)),
+    ):
+        rows = reference.linear_kl_rows_by(
+            namespace.softmax_kl_forward_grad.default, namespace.distillation_forward_grad.default
+        )
+        for key in (
+            keys if namespace is torch.ops.afm_kernels or STATUS["triton"].startswith("registered") else ()
+        ):
+            library.impl("linear_kl_rows", rows, key)
+
+
 def _make_table() -> dict[tuple[str, str], dict[str, Callable[..., Any]]]:
     table = {}
     for op in _FAKES:
@@ -271,6 +295,8 @@ STATUS = {
     "triton": _register_triton(),
     "reference": "always there",
 }
+
+_register_linear_kl_rows()
 
 #: (operator, device type) -> {backend: what to call}. The visible truth about what serves what.
 TABLE = _make_table()

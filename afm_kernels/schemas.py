@@ -44,6 +44,10 @@ SCHEMAS = {
     f"Tensor row_stats, {_MIX}float scale, {_WRT}) -> (Tensor grad_student, Tensor grad_teacher)",
     "distillation_forward_grad": f"({_DISTILLATION}{_MIX}int reduction, float scale, {_WRT})"
     " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
+    # row values of divergence_weight * divergence + label_weight * cross_entropy; logits become their gradients
+    "linear_kl_rows": "(Tensor(a!) student, Tensor(b!) teacher, Tensor? labels, Tensor? row_weight, float temperature, "
+    "int divergence, float beta, float divergence_weight, float label_weight, float label_smoothing, "
+    f"int ignore_index, float scale, {_WRT}) -> Tensor",
     # alpha * cross_entropy(softmax(teacher / T), student / T) + beta * 1/4 sum_jk w_j w_k ((t_j - t_k) - (s_j
     # - s_k))^2
     "dkl_forward": f"({_DKL}{_DKL_MIX}int reduction, float scale) -> (Tensor loss, Tensor row_stats)",

@@ -3,6 +3,7 @@
 from afm_kernels.functional.apgd_step import APGDState, apgd_step
 from afm_kernels.functional.distillation import distillation_loss
 from afm_kernels.functional.dkl import dkl_loss
+from afm_kernels.functional.linear_kl import Projection, linear_kl_chunk_rows, linear_kl_div
 from afm_kernels.functional.pgd_step import pgd_start, pgd_step
 from afm_kernels.functional.scale_shift_relu import scale_shift_relu
 from afm_kernels.functional.softmax_kl import softmax_kl_div, softmax_kl_div_grad
@@ -10,9 +11,12 @@ from afm_kernels.functional.softmax_kl_direction import softmax_kl_direction
 
 __all__ = [
     "APGDState",
+    "Projection",
     "apgd_step",
     "distillation_loss",
     "dkl_loss",
+    "linear_kl_chunk_rows",
+    "linear_kl_div",
     "pgd_start",
     "pgd_step",
     "scale_shift_relu",

@@ -96,6 +96,44 @@ def check_row_weight(row_weight: Tensor | None, logits: Logits) -> Tensor | None
     )
 
 
+def check_labels(labels: Tensor, logits: Logits, ignore_index: int, are_looked_at: bool) -> Tensor:
+    """Labels of the rows as the operators take them: int64, contiguous."""
+    student = logits.student
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels is a {type(labels).__name__}; an integer tensor is expected")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels has dtype {labels.dtype}; an integer tensor is expected")
+    check_dense("labels", labels)
+    if labels.shape != student.shape[:-1]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}; expected that of the rows, {tuple(student.shape[:-1])}"
+        )
+    if labels.device != student.device:
+        raise ValueError(
+            f"labels is on {labels.device} and the logits on {student.device}; they must be on one device"
+        )
+    labels = labels.long().contiguous()
+    # Elsewhere the answer would have to be waited for; there, such a row is NaN.
+    if (
+        are_looked_at
+        and labels.device.type == "cpu"
+        and labels.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and type(labels) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0  # nobody traces, or wants shapes alone
+    ):
+        lowest, highest = labels.aminmax()
+        if lowest.item() < 0 or highest.item() >= logits.num_classes:  # mostly ignore_index, if anything
+            strange = ((labels < 0) | (labels >= logits.num_classes)) & (labels != ignore_index)
+            if strange.any():
+                raise ValueError(
+                    f"labels holds {labels[strange][0].item()}; allowed: 0 to {logits.num_classes - 1}, and "
+                    f"ignore_index={ignore_index}"
+                )
+    return labels
+
+
 def constant_like_rows(name: str, value: Tensor, logits: Logits, shape: torch.Size) -> Tensor:
     """A constant that broadcasts to ``shape``, in accumulation dtype and contiguous."""
     if not isinstance(value, Tensor):

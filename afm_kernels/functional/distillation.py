@@ -22,14 +22,12 @@ ignored still has its KL, and with it the student's NaN.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from afm_kernels.functional.checks import (
-    Logits,
     check_between,
-    check_dense,
     check_integer,
+    check_labels,
     check_logits,
     check_positive,
     check_recompute,
@@ -103,47 +101,10 @@ def distillation_loss(
     ignore_index = check_integer("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index is {ignore_index}; an int64 is expected")
-    labels = _check_labels(labels, logits, ignore_index, are_looked_at=alpha != 1)
+    labels = check_labels(labels, logits, ignore_index, are_looked_at=alpha != 1)
     if row_weight is not None:
         row_weight = check_row_weight(row_weight, logits)
     if recompute is not None:
         check_recompute(recompute)
     params = (temperature, alpha, label_smoothing, ignore_index)
     return fused_loss("distillation", logits, (labels, row_weight), params, (), reduction, 1.0, recompute)
-
-
-def _check_labels(labels: Tensor, logits: Logits, ignore_index: int, are_looked_at: bool) -> Tensor:
-    student = logits.student
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels is a {type(labels).__name__}; an integer tensor is expected")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels has dtype {labels.dtype}; an integer tensor is expected")
-    check_dense("labels", labels)
-    if labels.shape != student.shape[:-1]:
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)}; expected that of the rows, {tuple(student.shape[:-1])}"
-        )
-    if labels.device != student.device:
-        raise ValueError(
-            f"labels is on {labels.device} and the logits on {student.device}; they must be on one device"
-        )
-    labels = labels.long().contiguous()
-    # Elsewhere the answer would have to be waited for; there, such a row is NaN.
-    if (
-        are_looked_at
-        and labels.device.type == "cpu"
-        and labels.numel() > 0
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and type(labels) is Tensor
-        and torch._C._len_torch_dispatch_stack() == 0  # nobody traces, or wants shapes alone
-    ):
-        lowest, highest = labels.aminmax()
-        if lowest.item() < 0 or highest.item() >= logits.num_classes:  # mostly ignore_index, if anything
-            strange = ((labels < 0) | (labels >= logits.num_classes)) & (labels != ignore_index)
-            if strange.any():
-                raise ValueError(
-                    f"labels holds {labels[strange][0].item()}; allowed: 0 to {logits.num_classes - 1}, and "
-                    f"ignore_index={ignore_index}"
-                )
-    return labels

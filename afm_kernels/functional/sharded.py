@@ -92,6 +92,27 @@ class _SumOfShards(torch.autograd.Function):
         return grad, None
 
 
+class _Gathered(torch.autograd.Function):
+    """All of a sharded parameter; its gradient is the processes' mean, sharded as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, shards: Any) -> Tensor:
+        ctx.mesh, ctx.placements = shards.device_mesh, tuple(shards.placements)
+        return shards.full_tensor()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        from torch.distributed.tensor import DTensor, Partial
+
+        each = DTensor.from_local(grad, ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False)
+        return each.redistribute(placements=ctx.placements) / ctx.mesh.size()
+
+
+def gathered(parameter: Any) -> Any:
+    """A plain tensor as it is; of a DTensor, as FSDP shards parameters, all of it, once."""
+    return _Gathered.apply(parameter) if parameter is not None and is_sharded(parameter) else parameter
+
+
 def row_shards(student_logits: Any, teacher_logits: Any, dim: int) -> RowShards:
     """Checks that logits are DTensors whose rows alone are sharded, and alike on both sides."""
     for name, value, other in (

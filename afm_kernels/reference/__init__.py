@@ -8,6 +8,7 @@ from afm_kernels.reference.distillation import (
     distillation_forward_grad,
 )
 from afm_kernels.reference.dkl import dkl_backward, dkl_forward, dkl_forward_grad
+from afm_kernels.reference.linear_kl import linear_kl_rows, linear_kl_rows_by
 from afm_kernels.reference.pgd_step import pgd_start, pgd_step, pgd_step_out
 from afm_kernels.reference.scale_shift_relu import (
     scale_shift_relu,
@@ -35,6 +36,8 @@ __all__ = [
     "dkl_backward",
     "dkl_forward",
     "dkl_forward_grad",
+    "linear_kl_rows",
+    "linear_kl_rows_by",
     "pgd_start",
     "pgd_step",
     "pgd_step_out",

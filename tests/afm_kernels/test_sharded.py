@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from afm_kernels import (
+    Projection,
     distillation_loss,
     dkl_loss,
+    linear_kl_div,
     pgd_step,
     scale_shift_relu,
     softmax_kl_div,
@@ -88,6 +90,33 @@ def check_process() -> None:
         softmax_kl_div(one, distribute_tensor(teacher[:1], mesh, [Shard(0)])).full_tensor(),
         softmax_kl_div(student[:1], teacher[:1]),
     )
+    check_sharded_weights(mesh)
+
+
+def check_sharded_weights(mesh: Any) -> None:
+    """Heads as FSDP shards them, each process with rows of its own: the mean of the processes' gradients."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(0)
+    hidden, teacher_hidden = torch.randn(2, 2, 5, 4, dtype=torch.float64)
+    weight, teacher_weight = torch.randn(2, 9, 4, dtype=torch.float64)
+    bias = torch.randn(9, dtype=torch.float64)
+    whole = [t.clone().requires_grad_() for t in (weight, teacher_weight, bias)]
+    sharded = [distribute_tensor(t.detach(), mesh, [Shard(0)]).requires_grad_() for t in whole]
+    losses = [
+        linear_kl_div(h, whole[0], Projection(ht, whole[1]), student_bias=whole[2])
+        for h, ht in zip(hidden, teacher_hidden, strict=True)
+    ]
+    (sum(losses) / 2).backward()
+    own = linear_kl_div(
+        hidden[rank], sharded[0], Projection(teacher_hidden[rank], sharded[1]), student_bias=sharded[2]
+    )
+    torch.testing.assert_close(own, losses[rank])
+    own.backward()
+    for part, all_of_it in zip(sharded, whole, strict=True):
+        torch.testing.assert_close(part.grad.full_tensor(), all_of_it.grad)
+        assert part.grad.placements == part.placements
 
 
 def free_port() -> int:

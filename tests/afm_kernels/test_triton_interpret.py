@@ -104,6 +104,13 @@ RUNS = {
         {**_SMALL, "programs_per_multiprocessor": 80},
         2,
     ),
+    # its rows by the losses' kernels
+    "linear_kl": Run(
+        ("test_linear_kl.py",),
+        "test_given_logits or (test_loss_and_gradients and ((-js- and plain) or -kl-labels))",
+        {},
+        4,
+    ),
     # certain of a class, in its three ways
     "certain": Run(
         ("test_certain_rows.py",),

@@ -31,7 +31,7 @@ struct LaneWorker {
   const T uniform_scale = is_uniform ? static_cast<T>(worker.gradient_scale(0)) : T(0);
 
   static bool serves(const SoftmaxKlParams& params) {
-    return params.classes <= kLaneClasses && params.divergence_weight != 0;
+    return params.classes <= kLaneClasses && params.divergence_weight != 0 && !params.overwrites;
   }
 
   V scale_of(int64_t i, int count) const {

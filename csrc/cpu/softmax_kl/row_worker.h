@@ -1068,6 +1068,22 @@ struct Worker {
       write_gradients<RowKind::kGeneral, false>(row, scale, hard);
   }
 
+  // The row's gradients in the place of its logits, which go to two rows of `kept` first: the loops
+  // come back to logits whose gradients are written (peaks, labels, JS).
+  void run_over_logits(int64_t i, T* kept) {
+    const auto set_aside = [&](RowPointer& row, T* aside) {
+      for (int64_t j = 0; j < params.classes; j += kTile) {
+        const int64_t n = params.classes - j < kTile ? params.classes - j : kTile;
+        const T* from = row.read(j, n, aside + j);
+        if (from != aside + j) __builtin_memcpy(aside + j, from, sizeof(T) * n);
+      }
+      row = {reinterpret_cast<char*>(aside), kNative<T>, 1};
+    };
+    if (grad_student.data != nullptr) set_aside(student, kept);
+    if (grad_teacher.data != nullptr) set_aside(teacher, kept + (params.classes + 15) / 16 * 16);
+    run(i);
+  }
+
   // The row's direction. Its gradients pass through two rows of `kept`, for their largest entry is
   // known last.
   void run_direction(int64_t i, T* kept) {

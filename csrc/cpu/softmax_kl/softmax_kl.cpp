@@ -66,15 +66,17 @@ struct SoftmaxKlCall : LossCall {
       rows_builder.add(*grad_teacher, Layout(*grad_teacher).strides,
                        exchanged ? params.grad_student : params.grad_teacher);
     rows_builder.finish(params.shape);
-    params.stream = params.log_scales == nullptr && gradients_outgrow_caches();
+    params.stream =
+        params.log_scales == nullptr && !params.overwrites && gradients_outgrow_caches();
     params.grad_loss = grad_loss, params.grad_loss_stride = grad_loss_stride;
     params.row_values = row_values();
 
     static const auto kl_float = AFM_KERNEL(softmax_kl_rows_float);
     static const auto kl_double = AFM_KERNEL(softmax_kl_rows_double);
     run_rows(is_double ? kl_double : kl_float, params,
-             params.log_scales != nullptr ? softmax_kl_direction_scratch(classes)
-                                          : softmax_kl_scratch(classes));
+             params.overwrites              ? softmax_kl_overwriting_scratch(classes)
+             : params.log_scales != nullptr ? softmax_kl_direction_scratch(classes)
+                                            : softmax_kl_scratch(classes));
   }
 };
 
@@ -205,6 +207,37 @@ std::tuple<Tensor, Tensor, Tensor> distillation_forward_grad(
   return std::tuple_cat(std::tuple<Tensor>(call.take_loss()), call.take_gradients());
 }
 
+// Row values of a divergence, a cross-entropy or both; gradients overwrite their logits.
+
+Tensor linear_kl_rows(Tensor student, Tensor teacher, std::optional<Tensor> labels,
+                      std::optional<Tensor> row_weight, double temperature, int64_t divergence,
+                      double beta, double divergence_weight, double label_weight,
+                      double label_smoothing, int64_t ignore_index, double scale, bool wrt_student,
+                      bool wrt_teacher) {
+  // Labels are the student's, which other divergences may exchange with the teacher.
+  SoftmaxKlCall call(student, teacher, row_weight, temperature, labels ? kKl : divergence, beta,
+                     scale);
+  if (labels) {
+    STD_TORCH_CHECK(divergence == kKl || divergence_weight == 0,
+                    "labels go with kl only, or with no divergence");
+    call.add_labels(*labels, 0, label_smoothing, ignore_index);
+    call.params.cross_entropy.weight = label_weight;
+  }
+  call.params.divergence_weight = divergence_weight;
+  STD_TORCH_CHECK(
+      (!wrt_student || !is_expanded(student)) && (!wrt_teacher || !is_expanded(teacher)),
+      "logits to overwrite are expanded");
+  const bool looks_at_both = divergence_weight != 0 || wrt_teacher;
+  STD_TORCH_CHECK(!(wrt_student || wrt_teacher) || !looks_at_both || !overlap(student, teacher),
+                  "logits to overwrite overlap the others in memory");
+  if (wrt_student) call.grad_student = student;
+  if (wrt_teacher) call.grad_teacher = teacher;
+  call.params.overwrites = wrt_student || wrt_teacher;
+  call.want_loss(/*reduction=*/0);
+  call.run();
+  return call.take_loss();
+}
+
 }  // namespace
 }  // namespace afm::cpu
 
@@ -216,6 +249,7 @@ STABLE_TORCH_LIBRARY_IMPL(afm_kernels, CPU, m) {
   m.impl("softmax_kl_grad", TORCH_BOX(&afm::cpu::softmax_kl_grad));
   m.impl("softmax_kl_grad_out", TORCH_BOX(&afm::cpu::softmax_kl_grad_out));
   m.impl("softmax_kl_direction", TORCH_BOX(&afm::cpu::softmax_kl_direction));
+  m.impl("linear_kl_rows", TORCH_BOX(&afm::cpu::linear_kl_rows));
   m.impl("distillation_forward", TORCH_BOX(&afm::cpu::distillation_forward));
   m.impl("distillation_backward", TORCH_BOX(&afm::cpu::distillation_backward));
   m.impl("distillation_forward_grad", TORCH_BOX(&afm::cpu::distillation_forward_grad));

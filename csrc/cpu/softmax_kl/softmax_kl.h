@@ -64,6 +64,7 @@ struct SoftmaxKlParams {
   void* row_stats = nullptr;     // out of a forward, into a backward; accumulation type
   bool stats_are_given = false;  // a backward
   bool stream = false;           // gradients are too large to be worth keeping in the caches
+  bool overwrites = false;       // gradients take the place of their logits
 };
 
 // Scratch memory that one worker needs, in elements of the accumulation type, 64-byte aligned: four
@@ -81,6 +82,11 @@ constexpr int64_t softmax_kl_scratch(int64_t classes) {
 // Directions keep two rows more, and six of doubles, which are up to two elements each.
 constexpr int64_t softmax_kl_direction_scratch(int64_t classes) {
   return softmax_kl_scratch(classes) + (2 + 2 * 6) * ((classes + 15) / 16 * 16);
+}
+
+// Logits that are overwritten are set aside, in two rows more.
+constexpr int64_t softmax_kl_overwriting_scratch(int64_t classes) {
+  return softmax_kl_scratch(classes) + 2 * ((classes + 15) / 16 * 16);
 }
 
 // Rows [begin, end). Rows do not depend on each other, so that any split among workers gives the

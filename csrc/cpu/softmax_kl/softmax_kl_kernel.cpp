@@ -21,7 +21,10 @@ AFM_INLINE void run_rows(const SoftmaxKlParams& params, int64_t begin, int64_t e
                            {params.grad_student, worker.grad_student, nullptr, true},
                            {params.grad_teacher, worker.grad_teacher, nullptr, true}};
   for_rows(params.shape, params.classes, slots, extra, begin, end, [&](int64_t i) {
-    params.log_scales == nullptr ? worker.run(i) : worker.run_direction(i, kept);
+    if (params.overwrites)
+      worker.run_over_logits(i, kept);
+    else
+      params.log_scales == nullptr ? worker.run(i) : worker.run_direction(i, kept);
   });
   end_of_streams();
 }
