@@ -10,6 +10,7 @@ from afm_kernels.autograd import SoftmaxKLDivFunction
 from afm_kernels.functional import (
     APGDState,
     Projection,
+    TopK,
     apgd_step,
     distillation_loss,
     dkl_loss,
@@ -21,6 +22,7 @@ from afm_kernels.functional import (
     softmax_kl_direction,
     softmax_kl_div,
     softmax_kl_div_grad,
+    topk_kl_div,
 )
 from afm_kernels.modules import DistillationLoss, DKLLoss, LinearKLDivLoss, SoftmaxKLDivLoss
 from afm_kernels.ops import backend_info, use_backend
@@ -34,6 +36,7 @@ __all__ = [
     "Projection",
     "SoftmaxKLDivFunction",
     "SoftmaxKLDivLoss",
+    "TopK",
     "__version__",
     "apgd_step",
     "backend_info",
@@ -47,5 +50,6 @@ __all__ = [
     "softmax_kl_direction",
     "softmax_kl_div",
     "softmax_kl_div_grad",
+    "topk_kl_div",
     "use_backend",
 ]

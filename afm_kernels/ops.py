@@ -30,6 +30,12 @@ What every backend may assume, because ``functional`` has checked it, and must d
   softmax(teacher / weight_temperature). No gradient flows into weights of either kind. ``symmetric`` says
   whether the squared term's gradient reaches the student too (IKL) or the teacher alone (DKL, whose gradients
   are KL's).
+* topk_kl: ``teacher`` holds the log-probabilities (..., k) of the classes ``indices`` (int32 or int64), of those rows,
+  and ``log_tail`` (accumulation dtype, the shape of the rows) that of all the others; all three contiguous. ``mode``:
+  an index into ``TOPK_MODES``. An id of -1 is padding, whatever its log-probability is; one outside of [-1, C) makes
+  the row NaN. What twice the same id comes to is the backend's own business. No gradient flows into what is stored:
+  ``wrt_teacher`` is False. Of topk_kl_forward_grad_out, ``grad_student`` may be ``student`` itself. The semantics:
+  Note [K classes and a tail] in reference/topk_kl.py.
 * A term whose factor is 0 (``alpha``, ``1 - alpha``, ``beta`` of dkl) contributes exactly 0 whatever it
   holds.
 * Gradients are those of the loss as defined above (row_weight and scale included), times ``grad_loss`` in a
@@ -83,6 +89,7 @@ from afm_kernels.version import __version__
 DIVERGENCES = ("kl", "reverse_kl", "jeffreys", "js")
 REDUCTIONS = ("none", "sum")
 NORMS = ("linf", "l2")
+TOPK_MODES = ("tail", "renormalise", "both", "truncate")
 
 BACKENDS = ("cuda", "cpp", "triton", "reference")  # "auto" takes the first of these that serves
 DEVICES = ("cpu", "cuda")
@@ -143,6 +150,10 @@ def _fake_forward_backward(student: torch.Tensor, teacher: torch.Tensor, *args: 
     return _fake_loss(student, teacher, 1), *_fake_grads(student, teacher, *args[-2:])
 
 
+def _fake_forward_grad_out(student: torch.Tensor, teacher: torch.Tensor, *args: Any) -> Any:
+    return _fake_loss(student, teacher, args[-3])
+
+
 def _fake_grad(student: torch.Tensor, teacher: torch.Tensor, *args: Any) -> Any:
     return _fake_grads(student, teacher, *args[-2:])
 
@@ -198,6 +209,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "dkl_forward": _fake_forward,
     "dkl_backward": _fake_backward,
     "dkl_forward_grad": _fake_forward_grad,
+    "topk_kl_forward": _fake_forward,
+    "topk_kl_backward": _fake_backward,
+    "topk_kl_forward_grad": _fake_forward_grad,
+    "topk_kl_forward_grad_out": _fake_forward_grad_out,
     "pgd_step": _fake_like_first,
     "pgd_step_out": _fake_nothing,
     "pgd_start": _fake_like_first,

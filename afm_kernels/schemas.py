@@ -16,6 +16,7 @@ _DISTILLATION = "Tensor student, Tensor teacher, Tensor labels, Tensor? row_weig
 _MIX = "float temperature, float alpha, float label_smoothing, int ignore_index, "
 _DKL = "Tensor student, Tensor teacher, Tensor? class_weight, Tensor? row_weight, "
 _DKL_MIX = "float temperature, float weight_temperature, float alpha, float beta, "
+_TOPK = "Tensor student, Tensor teacher, Tensor indices, Tensor? log_tail, Tensor? row_weight, "
 _WRT = "bool wrt_student, bool wrt_teacher"
 _CLIP = "float? clip_min, float? clip_max"
 
@@ -55,6 +56,15 @@ SCHEMAS = {
     f"Tensor row_stats, {_DKL_MIX}bool symmetric, float scale, {_WRT}) -> (Tensor grad_student, Tensor grad_teacher)",
     "dkl_forward_grad": f"({_DKL}{_DKL_MIX}bool symmetric, int reduction, float scale, {_WRT})"
     " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
+    # KL of a teacher of whom k classes are known, and their tail
+    "topk_kl_forward": f"({_TOPK}float temperature, int mode, int reduction, float scale)"
+    " -> (Tensor loss, Tensor row_stats)",
+    "topk_kl_backward": f"(Tensor grad_loss, {_TOPK}Tensor row_stats, float temperature, int mode, float scale, {_WRT})"
+    " -> (Tensor grad_student, Tensor grad_teacher)",
+    "topk_kl_forward_grad": f"({_TOPK}float temperature, int mode, int reduction, float scale, {_WRT})"
+    " -> (Tensor loss, Tensor grad_student, Tensor grad_teacher)",
+    "topk_kl_forward_grad_out": f"({_TOPK}float temperature, int mode, int reduction, float scale, "
+    "Tensor(a!) grad_student) -> Tensor loss",
     # attack: one projected step, and the start
     "pgd_step": f"(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, int norm, {_CLIP}) -> Tensor",
     "pgd_step_out": "(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, int norm, "

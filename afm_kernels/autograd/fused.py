@@ -1,4 +1,4 @@
-"""The autograd Functions of the fused losses: softmax_kl, distillation, dkl.
+"""The autograd Functions of the fused losses: softmax_kl, distillation, dkl, topk_kl.
 
 Note [Two kinds of Function]
 ~~~~~~~~~~~~~~~~~~~~~~~~~~~~
@@ -45,7 +45,7 @@ class LossOps(NamedTuple):
 
 LOSS_OPS = {
     stem: LossOps(f"{stem}_forward", f"{stem}_backward", f"{stem}_forward_grad")
-    for stem in ("softmax_kl", "distillation", "dkl")
+    for stem in ("softmax_kl", "distillation", "dkl", "topk_kl")
 }
 
 # Number of classes from which on `recompute=None` recomputes, by backend and loss; absent: never.
@@ -73,8 +73,8 @@ def prefers_recompute(stem: str, student: Tensor, teacher: Tensor, backend: str)
     """
     if student.dtype is torch.float16 or teacher.dtype is torch.float16:
         return True
-    by_loss = RECOMPUTE_FROM.get(backend)
-    if by_loss is None or student.shape[-1] < by_loss[stem]:
+    limit = RECOMPUTE_FROM.get(backend, {}).get(stem)
+    if limit is None or student.shape[-1] < limit:
         return False
     return backend != "cpp" or (student.requires_grad and teacher.requires_grad)
 

@@ -8,10 +8,13 @@ from afm_kernels.functional.pgd_step import pgd_start, pgd_step
 from afm_kernels.functional.scale_shift_relu import scale_shift_relu
 from afm_kernels.functional.softmax_kl import softmax_kl_div, softmax_kl_div_grad
 from afm_kernels.functional.softmax_kl_direction import softmax_kl_direction
+from afm_kernels.functional.topk import TopK
+from afm_kernels.functional.topk_kl import topk_kl_div
 
 __all__ = [
     "APGDState",
     "Projection",
+    "TopK",
     "apgd_step",
     "distillation_loss",
     "dkl_loss",
@@ -23,4 +26,5 @@ __all__ = [
     "softmax_kl_direction",
     "softmax_kl_div",
     "softmax_kl_div_grad",
+    "topk_kl_div",
 ]

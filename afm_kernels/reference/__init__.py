@@ -25,6 +25,12 @@ from afm_kernels.reference.softmax_kl import (
     softmax_kl_grad_out,
 )
 from afm_kernels.reference.softmax_kl_direction import softmax_kl_direction
+from afm_kernels.reference.topk_kl import (
+    topk_kl_backward,
+    topk_kl_forward,
+    topk_kl_forward_grad,
+    topk_kl_forward_grad_out,
+)
 
 __all__ = [
     "apgd_step",
@@ -52,4 +58,8 @@ __all__ = [
     "softmax_kl_forward_grad",
     "softmax_kl_grad",
     "softmax_kl_grad_out",
+    "topk_kl_backward",
+    "topk_kl_forward",
+    "topk_kl_forward_grad",
+    "topk_kl_forward_grad_out",
 ]
