@@ -19,6 +19,7 @@ from ..evaluation import evaluate as evaluate_model
 from ..models import require_known_data
 from ..models.digest import digest_of_network
 from ..training.run import choose_device
+from .figures import print_classes, print_curves
 from .networks import ForeignWeights, load, remembered_teacher
 from .options import BallOptions, Checkpoint, Data, Foreign, Images, Plugins, with_groups
 from .processes import in_processes
@@ -49,6 +50,14 @@ def evaluate(
         typer.Option(
             help="checkpoints, with commas, that the attacks are also made on, to see what their images do to this one",
             metavar="CKPT,...",
+            show_default=False,
+        ),
+    ] = None,
+    curve: Annotated[
+        str | None,
+        typer.Option(
+            help="attacks, such as pgd20, to measure accuracy against eps with, from 0 to twice the radius",
+            metavar="ATTACK,...",
             show_default=False,
         ),
     ] = None,
@@ -91,6 +100,8 @@ def evaluate(
         raise InputError(f"transfer_from is {transfer_from!r}, but corrupted sets measure no transfer")
     if corrupted and shared:
         raise InputError("processes is more than 1, but corrupted sets are measured in one")
+    if corrupted and curve is not None:
+        raise InputError(f"curve is {curve!r}, but corrupted sets are measured in one ball")
     one = corruption_cells(data)[0].name if corrupted else data
     require_known_data(checkpoint, one)
     test_set = load_dataset(one, split="test", **images.loading).to(choose_device(images.device))
@@ -120,12 +131,14 @@ def evaluate(
         sources = _sources(transfer_from, test_set)
         settings["transfer_from"] = {name: other for name, (other, _) in sources.items()}
         about["warnings"] += [doubt for _, known in sources.values() for doubt in known["doubts"]]
-    settings |= {"shared": shared, "about": about}
+    settings |= {"shared": shared, "about": about, "curve": None if curve is None else split_attacks(curve)}
     result = evaluate_model(network, test_set, chosen, teacher=teacher_network, **settings)
     if os.environ.get("RANK", "0") != "0":  # the first process reports
         return
     print(f"{ball.said(**where)}; {len(test_set)} images of {data}")
     _print_figures(result)
+    print_classes(result)
+    print_curves(result)
     if not result.fidelity and fidelity is None:
         remembered, _ = remembered_teacher(stored)
         known_as = "--fidelity" if remembered else "--teacher FILE"

@@ -8,7 +8,7 @@ from .corruptions import CorruptionEvaluation, evaluate_corruptions
 from .doubts import margin_warnings, masking_warnings
 from .evaluate import attack_images, evaluate
 from .fidelity import mismatched_examples
-from .results import Evaluation, Fidelity, Figure
+from .results import Curve, Evaluation, Fidelity, Figure
 
 pgd = ATTACKS["pgd"]
 
@@ -18,6 +18,7 @@ __all__ = [
     "Attacked",
     "Ball",
     "CorruptionEvaluation",
+    "Curve",
     "Evaluation",
     "Fidelity",
     "Figure",

@@ -27,6 +27,7 @@ from ..models.frozen import frozen
 from .attacks import ATTACKS, Attack, attacks_of
 from .autoattack_official import autoattack_official, warnings_of_autoattack
 from .balls import Ball, balls_of
+from .curves import curve_attacks, curve_radii, measure_curve
 from .doubts import margin_warnings, masking_warnings
 from .fidelity import ABOUT, Compared, clean_fidelity, compare, mismatched_fidelity
 from .measuring import Measuring, label_in, measure, run
@@ -52,6 +53,7 @@ def evaluate(
     seed: int = 0,
     teacher: nn.Module | None = None,
     transfer_from: Mapping[str, nn.Module] | None = None,
+    curve: Any = None,
     batch_size: int = BATCH_SIZE,
     progress: bool | Callable[[str, int, int], None] = False,
     out: str | Path | None = None,
@@ -75,6 +77,7 @@ def evaluate(
         teacher: measures fidelity to this network too, which has as many logits.
         transfer_from: other networks by name; each attack is also made on each of these, as rows ``"pgd20 from NAME"``
             that say what its images do to the model. That they do more than the model's own is said.
+        curve: an attack, or several, to measure accuracy against the radius with, from 0 to twice the largest ``eps``.
         batch_size: images attacked at a time.
         progress: True shows a bar for each attack; a function is called with what is measured, how many of its images
             are done, and of how many.
@@ -109,6 +112,7 @@ def evaluate(
             tell=progress,
             transfer_from=transfer_from,
             processes=processes,
+            curve=curve,
         )
 
 
@@ -126,10 +130,12 @@ def measure_into(
     tell: bool | Callable[[str, int, int], None],
     transfer_from: Mapping[str, nn.Module] | None = None,
     processes: Processes = ALONE,
+    curve: Any = None,
 ) -> Evaluation:
     """What `evaluate` does, going on from what a file holds and writing into it, if that is the first process's."""
     attacks = attacks_of(attacks)
     attacks += transferred(attacks, transfer_from)
+    drawn = curve_attacks(curve)
     seed, size = _checked(seed, size)
     if norm not in NORMS:
         raise one_of("norm", norm, NORMS)
@@ -137,13 +143,17 @@ def measure_into(
     _plan(attacks, balls, norm)
     data = data if isinstance(data, ImageDataset) else as_dataset(data)
     _check_arguments(model, data, teacher)
-    _require_teacher(attacks, teacher)
+    _require_teacher([*attacks, *drawn], teacher)
+    if drawn and not balls:
+        raise InputError("eps is missing, but a curve goes from 0 to twice the radius, such as 8/255")
     if teacher is not None and not balls:
         raise InputError("eps is missing, but mismatched examples are sought within a radius, such as 8/255")
     if any(attack.function is autoattack_official for attack in attacks):
         importlib.import_module("pyautoattack")  # before the other attacks have taken their time
     data = data.to(device_of(model, data))
-    result = Evaluation([], len(data), _settings(attacks, balls, norm, seed, teacher), complete=False)
+    result = Evaluation(
+        [], len(data), _settings([*attacks, *drawn], balls, norm, seed, teacher), complete=False
+    )
     if file.path is not None:
         result.digests = _digests(model, data, teacher, file.about) | digests_of_sources(transfer_from)
     stored = file.read()
@@ -165,6 +175,8 @@ def measure_into(
         )
         file.prepare()
         for _ in _fill(result, done, _plan(ready, balls, norm), balls, measuring, shown):
+            file.write(result.to_dict())
+        for _ in _curves(result, done, drawn, balls, measuring, shown):
             file.write(result.to_dict())
     if done:
         result.settings["attacks"] = done.settings["attacks"] | result.settings["attacks"]
@@ -204,6 +216,27 @@ def _fill(
             result.fidelity.append(near.pop(place))
             yield
     result.fidelity += near.values()
+
+
+def _curves(
+    result: Evaluation,
+    done: Evaluation | None,
+    attacks: list[Attack],
+    balls: list[Ball],
+    measuring: Measuring,
+    shown: Shown,
+) -> Iterator[None]:
+    """Measure curve after curve, as `_fill` does rows."""
+    known = {(row.attack, row.norm, *row.eps): row for row in done.curves} if done else {}
+    for attack in attacks:
+        norm, radii = attack.norm or balls[0].norm, curve_radii(balls)
+        key = (attack.label, norm, *radii)
+        if key not in known:
+            bar = shown.bar(f"{attack.label}, {len(radii)} radii ({norm})", result.images)
+            known[key] = measure_curve(attack, norm, radii, measuring, bar)
+        result.curves.append(known.pop(key))
+        yield
+    result.curves += known.values()
 
 
 def attack_images(

@@ -98,6 +98,25 @@ class Fidelity:
         return _ball(self.norm, self.eps)
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy against the radius.
+
+    Attributes:
+        attack: its label.
+        norm: of the balls.
+        eps: their radii, growing, the first 0.
+        accuracy: percent in each; an image that was broken in a smaller ball counts as broken in the larger ones.
+        seconds: the time they took.
+    """
+
+    attack: str
+    norm: str
+    eps: list[float]
+    accuracy: list[float]
+    seconds: float
+
+
 @dataclass
 class Evaluation:
     """What was measured.
@@ -111,6 +130,7 @@ class Evaluation:
             said of single rows, AutoAttack's own checks among it.
         digests: of model, data and teacher, where a file is written.
         complete: False while rows are still missing.
+        curves: accuracy against the radius; empty where it was not asked for.
     """
 
     results: list[Figure]
@@ -120,6 +140,7 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     complete: bool = True
+    curves: list[Curve] = field(default_factory=list)
 
     @property
     def once(self) -> dict[str, Figure]:
@@ -197,6 +218,7 @@ class Evaluation:
             warnings=list(stored["warnings"]),
             digests=dict(stored["digests"]),
             complete=stored["complete"],
+            curves=[Curve(**row) for row in stored.get("curves", [])],  # none in files of an earlier version
         )
 
 
