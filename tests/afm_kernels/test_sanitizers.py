@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 PROGRAMS = {
     "losses": ("softmax_kl/softmax_kl", "dkl/dkl"),
-    "images": ("images/pgd_step", "images/scale_shift_relu", "images/conv3x3"),
+    "images": ("images/pgd_step", "images/apgd_step", "images/scale_shift_relu", "images/conv3x3"),
 }
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl"]

@@ -1,6 +1,7 @@
-// The image kernels without PyTorch (pgd_step, scale_shift_relu, conv3x3), as losses_test.cpp does
-// the losses: every buffer is an allocation of its exact size, what lies between its elements keeps
-// its sentinels, and values are compared with plain double-precision formulas.
+// The image kernels without PyTorch (pgd_step, apgd_step, scale_shift_relu, conv3x3), as
+// losses_test.cpp does the losses: every buffer is an allocation of its exact size, what lies
+// between its elements keeps its sentinels, and values are compared with plain double-precision
+// formulas.
 //
 //   images_test portable|avx2|avx512
 
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/images/apgd_step_kernel.h"
 #include "cpu/images/conv3x3_kernel.h"
 #include "cpu/images/pgd_step_kernel.h"
 #include "cpu/images/scale_shift_relu_kernel.h"
@@ -21,6 +23,8 @@ using namespace afm::cpu;
 namespace {
 
 struct Kernels {
+  decltype(&portable::apgd_linf) apgd_linf;
+  decltype(&portable::apgd_l2) apgd_l2;
   decltype(&portable::conv3x3_block) conv3x3_block;
   decltype(&portable::pgd_linf) pgd_linf;
   decltype(&portable::pgd_l2_sums) pgd_l2_sums;
@@ -138,6 +142,49 @@ void test_pgd_step(const Kernels& kernels, const Elements& shape, DType grad_dty
     }
   }
   expect(target.gaps_are_whole(), "pgd_l2_apply: sentinels");
+}
+
+void test_apgd_step(const Kernels& kernels, const Elements& shape, DType grad_dtype) {
+  Random random;
+  Elements x(shape, 0.5, 0.3, random), at(shape, 0.5, 0.3, random), old(shape, 0.5, 0.3, random);
+  const Elements grad_shape(grad_dtype, shape.count, 1, shape.misalign);
+  Elements grad(grad_shape, 0, 1e-3, random);
+  const ApgdParams params{shape.dtype, grad_dtype, 0.5, 0, 1, 0.25};
+  const ApgdImage image{at.at(0), grad.at(0), x.at(0), old.at(0), 0.25};
+  const int64_t count = shape.count;
+  double squares = 0;
+  for (int64_t i = 0; i < count; ++i) squares += grad.get(i) * grad.get(i);
+  for (bool linf : {true, false}) {
+    const auto project = [&](const std::vector<double>& z) {
+      std::vector<double> result(z.size());
+      double length = 0;
+      for (int64_t i = 0; i < count; ++i) length += std::pow(z[i] - x.get(i), 2);
+      const double shrink = std::fmin(1, 0.5 / std::sqrt(length));
+      for (int64_t i = 0; i < count; ++i) {
+        const double pixel = x.get(i), d = z[i] - pixel;
+        result[i] = clamp(pixel + (linf ? clamp(d, -0.5, 0.5) : d * shrink), 0, 1);
+      }
+      return result;
+    };
+    std::vector<double> from(static_cast<size_t>(count)), mixed(from);
+    for (int64_t i = 0; i < count; ++i) {
+      const double g = grad.get(i);
+      const double direction = linf ? (g > 0) - (g < 0) : g / std::sqrt(squares);
+      from[i] = at.get(i) + 0.25 * direction;
+    }
+    const std::vector<double> moved = project(from);
+    for (int64_t i = 0; i < count; ++i)
+      mixed[i] = at.get(i) + 0.75 * (moved[i] - at.get(i)) + 0.25 * (at.get(i) - old.get(i));
+    const std::vector<double> next = project(mixed);
+    if (linf)
+      kernels.apgd_linf(params, image, count / 2, count),
+          kernels.apgd_linf(params, image, 0, count / 2);
+    else
+      kernels.apgd_l2(params, image, count);
+    for (int64_t i = 0; i < count; ++i)
+      expect_close(old, i, next[i], 1, linf ? "apgd_linf" : "apgd_l2");
+    expect(old.gaps_are_whole(), "apgd_step: sentinels");
+  }
 }
 
 // `channels`: 0 where the channel stands still along the run.
@@ -273,6 +320,7 @@ void test_all(const Kernels& kernels) {
       for (int64_t stride : {1, 2}) {
         const Elements shape(pair[0], count, stride, count % 3);
         test_pgd_step(kernels, shape, pair[1], false), test_pgd_step(kernels, shape, pair[1], true);
+        if (stride == 1) test_apgd_step(kernels, shape, pair[1]);
         for (bool stream : {false, true}) {
           test_scale_shift_relu(kernels, shape, pair[1], 0, stream);
           if (stride == 1) test_scale_shift_relu(kernels, shape, pair[1], 520, stream);
@@ -298,7 +346,9 @@ void test_all(const Kernels& kernels) {
 
 int main(int argc, char** argv) {
 #define AFM_KERNELS_OF(NAME)              \
-  Kernels{NAME::conv3x3_block,            \
+  Kernels{NAME::apgd_linf,                \
+          NAME::apgd_l2,                  \
+          NAME::conv3x3_block,            \
           NAME::pgd_linf,                 \
           NAME::pgd_l2_sums,              \
           NAME::pgd_l2_double_sums,       \
