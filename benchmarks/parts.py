@@ -59,7 +59,7 @@ PARTS = {
             "kernels",
             "every op x shape family x dtype x mode, against eager, torch.compile and Liger-Kernel",
             "benchmarks.kernels.suite",
-            0.49,
+            0.5,
         ),
         Part(
             "sweep",
@@ -71,7 +71,7 @@ PARTS = {
             "accuracy",
             "errors of KL and gradients against float64, for students far from and near their teacher",
             "benchmarks.kernels.accuracy",
-            0.05,
+            0.04,
             rounds=0,
         ),
         Part(

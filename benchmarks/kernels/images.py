@@ -1,7 +1,11 @@
-"""Cases of the attack's image ops: pgd_step and scale_shift_relu.
+"""Cases of the attack's image ops: pgd_step, apgd_step and scale_shift_relu.
 
 pgd_step, modes "linf" and "l2": one projected step. Peers: the lines of TRADES' and AdaAD's attacks ("eager"; for l2
 the usual flatten, norm, renorm), and torch.compile of them. The fewest bytes: three tensors read, one written.
+
+apgd_step, modes "linf" and "l2": Auto-PGD's iteration at a point that is neither the best one nor misclassified, as
+most are. Its momentum is 0, so that a call that is timed again finds what it found. Peers: the lines of the published
+code, and torch.compile of them. The fewest bytes: four tensors read, one written.
 
 scale_shift_relu, modes "forward" and "input_grad" (forward, then the gradient by the input), plain and with a
 residual: what evaluates BatchNorm and ReLU around a residual block under attack. Peers: F.batch_norm in eval mode,
@@ -14,6 +18,7 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +83,60 @@ def pgd_step(sizes: tuple[int, ...], dtype: str, norm: str, device: str) -> Buil
         truth=(eager(x_adv.double(), grad.double(), x.double()),),
         bytes=4 * x.numel() * x.element_size(),
     )
+
+
+def eager_apgd(
+    state: afm_kernels.APGDState, grad: Tensor, x: Tensor, loss: Tensor, wrong: Tensor, norm: str
+) -> Tensor:
+    """An iteration as the published code writes it, but for indices of the images that are looked up."""
+    columns = (-1, *[1] * (x.ndim - 1))
+    better = loss > state.loss_best
+    for kept, new, where in (
+        (state.x_hit, state.x_adv, wrong),
+        (state.x_best, state.x_adv, better),
+        (state.grad_best, grad, better),
+    ):
+        kept.copy_(torch.where(where.view(columns), new, kept))
+    x_adv, step_size = state.x_adv, state.step_size.view(columns)
+
+    def project(z: Tensor) -> Tensor:
+        if norm == "linf":
+            return torch.clamp(torch.min(torch.max(z, x - EPS), x + EPS), 0.0, 1.0)
+        length = (z - x).square().flatten(1).sum(-1).sqrt().view(columns)
+        return torch.clamp(x + (z - x) / (length + 1e-12) * length.clamp(max=EPS), 0.0, 1.0)
+
+    if norm == "linf":
+        moved = project(x_adv + step_size * grad.sign())
+    else:
+        length = grad.square().flatten(1).sum(-1).sqrt().view(columns)
+        moved = project(x_adv + step_size * grad / (length + 1e-12))
+    return project(x_adv + (moved - x_adv) * 1.0 + (x_adv - state.x_old) * 0.0)
+
+
+def apgd_step(sizes: tuple[int, ...], dtype: str, norm: str, device: str) -> Built:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(sizes, generator=generator)
+    start = (x + EPS * (2 * torch.rand(sizes, generator=generator) - 1)).clamp(0, 1)
+    grad = 1e-3 * torch.rand(sizes, generator=generator) - 5e-4
+    x, start, grad = (t.to(device, DTYPES[dtype]) for t in (x, start, grad))
+    loss = torch.full((sizes[0],), -1.0, device=device)
+    wrong = torch.zeros(sizes[0], dtype=torch.bool, device=device)
+
+    def state(of: torch.dtype | None = None) -> afm_kernels.APGDState:
+        return afm_kernels.APGDState.at(start.to(of or start.dtype), step_size=2 * EPS)
+
+    def ours(at: afm_kernels.APGDState) -> Tensor:
+        given = {"eps": EPS, "norm": norm, "momentum": 0.0}
+        return afm_kernels.apgd_step(at, grad, x, loss, wrong, **given).x_adv
+
+    def eager(*args: Any) -> Tensor:
+        return eager_apgd(*args, norm)
+
+    calls = with_backends({"ours": partial(ours, state())}, "apgd_step", device)
+    calls["eager"] = partial(eager, state(), grad, x, loss, wrong)
+    calls["compile"] = partial(compiled(eager), state(), grad, x, loss, wrong)
+    true = eager(state(torch.float64), grad.double(), x.double(), loss.double(), wrong)
+    return Built(candidates=calls, outputs=("x_adv",), truth=(true,), bytes=5 * x.numel() * x.element_size())
 
 
 def scale_shift_relu(sizes: tuple[int, ...], dtype: str, residual: bool, mode: str, device: str) -> Built:
@@ -152,15 +211,17 @@ def _timed(
 
 def cases() -> Iterator[Case]:
     """Every case of the image ops; `make bench` takes one image batch and one activation of each, in float32."""
-    for (label, sizes, family), dtype, norm in product(IMAGES, DTYPES, ("linf", "l2")):
+    steps = {"pgd_step": pgd_step, "apgd_step": apgd_step}
+    for op, (label, sizes, family), dtype, norm in product(steps, IMAGES, DTYPES, ("linf", "l2")):
         yield Case(
-            "pgd_step",
+            op,
             norm,
             label,
             dtype,
             family,
-            partial(pgd_step, sizes, dtype, norm),
-            standard=(label, dtype) == ("128x3x32x32", "float32"),
+            partial(steps[op], sizes, dtype, norm),
+            # Of apgd_step the norm that takes more passes.
+            standard=(label, dtype) == ("128x3x32x32", "float32") and (op, norm) != ("apgd_step", "linf"),
             elements=math.prod(sizes),
         )
     modes = ("forward", "input_grad")

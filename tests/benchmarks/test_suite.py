@@ -39,6 +39,7 @@ def test_every_op_shape_dtype_and_mode_is_a_case():
             assert f"{op}/{mode}/{shape.label}/{dtype}" in names
     assert {name.partition("/")[0] for name in names} - losses_of == {
         "conv3x3",
+        "apgd_step",
         "pgd_step",
         "scale_shift_relu",
         "scale_shift_relu-residual",
