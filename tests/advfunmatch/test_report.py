@@ -18,6 +18,8 @@ import pytest
 import torch
 from advfunmatch import TrainConfig, load_dataset, load_model, train
 from advfunmatch.cli import run
+from advfunmatch.evaluation import Ball
+from advfunmatch.report.breakdowns import ByClass, shown_classes
 from advfunmatch.report.names import drawable, label_legend
 from PIL import Image
 
@@ -247,3 +249,56 @@ def test_what_cannot_be_shown_is_left_out_and_named(
     assert page.count("<img") == 2, "the curves, and the examples of the run that is whole"
     assert run(["report", folders[0], "--out", str(tmp_path / "one.html")]) == 0
     assert run(["report", folders[0], "--out", str(tmp_path / "one.png")]) == 2
+
+
+def test_report_has_curves_and_classes_of_the_evaluations(
+    make_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    train(make_config(epochs=1))
+    arguments = [
+        "evaluate",
+        "--checkpoint",
+        str(folder / "checkpoint.pt"),
+        "--data",
+        "digits",
+        "--limit",
+        "20",
+    ]
+    arguments += [
+        "--attacks",
+        "clean,fgsm",
+        "--curve",
+        "fgsm,pgd10",
+        "--out",
+        str(folder / "evaluation.json"),
+    ]
+    assert run(arguments) == 0
+    stored = json.loads((folder / "evaluation.json").read_text())
+    shutil.copyfile(folder / "evaluation.json", folder / "broken.json")
+    broken = {**stored, "curves": [{**stored["curves"][0], "accuracy": [1.0]}]}
+    (folder / "broken.json").write_text(json.dumps(broken))
+    assert run(["report", str(folder), "--out", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        page.index("Evaluations, 0.15 (linf)")
+        < page.index("Accuracy against ε, linf")
+        < page.index("By class")
+    )
+    for curve, title in zip(stored["curves"], ("FGSM", "PGD-10"), strict=True):
+        cells = ["evaluation.json", title, *(f"{value:.2f}" for value in curve["accuracy"])]
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+    assert "<th>0</th><th>0.0375</th>" in page
+    by_class = [f"{value:.1f}" for value in stored["results"][1]["per_class"].values()]
+    assert "".join(f"<td>{cell}</td>" for cell in ("evaluation.json", "FGSM, 0.15 (linf)", *by_class)) in page
+    assert "broken.json" not in page
+
+
+def test_of_many_classes_the_worst_are_shown() -> None:
+    names = [f"class {index}" for index in range(100)]
+    clean = ByClass("clean", None, dict.fromkeys(names, 100.0))
+    attacked = ByClass("pgd20", Ball("linf", 0.1), {name: 100.0 - index for index, name in enumerate(names)})
+    assert shown_classes([clean, attacked]) == names[:-11:-1]
+    assert shown_classes([clean]) == names[:10]
+    few = ByClass("pgd20", None, {"b": 3.0, "a": 1.0})
+    assert shown_classes([few]) == ["b", "a"]

@@ -233,7 +233,10 @@ def _curves(
         key = (attack.label, norm, *radii)
         if key not in known:
             bar = shown.bar(f"{attack.label}, {len(radii)} radii ({norm})", result.images)
-            known[key] = measure_curve(attack, norm, radii, measuring, bar)
+            rows = [row for row in result.results if (row.attack, row.norm) == (attack.label, norm)]
+            # Of an attack that finds distances, no row is needed.
+            stood = {row.eps: row.stood(result.images) for row in rows if row.eps and row.found is None}
+            known[key] = measure_curve(attack, norm, radii, measuring, stood, bar)
         result.curves.append(known.pop(key))
         yield
     result.curves += known.values()

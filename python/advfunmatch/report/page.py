@@ -11,9 +11,22 @@ from pathlib import Path
 from ..errors import InputError
 from ..evaluation import Ball
 from ..files import prepare_file, write_atomically
+from .breakdowns import classes_of
 from .names import drawing, escaped, runs_leftward
-from .pictures import draw_curves, draw_examples, draw_table, stacked
-from .tables import COLOURS, COLUMNS, Run, Table, by_ball, evaluations, figures, read_evaluations
+from .pictures import draw_curves, draw_examples, draw_radii, draw_table, stacked
+from .tables import (
+    COLOURS,
+    COLUMNS,
+    Run,
+    Table,
+    by_ball,
+    classes,
+    drawn_curves,
+    evaluations,
+    figures,
+    radii,
+    read_evaluations,
+)
 
 REQUIRED = ("method", "model", "clean", "pgd20", "images_per_second")
 RUNS_TOGETHER = 5  # in one picture of examples, which fits a sheet of paper then
@@ -64,8 +77,12 @@ def write_report(folders: list[Path], out: Path) -> list[str]:
         pictures, examples, missing = _draw(runs)
         left_out += missing
         tables = [figures(group) for group in by_ball(runs).values()]
-        evaluated = evaluations(runs)
+        evaluated, of_classes = evaluations(runs), classes(runs)
+        against_eps = {norm: (draw_radii(found), radii(found)) for norm, found in drawn_curves(runs).items()}
         drawn = [draw_table(table) for table in (*tables, *evaluated)]
+        for picture, below in against_eps.values():
+            drawn += [picture, *map(draw_table, below)]
+        drawn += map(draw_table, of_classes)
     best = _best([run for table in tables for run, _ in table.rows])
     sections = [_warnings(left_out)]
     sections += [f"<h2>Figures{_of(table)}</h2>{_table(table, best)}" for table in tables]
@@ -73,6 +90,12 @@ def write_report(folders: list[Path], out: Path) -> list[str]:
     sections += [f"<h2>Evaluations{_of(table)}</h2>{_table(table)}" for table in evaluated]
     if evaluated:
         sections.append("<p>What <code>advfunmatch evaluate</code> wrote into the runs' folders.</p>")
+    for norm, (picture, below) in against_eps.items():
+        sections.append(
+            f"<h2>Accuracy against ε, {norm}</h2>{_figure(picture, f'accuracy against ε, {norm}')}"
+        )
+        sections += map(_table, below)
+    sections += [f"<h2>By class, %</h2>{_table(table)}" for table in of_classes]
     for ball, picture in pictures.items():
         sections.append(f"<h2>While training, {ball}</h2>{_figure(picture, f'curves, {ball}')}")
     if examples:
@@ -149,6 +172,7 @@ def _read(folder: Path, name: str, colour: str) -> Run:
                     form.format(shown[key])
         int(best["epoch"])
         result["config"]["data"]
+        classes_of(result)
         Ball(result["config"]["norm"], float(result["config"]["eps"]))
         for row in metrics:
             float(row["epoch"] + row["loss"])
@@ -176,7 +200,8 @@ def _table(table: Table, best: Sequence[Run] = ()) -> str:
         rows.append(f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in shown) + "</tr>")
     head = "".join(f"<th>{html.escape(title)}</th>" for title in table.head)
     head = f"<thead><tr>{head}</tr></thead>"
-    return f"<div class=wide><table class=words-{table.words}>{head}{''.join(rows)}</table></div>"
+    note = f"<p>{html.escape(table.note)}</p>" if table.note else ""
+    return f"{note}<div class=wide><table class=words-{table.words}>{head}{''.join(rows)}</table></div>"
 
 
 def _isolated(name: str) -> str:

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from ..data import ImageDataset, as_float, load_dataset
 from ..errors import InputError
-from ..evaluation import attack_images
+from ..evaluation import Curve, attack_images
+from ..evaluation.balls import short_number
 from ..models import load_network, logits_in, require_known_data
 from .names import drawable, label_legend
-from .tables import MONITORED, Run, Table
+from .tables import MONITORED, TITLES, Run, Table
 
 EXAMPLES = 8  # images, the first of as many classes
 DRAWABLE = (1, 3)  # channels: grey and colour
 DPI = 110
 WIDTH = 13.0  # of every picture but tables, in inches
+LINES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))  # one for each attack of a curve
 ACROSS = 130  # characters of a legend that stand beside each other in it
 
 
@@ -92,6 +94,50 @@ def draw_curves(runs: Sequence[Run]) -> bytes:
         ncols=columns,
         fontsize=9,
         frameon=False,
+    )
+    label_legend(legend, labels)
+    return _png(figure)
+
+
+def draw_radii(curves: Sequence[tuple[Run, str, Curve]]) -> bytes:
+    """Accuracy against the radius, of curves of one norm; each run's own radius is a dotted line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    axis = figure.subplots()
+    several = {run.name: len({file for other, file, _ in curves if other is run}) > 1 for run, _, _ in curves}
+    attacks = list(dict.fromkeys(curve.attack for _, _, curve in curves))
+    labels: list[str] = []
+    for run, file, curve in curves:
+        style, marker = LINES[attacks.index(curve.attack) % len(LINES)]
+        axis.plot(
+            curve.eps,
+            curve.accuracy,
+            color=run.colour,
+            ls=style,
+            marker=marker,
+            ms=4,
+            lw=1.8,
+            label=str(len(labels)),
+        )
+        of_file = f", {drawable(file.partition(',')[0])}" if several[run.name] else ""
+        labels.append(f"{drawable(run.name)}{of_file}: {drawable(TITLES.get(curve.attack, curve.attack))}")
+    norm = curves[0][2].norm
+    own = {run.ball.eps for run, _, _ in curves if run.ball.norm == norm}
+    for eps in own:
+        axis.axvline(eps, color="#777777", ls=":", lw=1.2)
+    seen = sorted({eps for _, _, curve in curves for eps in curve.eps})
+    if len(seen) <= 12:
+        axis.set_xticks(seen, [short_number(eps) for eps in seen])
+    axis.set(xlabel=f"ε ({norm})", ylabel="accuracy, %", ylim=(-3, 103))
+    if own:
+        axis.set_title("dotted: the radius that a run was trained with", loc="left", fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    columns = max(1, min(8, ACROSS // (max(map(len, labels)) + 6)))
+    handles, _ = axis.get_legend_handles_labels()
+    legend = figure.legend(
+        handles, ["run"] * len(handles), loc="outside lower center", ncols=columns, fontsize=9, frameon=False
     )
     label_legend(legend, labels)
     return _png(figure)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..evaluation import ATTACKS, Ball
+from ..evaluation import ATTACKS, Ball, Curve
+from ..evaluation.balls import short_number
 from ..models import read_checkpoint
 from ..models.digest import digest_of_weights
+from .breakdowns import ByClass, classes_of, curves_of, shown_classes
 
 # One colour a run, readable in print and by the colour-blind (Okabe and Ito, but for
 # their yellow, which is lost on white).
@@ -86,12 +88,14 @@ class Table:
         words: how many columns, from the first, hold words.
         head: titles, the first of which is the run's.
         rows: the runs, with their other cells.
+        note: what else is to be said of it.
     """
 
     ball: Ball | None
     words: int
     head: list[str]
     rows: list[tuple[Run, list[str]]]
+    note: str = ""
 
 
 def by_ball(runs: Sequence[Run]) -> dict[Ball, list[Run]]:
@@ -147,6 +151,64 @@ def evaluations(runs: Sequence[Run]) -> list[Table]:
     return tables
 
 
+def drawn_curves(runs: Sequence[Run]) -> dict[str, list[tuple[Run, str, Curve]]]:
+    """Accuracy against the radius by norm: of which run, of which file, and the curve."""
+    found: dict[str, list[tuple[Run, str, Curve]]] = {}
+    for run in runs:
+        for file, stored in run.evaluations.items():
+            for curve in curves_of(stored):
+                found.setdefault(curve.norm, []).append((run, file, curve))
+    return found
+
+
+def radii(curves: Sequence[tuple[Run, str, Curve]]) -> list[Table]:
+    """For each set of radii a row for each curve."""
+    tables = []
+    for eps in dict.fromkeys(tuple(curve.eps) for _, _, curve in curves):
+        rows = [
+            (
+                run,
+                [file, TITLES.get(curve.attack, curve.attack), *(f"{value:.2f}" for value in curve.accuracy)],
+            )
+            for run, file, curve in curves
+            if tuple(curve.eps) == eps
+        ]
+        head = ["run", "file", "attack", *map(short_number, eps)]
+        tables.append(
+            Table(None, 4, head, rows, "Percent by radius; what breaks in a ball is broken in larger ones.")
+        )
+    return tables
+
+
+def classes(runs: Sequence[Run]) -> list[Table]:
+    """For each set of classes a row for each attack in each ball; of many classes those that are worst."""
+    found: dict[tuple[str, ...], list[tuple[Run, str, ByClass]]] = {}
+    for run in runs:
+        for file, stored in {"result.json": run.result, **run.evaluations}.items():
+            for row in classes_of(stored):
+                found.setdefault(tuple(row.accuracies), []).append((run, file, row))
+    tables = []
+    for rows in found.values():
+        names = shown_classes([row for _, _, row in rows])
+        cells = [
+            (run, [file.partition(",")[0], _in_ball(row), *(f"{row.accuracies[name]:.1f}" for name in names)])
+            for run, file, row in rows
+        ]
+        left_out = len(rows[0][2].accuracies) - len(names)
+        note = (
+            f"The {len(names)} classes that are worst under attack, of {len(names) + left_out}."
+            if left_out
+            else ""
+        )
+        tables.append(Table(None, 4, ["run", "file", "attack", *names], cells, note))
+    return tables
+
+
+def _in_ball(row: ByClass) -> str:
+    title = TITLES.get(row.attack, row.attack)
+    return f"{title}, {row.ball}" if row.ball else title
+
+
 def _by_ball(stored: dict[str, Any]) -> dict[Ball | None, dict[str, float]]:
     """An evaluation's accuracies and agreement by ball; those on clean images stand with each."""
     if "results" not in stored:  # a file of an earlier version, which has one ball
@@ -182,7 +244,8 @@ def read_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
             )
             if not made_by_evaluate:
                 continue
-            _by_ball(stored)  # which reads all that is shown of it
+            # Which read all that is shown of it.
+            _by_ball(stored), curves_of(stored), classes_of(stored)
             digest = stored.get("digests", {}).get("model")
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
