@@ -9,6 +9,7 @@ from .attacked import AutoAttacked, AutoAttackWarning, Stage
 from .auto_attack import AutoAttack
 from .carlini_wagner import carlini_wagner, carlini_wagner_linf
 from .draws import Draws, image_keys
+from .fab import FAB
 from .lbfgs import lbfgs
 from .nearest import Nearest
 from .objectives import (
@@ -28,6 +29,7 @@ from .target import BN_MODES
 __all__ = [
     "APGD",
     "BN_MODES",
+    "FAB",
     "INITS",
     "NORMS",
     "OBJECTIVES",

@@ -130,7 +130,7 @@ class APGD:
             rounding.
         """
         arguments.check_images(x, self.clip)
-        y = self._checked_labels(y, x)
+        y = arguments.checked_labels(y, x)
         x_adv = Target(searched.network, None).in_its_format(x.detach()).clone()
         clean, left = x_adv.clone(), torch.arange(len(x), device=x.device)
         ranked = searched.logits(clean).argsort(1, descending=True) if self.loss == "dlr_targeted" else None
@@ -221,12 +221,3 @@ class APGD:
                 scale = largest
         assert total is not None  # eot is at least 1
         return total, at.value, logits.argmax(1) != y
-
-    @staticmethod
-    def _checked_labels(y: Tensor, x: Tensor) -> Tensor:
-        if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-            got = f"dtype {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
-            raise TypeError(f"y must be a tensor of integer labels, got {got}")
-        if y.shape != x.shape[:1]:
-            raise ValueError(f"y must have one label for each of {len(x)} images, got shape {tuple(y.shape)}")
-        return y.long()

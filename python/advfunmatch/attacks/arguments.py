@@ -183,6 +183,16 @@ def check_images(x: Tensor, clip: tuple[float | None, float | None] | None) -> N
         raise ValueError(f"x must have shape (N, ...) with at least 2 dimensions, got {tuple(x.shape)}")
 
 
+def checked_labels(y: Tensor, x: Tensor) -> Tensor:
+    """One label for each image, as int64."""
+    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        got = f"dtype {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"y must be a tensor of integer labels, got {got}")
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"y must have one label for each of {len(x)} images, got shape {tuple(y.shape)}")
+    return y.long()
+
+
 def check_known(
     objective: Objective,
     teacher_use: str,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .apgd import APGD
 from .draws import Draws
+from .fab import FAB
 from .searched import Searched
 
 __all__ = ["STAGES", "VERSIONS", "SearchAttack", "passes", "settings_of", "stage", "stages_of"]
@@ -41,6 +42,8 @@ _MADE: dict[str, tuple[Callable[..., SearchAttack], dict[str, Any], tuple[str, .
     "apgd_ce": (APGD, {"loss": "ce"}, ("steps", "restarts", "eot")),
     "apgd_dlr": (APGD, {"loss": "dlr"}, ("steps", "restarts", "eot")),
     "apgd_t": (APGD, {"loss": "dlr_targeted"}, ("steps", "restarts", "targets", "eot")),
+    "fab": (FAB, {"targeted": False}, ("steps", "restarts")),
+    "fab_t": (FAB, {"targeted": True}, ("steps", "restarts", "targets")),
 }
 STAGES = tuple(_MADE)
 
