@@ -51,6 +51,36 @@ def test_cells_and_means(corrupted: str) -> None:
     assert (len(alone.cells), alone.mean()) == (1, 0)
 
 
+def test_a_folder_that_is_not_whole_is_said(corrupted: str) -> None:
+    """Before anything is measured where a file is wrong; after it where corruptions are missing from the mean."""
+    assert (
+        "over fifteen corruptions: brightness, contrast"
+        in evaluate_corruptions(Brightness(), corrupted).warnings[0]
+    )
+    assert not evaluate_corruptions(Brightness(), f"{corrupted}@fog").warnings
+    folder = Path(corrupted.partition(":")[2])
+    images = np.load(folder / "snow.npy")
+    told: list[str] = []
+    for stored, message in (
+        (images[:-1], r"snow.npy' are uint8 of shape \(39, 32, 32, 3\), but must be uint8 \(40"),
+        (images.astype(np.float32), "snow.npy' are float32"),
+        (images.transpose(0, 3, 1, 2), r"snow.npy' are uint8 of shape \(40, 3, 32, 32\)"),
+    ):
+        np.save(folder / "snow.npy", stored)
+        with pytest.raises(InputError, match=message):
+            evaluate_corruptions(
+                Brightness(), corrupted, progress=lambda what, done, total: told.append(what)
+            )
+    (folder / "snow.npy").write_bytes((folder / "fog.npy").read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"snow.npy' cannot be read as an array"):
+        evaluate_corruptions(Brightness(), corrupted, progress=lambda what, done, total: told.append(what))
+    assert told == []
+    np.save(folder / "snow.npy", images)
+    np.save(folder / "labels.npy", np.ones(39, np.uint8))
+    with pytest.raises(InputError, match=r"has shape \(39,\), but must hold five blocks"):
+        evaluate_corruptions(Brightness(), corrupted)
+
+
 def test_limit_takes_the_same_images_of_every_cell(corrupted: str) -> None:
     few = evaluate_corruptions(Brightness(), corrupted, eps=8 / 255, limit=3)
     assert few.to_dict()["images"] == 3

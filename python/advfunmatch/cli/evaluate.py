@@ -120,6 +120,8 @@ def evaluate(
     if corrupted:
         measured = evaluate_corruptions(network, data, chosen, **images.loading, **settings, about=about)
         print("\n".join(measured.to_text(attack.label) for attack in chosen))
+        for warning in measured.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
         return
     teacher_network = None
     if wants_fidelity:

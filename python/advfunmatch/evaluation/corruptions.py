@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..data import Cell, corruption_cells, load_dataset
+from ..data import Cell, corruption_cells, load_dataset, missing_of_benchmark
 from ..errors import InputError
 from .attacks import attacks_of
 from .balls import balls_of
@@ -63,6 +63,18 @@ class CorruptionEvaluation:
             table.setdefault(cell.corruption, {})[cell.severity] = measured.accuracies[attack]
         return table
 
+    @property
+    def warnings(self) -> list[str]:
+        """What was said of single cells; and that the mean is not the benchmark's, where corruptions are missing."""
+        said = list(dict.fromkeys(text for _, measured in self.cells for text in measured.warnings))
+        corruptions = {cell.corruption for cell, _ in self.cells}
+        missing = missing_of_benchmark(corruptions)
+        if missing and self.complete and len(corruptions) > 1:
+            said.append(
+                f"the mean is not the benchmark's, which is over fifteen corruptions: {', '.join(missing)} are missing"
+            )
+        return said
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values: the means over both under ``corrupted``, every cell under ``corruptions``."""
         severities = sorted({cell.severity for cell, _ in self.cells})
@@ -80,7 +92,7 @@ class CorruptionEvaluation:
             "images": self.cells[0][1].images,
             "settings": self.cells[0][1].settings,
             "complete": self.complete,
-            "warnings": list(dict.fromkeys(text for _, measured in self.cells for text in measured.warnings)),
+            "warnings": self.warnings,
         }
 
     def to_text(self, attack: str = "clean") -> str:

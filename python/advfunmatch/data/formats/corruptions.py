@@ -7,7 +7,7 @@ PATH holds a NAME.npy for each corruption, its images in five blocks of growing 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,12 @@ from .folder import require_folder
 
 SEVERITIES = (1, 2, 3, 4, 5)
 LABELS = "labels"
+# The benchmark's fifteen, over which its mean is taken.
+_BENCHMARK = """
+    brightness contrast defocus_blur elastic_transform fog frost gaussian_noise glass_blur impulse_noise
+    jpeg_compression motion_blur pixelate shot_noise snow zoom_blur
+"""
+BENCHMARK = tuple(_BENCHMARK.split())
 # Published beside the benchmark's fifteen, for tuning; its mean leaves them out, though they lie in the same folder.
 BESIDE = ("gaussian_blur", "saturate", "spatter", "speckle_noise")
 _CIFAR100 = """
@@ -59,12 +65,13 @@ def corruption_cells(name: str) -> list[Cell]:
     """The severities of the corruptions in a set such as ``"cifar10c:PATH"``, or those of them that the name selects.
 
     Raises:
-        InputError: the folder, a corruption or a severity is not there.
+        InputError: the folder, a corruption or a severity is not there, or a file holds something else.
     """
     kind, _, path = name.partition(":")
     if kind not in CLASSES:
         raise one_of("the form of a corrupted set", kind, CLASSES)
     selection = parse_selection(path)
+    _arrays(selection)  # of all files, before anything is measured on the first
     return [
         Cell(corruption, severity, f"{kind}:{selection.folder}@{corruption}:{severity}")
         for corruption in selection.corruptions
@@ -120,18 +127,13 @@ def read_corrupted(wanted: Wanted) -> Contents:
     if wanted.split != "test":
         raise InputError(f"data {wanted.name!r} is a test set, and has no {wanted.split} split")
     selection = parse_selection(wanted.path)
-    labels = load_array(selection.folder / f"{LABELS}.npy")
-    block, rest = divmod(len(labels), len(SEVERITIES))
-    if rest or not block:
-        raise InputError(
-            f"labels.npy of {str(selection.folder)!r} has {len(labels)} labels, but must have five blocks of one size"
-        )
-    blocks = []
-    for corruption in selection.corruptions:
-        file = selection.folder / f"{corruption}.npy"
-        images = load_array(file)
-        require_cifar_images(images, len(labels), str(file))
-        blocks += [images[(severity - 1) * block : severity * block] for severity in selection.severities]
+    arrays, labels = _arrays(selection)
+    block = len(labels) // len(SEVERITIES)
+    blocks = [
+        images[(severity - 1) * block : severity * block]
+        for images in arrays
+        for severity in selection.severities
+    ]
     numbers = [labels[(severity - 1) * block : severity * block] for severity in selection.severities]
 
     def parts(kept: np.ndarray) -> Iterator[np.ndarray]:
@@ -144,3 +146,29 @@ def read_corrupted(wanted: Wanted) -> Contents:
         as_class_numbers(np.concatenate(numbers * len(selection.corruptions)), LABELS, wanted.path),
         CLASSES[wanted.name.partition(":")[0]],
     )
+
+
+def _arrays(selection: Selection) -> tuple[list[np.ndarray], np.ndarray]:
+    """The images of each selected corruption and the labels of all, on disk; InputError for what holds else."""
+    labels = load_array(selection.folder / f"{LABELS}.npy")
+    block, rest = divmod(len(labels), len(SEVERITIES)) if labels.ndim else (0, 0)
+    if rest or not block:
+        raise InputError(
+            f"labels.npy of {str(selection.folder)!r} has shape {labels.shape}, but must hold five blocks of one "
+            "size"
+        )
+    arrays = []
+    for corruption in selection.corruptions:
+        file = selection.folder / f"{corruption}.npy"
+        arrays.append(load_array(file))
+        require_cifar_images(arrays[-1], len(labels), str(file))
+    return arrays, labels
+
+
+def missing_of_benchmark(corruptions: Iterable[str]) -> list[str]:
+    """Those of the benchmark's fifteen that are not among some.
+
+    >>> missing_of_benchmark(name for name in BENCHMARK if name != "fog")
+    ['fog']
+    """
+    return sorted({*BENCHMARK} - {*corruptions})
