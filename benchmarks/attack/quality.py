@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from advfunmatch import PGDAttack, create_model, load_dataset, prepare_for_attack
+from advfunmatch import ImageDataset, PGDAttack, create_model, load_dataset, prepare_for_attack
 from advfunmatch.data import as_float
 from torch import Tensor, nn
 
@@ -29,15 +29,21 @@ TRAINING_STEPS = 10
 Finder = Callable[[Tensor, Tensor, int, int], Tensor]  # images, labels, steps, seed
 
 
-def trained_network(epochs: int, seed: int = 0) -> nn.Module:
-    """small_cnn by PGD adversarial training on the digits' training split."""
+def trained_network(
+    epochs: int,
+    seed: int = 0,
+    *,
+    name: str = "small_cnn",
+    data: ImageDataset | None = None,
+    eps: float = EPS,
+    steps: int = TRAINING_STEPS,
+) -> nn.Module:
+    """A network by PGD adversarial training, by default small_cnn on the digits' training split."""
     torch.manual_seed(seed)
-    data = load_dataset("digits", split="train")
+    data = load_dataset("digits", split="train") if data is None else data
     images, labels = as_float(data.images), data.labels
-    model = create_model("small_cnn", num_classes=10, in_channels=1)
-    attack = PGDAttack(
-        "cross_entropy", eps=EPS, step_size=EPS / 4, steps=TRAINING_STEPS, init="uniform", seed=seed
-    )
+    model = create_model(name, num_classes=data.num_classes, in_channels=images.shape[1])
+    attack = PGDAttack("cross_entropy", eps=eps, step_size=eps / 4, steps=steps, init="uniform", seed=seed)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
     batches = len(images) // 128
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, epochs * batches)

@@ -312,3 +312,18 @@ def test_progress_ends_where_it_says(capsys):
     assert all(done <= total for done, total in told)
     attacked(network(), x, y, progress=True)
     assert "AutoAttack: 100%" in capsys.readouterr().err
+
+
+def test_versions_are_the_published_ones():
+    standard, plus, rand = (AutoAttack("l2", 0.5, version).stages for version in ("standard", "plus", "rand"))
+    assert list(standard) == ["apgd_ce", "apgd_t", "fab_t", "square"]
+    assert list(plus) == ["apgd_ce", "apgd_dlr", "fab", "square", "apgd_t", "fab_t"]
+    assert [attack.restarts for attack in plus.values()] == [5, 5, 5, 1, 1, 1]
+    assert [(name, attack.eot, attack.restarts) for name, attack in rand.items()] == [
+        ("apgd_ce", 20, 1),
+        ("apgd_dlr", 20, 1),
+    ]
+    steps = [attack.steps for attack in (*list(standard.values())[:3], *rand.values())]
+    assert steps == [100] * 5
+    assert (standard["apgd_t"].targets, standard["fab_t"].targets, standard["square"].queries) == (9, 9, 5000)
+    assert {(attack.norm, attack.eps) for attack in plus.values()} == {("l2", 0.5)}

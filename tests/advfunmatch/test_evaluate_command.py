@@ -104,6 +104,43 @@ def test_fidelity_is_asked_for_and_its_absence_said(
     assert not (tmp_path / "c.json").exists()
 
 
+def test_autoattack_beside_the_official_one_and_its_stages_in_two_processes(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A ball so large that little is left for the slow stages.
+    both = (
+        "--attacks",
+        "autoattack,autoattack_official",
+        "--eps",
+        "0.4",
+        "--limit",
+        "12",
+    )
+    assert run(evaluate(teacher, tmp_path / "one.json", *both)) == 0
+    said = capsys.readouterr().out
+    rows = {row["attack"]: row for row in json.loads((tmp_path / "one.json").read_text())["results"]}
+    assert rows["autoattack_official"]["stages"] == []
+    assert abs(rows["autoattack"]["accuracy"] - rows["autoattack_official"]["accuracy"]) < 10
+    stages = rows["autoattack"]["stages"]
+    assert [stage["name"] for stage in stages] == ["clean", "apgd_ce", "apgd_t", "fab_t", "square"]
+    assert stages[-1]["accuracy"] == pytest.approx(rows["autoattack"]["accuracy"], abs=0.01)
+    assert f"{stages[1]['broken']} of {stages[1]['images']} broken" in said
+
+    few = ("--attacks", "apgd_t(steps=5,targets=2)", "--eps", "0.15")
+    assert run(evaluate(teacher, tmp_path / "alone.json", *few)) == 0
+    two = evaluate(teacher, tmp_path / "two.json", *few)
+    process = start([*two, "--processes", "2"], tmp_path / "said", environment={"OMP_NUM_THREADS": "1"})
+    process.join(timeout=120)
+    (alone,), (shared,) = (
+        json.loads((tmp_path / f"{name}.json").read_text())["results"] for name in ("alone", "two")
+    )
+    assert 0 < alone["accuracy"] < 100
+    assert shared["standing"] == alone["standing"]
+    assert (tmp_path / "said").read_text().count("eps 0.15, norm linf") == 1, "the first process reports"
+    assert {path.name for path in tmp_path.iterdir()} == {"one.json", "alone.json", "said", "two.json"}
+    assert "processes is 0, but must be" in refused([*two, "--overwrite", "--processes", "0"], capsys)
+
+
 def test_killed_between_attacks_and_gone_on_with(
     teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

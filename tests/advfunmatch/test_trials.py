@@ -165,8 +165,7 @@ def test_what_counts_as_chance() -> None:
     [
         ("tensorboard", "train --data digits --model small_cnn-4 --method ce --tensorboard"),
         ("torchvision", "train --data digits --model small_cnn-4 --method ce --augment randaugment"),
-        ("pyautoattack", "evaluate --data digits --checkpoint TEACHER --attacks clean,autoattack"),
-        ("pyautoattack", "demo"),
+        ("pyautoattack", "evaluate --data digits --checkpoint TEACHER --attacks clean,autoattack_official"),
         ("matplotlib", "demo"),
     ],
 )

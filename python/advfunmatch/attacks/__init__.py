@@ -24,6 +24,7 @@ from .objectives import (
 )
 from .pgd import PGDAttack, input_gradient
 from .searched import Searched
+from .square import Square
 from .target import BN_MODES
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Objective",
     "PGDAttack",
     "Searched",
+    "Square",
     "Stage",
     "carlini_wagner",
     "carlini_wagner_linf",

@@ -12,6 +12,7 @@ from .apgd import APGD
 from .draws import Draws
 from .fab import FAB
 from .searched import Searched
+from .square import Square
 
 __all__ = ["STAGES", "VERSIONS", "SearchAttack", "passes", "settings_of", "stage", "stages_of"]
 
@@ -44,16 +45,13 @@ _MADE: dict[str, tuple[Callable[..., SearchAttack], dict[str, Any], tuple[str, .
     "apgd_t": (APGD, {"loss": "dlr_targeted"}, ("steps", "restarts", "targets", "eot")),
     "fab": (FAB, {"targeted": False}, ("steps", "restarts")),
     "fab_t": (FAB, {"targeted": True}, ("steps", "restarts", "targets")),
+    "square": (Square, {}, ("queries", "restarts")),
 }
 STAGES = tuple(_MADE)
 
 
 def stage(name: str, norm: str, eps: float, **given: Any) -> SearchAttack:
     """The attack of one stage, as in the standard version but for what is given."""
-    if name not in _MADE:
-        raise NotImplementedError(
-            f"{name} is not built yet; stages= takes those that are: {', '.join(_MADE)}"
-        )
     make, settings, _ = _MADE[name]
     return make(norm, eps, **settings, **given)
 

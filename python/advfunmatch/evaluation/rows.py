@@ -14,7 +14,7 @@ from ..config import parse_number
 from ..errors import InputError, one_of
 from ..lean import prepare_for_attack
 from .attacks import Attacked, register_attack
-from .auto_attack import one_stage
+from .auto_attack import auto_attack, one_stage
 from .autoattack_official import autoattack_official
 from .minimum_norm import carlini_wagner_row, lbfgs_row
 
@@ -111,7 +111,7 @@ register_attack("cw")(margin_pgd)  # as it was called before there was carlini_w
 register_attack("carlini_wagner")(carlini_wagner_row)
 register_attack("lbfgs")(lbfgs_row)
 register_attack("pgd")(pgd)
-register_attack("autoattack")(autoattack_official)
+register_attack("autoattack")(auto_attack)
 register_attack("autoattack_official")(autoattack_official)
 for _name in STAGES:
     register_attack(_name)(one_stage(_name))

@@ -1,0 +1,1 @@
+"""AutoAttack beside the programs that people evaluate with today."""
