@@ -65,7 +65,7 @@ PARTS = {
             "sweep",
             "softmax_kl over four decades of rows and of classes, against the limits",
             "benchmarks.kernels.sweep",
-            0.12,
+            0.11,
         ),
         Part(
             "accuracy",
@@ -75,17 +75,23 @@ PARTS = {
             rounds=0,
         ),
         Part(
+            "linear",
+            "the loss fused with its projection: time, memory and their frontier, against eager and chunked peers",
+            "benchmarks.linear.suite",
+            0.03,
+        ),
+        Part(
             "attack",
             "the attack engine against the loops of AdaAD, RSLAD and TRADES",
             "benchmarks.attack.suite",
-            0.16,
+            0.15,
             rounds=4,
         ),
         Part(
             "training",
             "whole training steps against those of AdaAD, RSLAD and TRADES, and where their time goes",
             "benchmarks.training.step",
-            0.18,
+            0.17,
             rounds=4,
         ),
     )
