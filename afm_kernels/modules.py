@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from afm_kernels.functional import Projection, distillation_loss, dkl_loss, linear_kl_div, softmax_kl_div
+from afm_kernels.functional import (
+    Projection,
+    TopK,
+    distillation_loss,
+    dkl_loss,
+    linear_kl_div,
+    softmax_kl_div,
+)
 
 
 class SoftmaxKLDivLoss(nn.Module):
@@ -231,7 +238,7 @@ class LinearKLDivLoss(nn.Module):
         self,
         student_hidden: Tensor,
         student_weight: Tensor,
-        teacher: Projection | Tensor,
+        teacher: Projection | Tensor | TopK,
         labels: Tensor | None = None,
         *,
         student_bias: Tensor | None = None,

@@ -21,10 +21,12 @@ chunks, 1.6e-3 of one and 1.1e-2 of 128.
 Note [Rows of a chunk]
 ~~~~~~~~~~~~~~~~~~~~~~
 Each chunk reads the weight three times, and reads and writes its gradient: few rows and that is the time, many and the
-buffers are the memory. Measured (``python -m benchmarks --part linear``, docs/performance.md): on two AVX-512 cores the
-products of 256 rows run at 0.9 to 1 times the rate of 1024. GPUs have ten times the arithmetic for a byte, and want the
-2048 rows that the roofline asks for (not measured). Where classes are few, rows are added until the buffers have 2²²
-logits each, below which the calls themselves cost. Chunks are of equal size, so that none is thin.
+buffers are the memory. Measured (``python -m benchmarks --part linear``, docs/performance.md) on two AVX-512 cores, where
+nearly all of the time is products: the frontier is flat from 1024 rows on, 512 cost a tenth more, 256 a fifth. So CPUs take
+a quarter of the rows, which leaves an eighth of the memory of whole logits, within 256 and 1024. GPUs have ten times the
+arithmetic for a byte, and want the 2048 rows that the roofline asks for (not measured). Where classes are few, rows are
+added until the buffers have 2²² logits each, below which the calls themselves cost. Chunks are of equal size, so that none
+is thin.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from torch import Tensor
 
 from afm_kernels import ops
 
-CHUNK_ROWS = {"cpu": 256}
+CHUNK_ROWS_ON_CPU = (256, 1024)
 CHUNK_ROWS_ELSEWHERE = 2048
 LEAST_LOGITS = 2**22
 _BLOCK_ELEMENTS = 2**21  # of a 16-bit weight that are float32 at a time: 8 MiB, which stays in the caches
@@ -47,7 +49,11 @@ _KL = ops.DIVERGENCES.index("kl")
 
 def chunk_rows_of(rows: int, num_classes: int, device_type: str) -> int:
     """See Note [Rows of a chunk]."""
-    most = max(CHUNK_ROWS.get(device_type, CHUNK_ROWS_ELSEWHERE), LEAST_LOGITS // num_classes)
+    most = CHUNK_ROWS_ELSEWHERE
+    if device_type == "cpu":
+        low, high = CHUNK_ROWS_ON_CPU
+        most = min(max(-(-rows // 4), low), high)
+    most = max(most, LEAST_LOGITS // num_classes)
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
 
@@ -77,10 +83,15 @@ class Plan(NamedTuple):
     accumulate_dtype: torch.dtype
     backend: str
     is_tied: bool  # one weight on both sides, whose gradients are one sum
+    topk_mode: int = -1  # an index into TOPK_MODES, where k classes of the teacher are known
+    topk_backend: str = "reference"
 
 
 class Inputs(NamedTuple):
-    """Rows are the first dimension of what has any. The teacher has a weight, or its logits are given, or neither."""
+    """Rows are the first dimension of what has any.
+
+    The teacher has a weight, or its logits are given, or k classes of them; with a divergence_weight of 0, nothing.
+    """
 
     student_hidden: Tensor
     student_weight: Tensor
@@ -91,6 +102,9 @@ class Inputs(NamedTuple):
     teacher_logits: Tensor | None
     labels: Tensor | None
     row_weight: Tensor | None
+    topk_indices: Tensor | None = None
+    topk_log_probs: Tensor | None = None
+    topk_log_tail: Tensor | None = None
 
 
 DIFFERENTIABLE = 7
@@ -98,7 +112,8 @@ DIFFERENTIABLE = 7
 
 
 def loss_dtype(inputs: Inputs) -> torch.dtype:
-    return ops.accumulation_dtype(*(t for t in inputs[:DIFFERENTIABLE] if t is not None))
+    sides = (*inputs[:DIFFERENTIABLE], inputs.topk_log_probs)
+    return ops.accumulation_dtype(*(t for t in sides if t is not None))
 
 
 def linear_kl(
@@ -235,15 +250,41 @@ class _Loss:
                 wrt_teacher,
             )
 
-        if labels is None or plan.divergence == _KL or plan.divergence_weight == 0:
-            return run(student, labels, plan.divergence_weight, plan.label_weight, wrt_teacher)
+        if self.inputs.topk_indices is None:
+            if labels is None or plan.divergence == _KL or plan.divergence_weight == 0:
+                return run(student, labels, plan.divergence_weight, plan.label_weight, wrt_teacher)
+        elif labels is None:
+            return self.overwrite_by_topk(student, rows, weight)
         # Kernels take labels along with KL; other divergences' gradients are added to those of the labels.
         hard = student.clone()
         values = run(hard, labels, 0.0, plan.label_weight, False)
-        values = values + run(student, None, plan.divergence_weight, 0.0, wrt_teacher)
+        if self.inputs.topk_indices is None:
+            values = values + run(student, None, plan.divergence_weight, 0.0, wrt_teacher)
+        else:
+            values = values + self.overwrite_by_topk(student, rows, weight)
         if self.student.wants:
             student.add_(hard)
         return values
+
+    def overwrite_by_topk(self, student: Tensor, rows: slice | Tensor, weight: Tensor | None) -> Tensor:
+        plan, inputs = self.plan, self.inputs
+        assert inputs.topk_indices is not None
+        assert inputs.topk_log_probs is not None
+        tail = inputs.topk_log_tail
+        arguments = (
+            student,
+            inputs.topk_log_probs[rows],
+            inputs.topk_indices[rows],
+            None if tail is None else tail[rows],
+            weight,
+            plan.temperature,
+            plan.topk_mode,
+            0,
+            plan.scale * plan.divergence_weight,
+        )
+        op = "topk_kl_forward_grad_out" if self.student.wants else "topk_kl_forward"
+        kernel = ops.kernel(op, student.device.type, plan.topk_backend)
+        return kernel(*arguments, student) if self.student.wants else kernel(*arguments)[0]
 
 
 class _Side:

@@ -255,13 +255,14 @@ def call(
         plan.is_tied,
         plan.accumulate_dtype,
         plan.backend,
+        plan.topk_backend,
     )
     some = iter(made)
     return values, [next(some) if is_made else None for is_made in _is_made(plan.is_tied, wanted)]
 
 
 _FLOATS = ("temperature", "beta", "divergence_weight", "label_weight", "label_smoothing", "scale")
-_INTEGERS = ("divergence", "ignore_index", "num_classes", "chunk_rows")
+_INTEGERS = ("divergence", "ignore_index", "num_classes", "chunk_rows", "topk_mode")
 
 
 def _is_made(is_tied: bool, wanted: Sequence[bool]) -> list[bool]:
@@ -279,6 +280,7 @@ def linear_kl_op(
     is_tied: bool,
     accumulate_dtype: torch.dtype,
     backend: str,
+    topk_backend: str,
 ) -> list[Tensor]:
     """The row values, and those gradients that are wanted."""
     (s_scale, s_cap, t_scale, t_cap), rest = floats[:4], floats[4:]
@@ -289,6 +291,7 @@ def linear_kl_op(
         teacher=Head(t_cap or None, t_scale),
         accumulate_dtype=accumulate_dtype,
         backend=backend,
+        topk_backend=topk_backend,
         is_tied=is_tied,
         **options,
     )
@@ -306,6 +309,7 @@ def _(
     is_tied: bool,
     accumulate_dtype: torch.dtype,
     backend: str,
+    topk_backend: str,
 ) -> list[Tensor]:
     some: Any = tensors
     inputs = Inputs(*some)

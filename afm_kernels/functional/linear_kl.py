@@ -31,6 +31,8 @@ from afm_kernels.functional.checks import (
     check_row_weight,
 )
 from afm_kernels.functional.sharded import gathered
+from afm_kernels.functional.topk import TopK
+from afm_kernels.functional.topk_kl import check_captured, stored
 
 
 class Projection(NamedTuple):
@@ -58,7 +60,7 @@ class Projection(NamedTuple):
 def linear_kl_div(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher: Projection | Tensor,
+    teacher: Projection | Tensor | TopK,
     *,
     student_bias: Tensor | None = None,
     labels: Tensor | None = None,
@@ -89,7 +91,8 @@ def linear_kl_div(
         student_hidden: (..., H), floating point.
         student_weight: (V, H), of any floating dtype. A DTensor, as FSDP shards parameters, is gathered once; its
             gradient is the mean over the processes, as FSDP and DDP take it.
-        teacher: a ``Projection``, or logits (..., V). Gradients reach whatever of it requires them.
+        teacher: a ``Projection``; or logits (..., V); or a ``TopK``, with the divergence of ``topk_kl_div``, at its own
+            temperature. Gradients reach whatever of it requires them.
         student_bias: (V,), or None.
         labels: integers, of the shape of the rows; needed where ``alpha`` < 1. They share the student's products.
         alpha: the share of the divergence, from 0 to 1. With 0 the teacher is not looked at.
@@ -167,15 +170,40 @@ def linear_kl_div(
                 "dimensions but the last must be equal"
             )
         teacher_classes, which, device = given.shape[-1], "teacher", given.device
+    elif isinstance(teacher, TopK):
+        if divergence != "kl":
+            raise ValueError(f"divergence is {divergence!r}; of a TopK teacher 'kl' is known")
+        temperature = check_captured("temperature", temperature, teacher)
+        if teacher.rows != rows:
+            raise ValueError(
+                f"teacher has rows of shape {tuple(teacher.rows)} and student_hidden {tuple(student_hidden.shape)}; "
+                "all dimensions but the last must be equal"
+            )
+        teacher_classes = teacher.num_classes or num_classes or student_weight.shape[0]
+        which, device = "teacher", teacher.indices.device
     else:
         raise TypeError(
-            f"teacher is a {type(teacher).__name__}; a Projection, or a tensor of logits, is expected"
+            f"teacher is a {type(teacher).__name__}; a Projection, a tensor of logits or a TopK is expected"
         )
     if device != student_hidden.device:
         raise ValueError(
             f"{which} is on {device} and student_hidden on {student_hidden.device}; they must be on one device"
         )
     num_classes = _check_classes(num_classes, student_weight.shape[0], teacher_classes, which)
+    topk: tuple[Tensor | None, ...] = (None, None, None)
+    if isinstance(teacher, TopK):
+        if num_classes != teacher_classes:  # they are normalised over all of the teacher's
+            raise ValueError(
+                f"num_classes is {num_classes} and teacher has {teacher_classes}; they must be equal"
+            )
+        teacher.check_ids(num_classes)
+        dtype = ops.accumulation_dtype(student_hidden, student_weight, teacher.log_probs)
+        indices, tail = stored(teacher, dtype)
+        topk = (
+            indices.reshape(-1, teacher.k),
+            teacher.log_probs.contiguous().reshape(-1, teacher.k),
+            None if tail is None else tail.reshape(-1),
+        )
 
     inputs = Inputs(
         student_hidden.flatten(0, -2) if student_hidden.dim() > 1 else student_hidden.unsqueeze(0),
@@ -187,6 +215,7 @@ def linear_kl_div(
         None if given is None else given.reshape(-1, given.shape[-1]),
         None,
         None,
+        *topk,
     )
     count = inputs.student_hidden.shape[0]
     # Of the logits that never are: what goes with their rows is checked as if they were there.
@@ -207,6 +236,8 @@ def linear_kl_div(
         labels=labels if alpha != 1 else None,
         row_weight=row_weight,
     )
+    if alpha == 0:
+        inputs = inputs._replace(topk_indices=None, topk_log_probs=None, topk_log_tail=None)
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs
     ):
@@ -228,6 +259,11 @@ def linear_kl_div(
         backend=ops.backend_for("linear_kl_rows", student_hidden.device.type),
         is_tied=is_tied and weight_t is not None,
     )
+    if isinstance(teacher, TopK):
+        plan = plan._replace(
+            topk_mode=ops.TOPK_MODES.index(teacher.mode),
+            topk_backend=ops.backend_for("topk_kl_forward_grad_out", student_hidden.device.type),
+        )
     per_row = reduction == "none"
     divisor = {"batchmean": count, "mean": count * num_classes}.get(reduction, 1)
     if count == 0 or torch.compiler.is_compiling():  # See Note [Means in a graph] in loss.py.
@@ -247,7 +283,7 @@ def linear_kl_chunk_rows(rows: int, num_classes: int, device: str | torch.device
 
     >>> from afm_kernels import linear_kl_chunk_rows
     >>> linear_kl_chunk_rows(2048, 32000)
-    256
+    512
     """
     rows, num_classes = check_integer("rows", rows), check_integer("num_classes", num_classes)
     if rows < 0 or num_classes < 1:

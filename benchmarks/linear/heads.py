@@ -157,6 +157,6 @@ def losses(compiles: bool) -> dict[str, Callable[[Heads], Tensor]]:
         if liger is not None:
             found["liger"] = liger
     found["ours recompute"] = partial(ours, recompute=True)
-    for rows in (64, 128, 512, 1024):
+    for rows in (64, 128, 256, 512, 1024, 2048):
         found[f"ours {rows} rows"] = partial(ours, chunk_rows=rows)
     return found

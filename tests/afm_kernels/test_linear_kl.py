@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afm_kernels import LinearKLDivLoss, Projection, linear_kl_chunk_rows, linear_kl_div, softmax_kl_div
+from afm_kernels import (
+    LinearKLDivLoss,
+    Projection,
+    TopK,
+    linear_kl_chunk_rows,
+    linear_kl_div,
+    softmax_kl_div,
+    topk_kl_div,
+)
 from afm_kernels.autograd.expected import STREAK, forget_gradients
 
 STEM = "linear_kl_rows"
@@ -128,6 +137,41 @@ def test_given_logits(device: torch.device) -> None:
         ):
             torch.testing.assert_close(grad, exact)
     assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize("mode", ["tail", "renormalise", "both", "truncate"])
+def test_kept_classes(mode: str) -> None:
+    """A teacher of whom k classes are known, with labels and without, weighted, recomputed and compiled."""
+    case = Case()
+    teacher = TopK.from_logits(case.logits(*case.teacher), 5, temperature=2.0).with_mode(mode)
+    leaves = [case.hidden, case.weight, case.bias]
+    for alpha, weight in ((1.0, None), (0.6, case.row_weight)):
+        options: dict[str, Any] = {"temperature": 2.0, "chunk_rows": 7, "student_bias": case.bias}
+        options |= {"labels": case.labels, "alpha": alpha, "scale_by_t2": True, "row_weight": weight}
+        logits = case.logits(case.hidden, case.weight, case.bias, None, 1.0)
+        values = 4 * alpha * topk_kl_div(logits, teacher, temperature=2.0, reduction="none")
+        values = values + (1 - alpha) * F.cross_entropy(logits.movedim(-1, 1), case.labels, reduction="none")
+        wanted = (values if weight is None else values * weight).mean()
+        exact = torch.autograd.grad(wanted, leaves)
+
+        def loss(h: Tensor, w: Tensor, options: dict[str, Any] = options, **more: Any) -> Tensor:
+            return linear_kl_div(h, w, teacher, **options, **more)
+
+        for call in (
+            loss,
+            partial(loss, recompute=True),
+            torch.compile(loss, fullgraph=True, backend="aot_eager"),
+        ):
+            got = call(case.hidden, case.weight)
+            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
+            for grad, true in zip(torch.autograd.grad(got, leaves), exact, strict=True):
+                torch.testing.assert_close(grad, true, rtol=1e-8, atol=1e-10)
+    with pytest.raises(ValueError, match=r"temperature is 1\.0, but the teacher"):
+        linear_kl_div(case.hidden, case.weight, teacher)
+    with pytest.raises(ValueError, match="divergence is 'js'; of a TopK"):
+        linear_kl_div(case.hidden, case.weight, teacher, temperature=2.0, divergence="js")
+    with pytest.raises(ValueError, match="student_weight has 36 classes and teacher 37"):
+        linear_kl_div(case.hidden, case.weight[:-1], teacher, temperature=2.0)
 
 
 @pytest.mark.default_backend
@@ -400,7 +444,9 @@ def test_gradients_of_weights_do_not_depend_on_the_number_of_chunks(device: torc
 
 
 def test_chunk_rows() -> None:
-    assert linear_kl_chunk_rows(2048, 32000) == 256
+    assert linear_kl_chunk_rows(2048, 32000) == 512
+    assert linear_kl_chunk_rows(1024, 128256) == 256
+    assert linear_kl_chunk_rows(10000, 128256) == 1000
     assert linear_kl_chunk_rows(257, 128256) == 129  # two equal chunks, not one row by itself
     assert linear_kl_chunk_rows(10, 5) == 10
     assert linear_kl_chunk_rows(8192, 128256, "cuda") == 2048
