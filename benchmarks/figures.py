@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -428,11 +429,52 @@ def training(results: Path, path: Path) -> Path:
     return save_figure(figure, path, provenance(content))
 
 
+def linear(results: Path, path: Path) -> Path:
+    """The loss from hidden states: time against memory, ours with chunks of every size."""
+    content = load(results / "linear-cpu.json")
+    found = [r for r in records(content) if r.time is not None and r.peak_bytes]
+    shapes = sorted({r.name.split("/")[2] for r in found}, key=lambda shape: int(shape.rpartition("x")[2]))
+    figure, axes = plt.subplots(1, len(shapes), figsize=(5.6 * len(shapes), 4.2), layout="constrained")
+    for axis, shape in zip(np.atleast_1d(axes), shapes, strict=True):
+        here = [r for r in found if r.name.split("/")[2] == shape]
+        line = [r for r in here if re.fullmatch(r"ours \d+ rows", r.variant)]
+        line.sort(key=lambda r: r.peak_bytes or 0)
+
+        def place(record: Record) -> tuple[float, float]:
+            assert record.time is not None
+            assert record.peak_bytes is not None
+            return record.peak_bytes / 2**20, record.time["median"] / record.limits["matmul"]
+
+        if line:
+            axis.plot(*zip(*map(place, line), strict=True), "-", color=COLOURS["ours"], linewidth=1.6)
+        seen = set()
+        for record in here:
+            if record.variant in seen:  # eager is in both runs
+                continue
+            seen.add(record.variant)
+            x, y = place(record)
+            ours = record.variant.startswith("ours")
+            colour = COLOURS["ours"] if ours else COLOURS.get(record.variant, "#d55e00")
+            is_chosen = record.variant == "ours"
+            axis.plot(x, y, "*" if is_chosen else "o", markersize=13 if is_chosen else 6, color=colour)
+            label = record.variant.removeprefix("ours ") if ours and not is_chosen else record.variant
+            axis.annotate(label, (x, y), (6, 5), textcoords="offset points", fontsize=8, color=colour)
+        axis.axhline(1, color=COLOURS["limit"], linewidth=1.0, linestyle="--")
+        axis.set_xscale("log")
+        axis.set_ylim(bottom=0.8)
+        axis.margins(x=0.16)
+        axis.set_title(f"{pretty_shape(shape.replace(',', '|'))} classes".replace("|", ", "))
+        axis.set_xlabel("peak memory beyond inputs and gradients, MiB")
+    np.atleast_1d(axes)[0].set_ylabel("time; products at the measured rate = 1")
+    return save_figure(figure, path, provenance(content))
+
+
 FIGURES: dict[str, tuple[str, Callable[[Path, Path], Path]]] = {
     "kernels": ("kernels", kernels),
     "limits": ("kernels", limits),
     "sweep": ("sweep", sweep),
     "accuracy": ("accuracy", accuracy),
+    "linear": ("linear", linear),
     "attack": ("attack", attack),
     "attack-step": ("attack", attack_step),
     "training": ("training", training),

@@ -503,11 +503,48 @@ def behind(folder: Path) -> str:
     return markdown(("case", "variant of ours", "peer", "our speed over the peer's", "quartiles"), rows)
 
 
+def linear(folder: Path) -> str:
+    """The loss from hidden states: time, memory, distance from the products alone."""
+    head = (
+        "rows × hidden, teacher's × classes",
+        "",
+        "s",
+        "× eager",
+        "of the products' rate",
+        "peak MiB",
+        "of eager's",
+    )
+    body = []
+    by_shape: dict[str, dict[str, Record]] = {}
+    for record in by_name(folder, "linear").values():
+        if record.name.split("/")[1] == "peers":
+            by_shape.setdefault(record.name.split("/")[2], {})[record.variant] = record
+    for shape, found in by_shape.items():
+        for variant, record in sorted(
+            found.items(), key=lambda item: item[1].time["median"] if item[1].time else 0
+        ):
+            assert record.time is not None
+            eagers, own = found["eager"].peak_bytes, record.peak_bytes
+            body.append(
+                (
+                    shape.replace(",", ", ").replace("x", " × "),
+                    variant,
+                    f"{record.time['median']:.2f}",
+                    times_(record, "eager") if variant != "eager" else "",
+                    f"{record.bound()[1]:.0%}",
+                    "" if own is None else f"{own / 2**20:.0f}",
+                    "" if own is None or eagers is None else f"1/{eagers / own:.1f}",
+                )
+            )
+    return _with_provenance(markdown(head, body), folder, "linear")
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "kernels": kernels,
     "kernels-full": kernels_full,
     "behind": behind,
     "accuracy": accuracy,
+    "linear": linear,
     "attack": attack,
     "attack-quality": attack_quality,
     "attack-units": attack_units,
