@@ -15,8 +15,9 @@ half the radius; images that are in the ball already go on to the last step, and
 targets.
 
 What differs is where time goes. The label of x' and the next gradient are of one point unless x' was misclassified.
-So images whose last step was not one are shown once, with their gradient, and again only if that guess was wrong. The
-planes are met without a sort, see `crossing`.
+Images end up going to and fro, so one that was misclassified last time and not the time before is taken not to be now:
+it is shown once, with its gradient, and again only where that was wrong. (Of a wrn-16-2's it is wrong for one in eight;
+a step that follows one without success nearly always has it.) The planes are met without a sort, see `crossing`.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def crossing(weight: Tensor, reach: Tensor, wanted: Tensor) -> Tensor:
     found = torch.zeros_like(wanted)
     while True:
         going = reach > found
-        left = wanted - whole.masked_fill(going, 0).sum(dims, keepdim=True)
-        slope = weight.masked_fill(~going, 0).sum(dims, keepdim=True)
+        left = wanted - torch.where(going, 0, whole).sum(dims, keepdim=True)
+        slope = torch.where(going, weight, 0).sum(dims, keepdim=True)
         further = torch.where(slope > 0, left / slope, torch.inf).where(wanted > 0, 0)
         if not bool((further > found).any()):
             return found
@@ -193,11 +194,11 @@ class FAB:
         room = torch.where(down, start, 1 - start)
         size = gradient.abs()
         if self.norm == "linf":
-            room = room.masked_fill(gradient == 0, 0)
+            room = torch.where(gradient == 0, 0, room)
             step = torch.minimum(room, crossing(size, room, height.abs()))
         else:
             moved = size > _NO_WEIGHT
-            reach = (room / size).masked_fill(~moved, 0)
+            reach = torch.where(moved, room / size, 0)
             step = size * torch.minimum(reach, crossing(size.square(), reach, height.abs()))
         return torch.where(down, -step, step)
 
@@ -230,7 +231,9 @@ class _Walk:
         self.attack, self.searched, self.x, self.y, self.aims = attack, searched, x, y, aims
         self.nearest = x.clone()
         self.distance = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
+        # Whether the last point was misclassified, and whether the next one is likely to be.
         self.wrong = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.likely = torch.ones_like(self.wrong)
 
     def begin(self, start: Tensor) -> None:
         """The planes at the start, whatever it is taken for."""
@@ -240,16 +243,16 @@ class _Walk:
 
     def arrive(self, point: Tensor) -> None:
         """Go to other points: what is misclassified is kept and drawn back. Then the planes there."""
-        again = self.wrong
-        self.wrong = torch.zeros_like(again)
-        rows = again.nonzero().squeeze(1)
+        likely, before, self.wrong = self.likely, self.wrong, torch.zeros_like(self.wrong)
+        rows = likely.nonzero().squeeze(1)
         if len(rows):
             self.wrong[rows] = self.searched.logits(point[rows]).argmax(1) != self.y[rows]
             point = self._kept(point, self.wrong)
         logits, pullback = self.searched.vjp(point)
         self.difference, self.gradient = self._planes(logits, pullback, self.y, self.aims)
-        found = (logits.argmax(1) != self.y) & ~again
+        found = (logits.argmax(1) != self.y) & ~likely
         self.wrong |= found
+        self.likely = before | ~self.wrong
         self.point = self._kept(point, found)
         rows = found.nonzero().squeeze(1)
         if len(rows):
