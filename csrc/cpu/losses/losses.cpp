@@ -23,10 +23,11 @@ bool is_float64(const Tensor& tensor) { return dtype_of(tensor) == DType::kFloat
 
 // Before anything is read from them: callers in a hurry leave these checks to the operator. See
 // Note [Calls like one before] in afm_kernels/functional/loss.py.
-const Tensor& checked(const Tensor& student, const Tensor& teacher) {
+const Tensor& checked(const Tensor& student, const Tensor& teacher, bool same_classes) {
   const Layout a(student), b(teacher);
   STD_TORCH_CHECK(student.is_cpu() && teacher.is_cpu(), "logits are not on the CPU");
-  STD_TORCH_CHECK(a.dims > 0 && a.dims == b.dims && std::equal(a.sizes, a.sizes + a.dims, b.sizes),
+  STD_TORCH_CHECK(a.dims > 0 && a.dims == b.dims &&
+                      std::equal(a.sizes, a.sizes + a.dims - (same_classes ? 0 : 1), b.sizes),
                   "student and teacher differ in shape, or have no class dimension");
   STD_TORCH_CHECK(a.sizes[a.dims - 1] > 0, "the class dimension is empty");
   return student;
@@ -35,8 +36,8 @@ const Tensor& checked(const Tensor& student, const Tensor& teacher) {
 }  // namespace
 
 LossCall::LossCall(const Tensor& student, const Tensor& teacher,
-                   const std::optional<Tensor>& row_weight)
-    : student(checked(student, teacher)),
+                   const std::optional<Tensor>& row_weight, bool same_classes)
+    : student(checked(student, teacher, same_classes)),
       teacher(teacher),
       layout(student),
       teacher_layout(teacher),

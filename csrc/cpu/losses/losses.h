@@ -23,7 +23,9 @@ struct LossCall {
   const void* grad_loss = nullptr;
   int64_t grad_loss_stride = 0;
 
-  LossCall(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& row_weight);
+  // same_classes: whether the teacher has the student's classes, or but their rows.
+  LossCall(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& row_weight,
+           bool same_classes = true);
   ~LossCall();
   LossCall(const LossCall&) = delete;
   LossCall& operator=(const LossCall&) = delete;
