@@ -69,7 +69,16 @@ def test_every_instruction_set_is_right(host: Host, capability: str) -> None:
         pytest.skip(f"this machine runs no more than {best}")
     if capability == backend_info()["cpu_capability"]:
         pytest.skip("the tests of the stems in this very run are on it")
-    stems = ("softmax_kl", "distillation", "dkl", "pgd_step", "apgd_step", "scale_shift_relu", "conv3x3")
+    stems = (
+        "softmax_kl",
+        "distillation",
+        "dkl",
+        "topk_kl",
+        "pgd_step",
+        "apgd_step",
+        "scale_shift_relu",
+        "conv3x3",
+    )
     done = host.pytest(
         *("-k", "cpp and (truth or rows_and_gradients or published_form)"),
         *(f"tests/afm_kernels/test_{stem}.py" for stem in stems),
