@@ -3,7 +3,8 @@
     python -m benchmarks.linear.memory VARIANT ROWS HIDDEN TEACHER_HIDDEN CLASSES THREADS
 
 The first call compiles, loads libraries and packs; what the second adds to the process at its highest, VmHWM of /proc
-from which it is reset beforehand, is printed in bytes, less the two gradients. glibc gives freed blocks back as usual.
+from which it is reset beforehand, is printed in bytes, less the two gradients. glibc gives every freed block of 128 KiB
+back at once: what it kept would be there already, and not be counted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def peak_of(variant: str, shape: Shape, threads: int) -> int:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.linear.memory", variant, *map(str, sizes)],
         cwd=ROOT,
-        env=environment | {"PYTHONPATH": os.pathsep.join(path for path in (str(ROOT), *sys.path) if path)},
+        env=environment
+        | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+        | {"PYTHONPATH": os.pathsep.join(path for path in (str(ROOT), *sys.path) if path)},
         capture_output=True,
         text=True,
         check=False,

@@ -157,11 +157,10 @@ def test_kept_classes(mode: str) -> None:
         def loss(h: Tensor, w: Tensor, options: dict[str, Any] = options, **more: Any) -> Tensor:
             return linear_kl_div(h, w, teacher, **options, **more)
 
-        for call in (
-            loss,
-            partial(loss, recompute=True),
-            torch.compile(loss, fullgraph=True, backend="aot_eager"),
-        ):
+        calls = [loss, partial(loss, recompute=True)]
+        if mode == "tail" and weight is not None:
+            calls.append(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+        for call in calls:
             got = call(case.hidden, case.weight)
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
             for grad, true in zip(torch.autograd.grad(got, leaves), exact, strict=True):
