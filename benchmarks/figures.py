@@ -458,7 +458,14 @@ def linear(results: Path, path: Path) -> Path:
             is_chosen = record.variant == "ours"
             axis.plot(x, y, "*" if is_chosen else "o", markersize=13 if is_chosen else 6, color=colour)
             label = record.variant.removeprefix("ours ") if ours and not is_chosen else record.variant
-            axis.annotate(label, (x, y), (6, 5), textcoords="offset points", fontsize=8, color=colour)
+            axis.annotate(
+                label,
+                (x, y),
+                (6, -14 if is_chosen else 5),
+                textcoords="offset points",
+                fontsize=8,
+                color=colour,
+            )
         axis.axhline(1, color=COLOURS["limit"], linewidth=1.0, linestyle="--")
         axis.set_xscale("log")
         axis.set_ylim(bottom=0.8)
