@@ -21,6 +21,7 @@ SERVES = {
     "pgd_step": "pgd_step",
     "pgd_step_out": "pgd_step",
     "pgd_start": "pgd_step",
+    "apgd_step": "apgd_step",
     "scale_shift_relu_forward": "scale_shift_relu",
     "scale_shift_relu_backward": "scale_shift_relu",
 }

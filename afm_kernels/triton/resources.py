@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from afm_kernels.triton import (
     ROW_STATS,
+    apgd_step,
     distillation,
     dkl,
     launch,
@@ -281,6 +282,20 @@ def _pgd(norm: int, dtype: torch.dtype) -> Call:
     return Call(name, run, 3072, 4 * 3072 * torch.empty((), dtype=dtype).element_size())
 
 
+def _apgd(norm: int, dtype: torch.dtype) -> Call:
+    shape = (128, 3, 32, 32)
+
+    def run() -> object:
+        images = [torch.empty(shape, dtype=dtype) for _ in range(7)]
+        numbers, counts = torch.zeros(4, 128), torch.zeros(3, 128, dtype=torch.int32)
+        given = torch.zeros(128), torch.zeros(128, dtype=torch.bool)
+        options = (0.03, norm, 0.0, 1.0, 0.25, 0.75, 0, False)
+        return apgd_step.apgd_step(*images[:5], numbers, counts, *images[5:], *given, *options)
+
+    name = f"apgd_step {('linf', 'l2')[norm]}, 128 × 3 × 32 × 32 {str(dtype).split('.')[1]}"
+    return Call(name, run, 3072, 5 * 3072 * torch.empty((), dtype=dtype).element_size())
+
+
 def _pgd_start(dtype: torch.dtype) -> Call:
     def run() -> object:
         x, noise = torch.empty(128, 3, 32, 32, dtype=dtype), torch.empty(128, 3, 32, 32, dtype=dtype)
@@ -315,6 +330,8 @@ CALLS = (
     _dkl(1024, 1000, FLOAT),
     _pgd(0, FLOAT),
     _pgd(1, FLOAT),
+    _apgd(0, FLOAT),
+    _apgd(1, FLOAT),
     _scale_shift_relu(BFLOAT, backward=False),
     _scale_shift_relu(BFLOAT, backward=True),
 )
@@ -356,6 +373,8 @@ MORE_CALLS = (
     _dkl(128, 100, torch.float64),
     _pgd(0, BFLOAT),
     _pgd(1, BFLOAT),
+    _apgd(0, BFLOAT),
+    _apgd(1, BFLOAT),
     _pgd_start(FLOAT),
     _scale_shift_relu(FLOAT, backward=False, channels_last=False),
     _scale_shift_relu(FLOAT, backward=True, channels_last=False),

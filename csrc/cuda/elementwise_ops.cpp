@@ -1,7 +1,8 @@
-// The operators pgd_step, pgd_start and scale_shift_relu on CUDA tensors.
+// The operators pgd_step, pgd_start, apgd_step and scale_shift_relu on CUDA tensors.
 
 #include <array>
 
+#include "cuda/apgd_step.h"
 #include "cuda/operators.h"
 #include "cuda/pgd_step.h"
 #include "cuda/scale_shift_relu.h"
@@ -133,6 +134,45 @@ Tensor pgd_start(const Tensor& x, const Tensor& noise, double noise_scale, doubl
   return out;
 }
 
+void apgd_step(const Tensor& x_adv, const Tensor& x_old, const Tensor& x_best,
+               const Tensor& grad_best, const Tensor& x_hit, const Tensor& numbers,
+               const Tensor& counts, const Tensor& grad, const Tensor& x, const Tensor& loss,
+               const Tensor& misclassified, double eps, int64_t norm,
+               std::optional<double> clip_min, std::optional<double> clip_max, double momentum,
+               double decrease, int64_t window, bool first) {
+  if (x.numel() == 0) return;
+  const Place place(x);
+  ApgdProblem problem;
+  problem.x_adv = view_of(x_adv);
+  problem.x_old = view_of(x_old);
+  problem.x_best = view_of(x_best);
+  problem.grad_best = view_of(grad_best);
+  problem.x_hit = view_of(x_hit);
+  problem.grad = view_of(grad);
+  problem.x = view_of(x);
+  problem.numbers = numbers.data_ptr();
+  problem.counts = static_cast<int32_t*>(counts.data_ptr());
+  problem.loss = loss.data_ptr();
+  problem.misclassified = static_cast<const bool*>(misclassified.data_ptr());
+  problem.images = x.size(0);
+  problem.sample = x.numel() / x.size(0);
+  problem.exact = is_float64(x) || is_float64(grad);
+  problem.eps = eps;
+  problem.carried = first ? 0 : momentum;
+  problem.decrease = decrease;
+  problem.window = window;
+  problem.first = first;
+  problem.has_min = clip_min.has_value();
+  problem.has_max = clip_max.has_value();
+  problem.clip_min = clip_min.value_or(0);
+  problem.clip_max = clip_max.value_or(0);
+  if (norm == kLinf) {
+    launch_apgd_linf(problem, place.stream());
+  } else {
+    launch_apgd_l2(problem, place.stream());
+  }
+}
+
 namespace {
 
 void set_channels(ScaleShiftReluProblem& problem, const Tensor& written) {
@@ -206,6 +246,7 @@ AFM_CUDA_OPERATORS(m) {
   m.impl("pgd_step", TORCH_BOX(&afm::cuda::pgd_step));
   m.impl("pgd_step_out", TORCH_BOX(&afm::cuda::pgd_step_out));
   m.impl("pgd_start", TORCH_BOX(&afm::cuda::pgd_start));
+  m.impl("apgd_step", TORCH_BOX(&afm::cuda::apgd_step));
   m.impl("scale_shift_relu_forward", TORCH_BOX(&afm::cuda::scale_shift_relu_forward));
   m.impl("scale_shift_relu_backward", TORCH_BOX(&afm::cuda::scale_shift_relu_backward));
 }

@@ -36,7 +36,8 @@ def test_every_kernel_is_there() -> None:
     for dtype in ("float16", "bfloat16", "float32", "float64", "mixed", "mixed with float64"):
         for variant in ("KL", "Jeffreys, JS", "distillation"):
             assert f"stream_rows_kernel<{dtype}, {variant}>" in names
-    for stem in ("pgd_linf", "pgd_l2", "scale_shift_relu_forward", "scale_shift_relu_backward", "sum"):
+    steps = ("pgd_linf", "pgd_l2", "apgd_linf", "apgd_l2")
+    for stem in (*steps, "scale_shift_relu_forward", "scale_shift_relu_backward", "sum"):
         assert any(name.startswith(f"{stem}_kernel") for name in names), stem
 
 
@@ -76,6 +77,7 @@ def test_shared_memory_stays_small() -> None:
         ("stream_partial_kernel<bfloat16, KL>", 128, 0),
         ("stream_rows_kernel<mixed, KL>", 128, 128),
         ("pgd_linf_kernel<float>", 128, 128),
+        ("apgd_linf_kernel<float>", 128, 128),
         ("scale_shift_relu_forward_kernel<float>", 128, 128),
         ("scale_shift_relu_backward_kernel<float>", 128, 128),
     ],

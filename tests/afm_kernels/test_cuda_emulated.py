@@ -40,6 +40,7 @@ SUITES = (
     "test_certain_rows.py",
     "test_distillation.py",
     "test_pgd_step.py",
+    "test_apgd_step.py",
     "test_scale_shift_relu.py",
 )
 

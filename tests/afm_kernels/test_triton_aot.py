@@ -17,12 +17,12 @@ if find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing compiles under TRITON_INTERPRET=1", allow_module_level=True)
 
-from afm_kernels.triton import dkl, pgd_step, resources, scale_shift_relu, softmax_kl
+from afm_kernels.triton import apgd_step, dkl, pgd_step, resources, scale_shift_relu, softmax_kl
 from afm_kernels.triton.resources import CALLS, MAX_REGISTERS, TARGETS, Launch, Resources, recorded, variants
 
 # Kernels that only handle scalars of rows; the others move tensors, in accesses of 16 bytes.
 SCALARS = ("sum_kernel", "combine_kernel", "js_combine_kernel")
-OUTPUTS = ("g_grad_student", "g_grad_teacher", "g_out", "g_grad_x", "g_grad_residual")
+OUTPUTS = ("g_grad_student", "g_grad_teacher", "g_out", "g_x_old", "g_grad_x", "g_grad_residual")
 # Kernels that loop over a row with sums in every lane.
 READERS = ("stream_kernel", "js_stream_kernel")
 
@@ -67,7 +67,7 @@ def test_every_kernel_is_compiled() -> None:
     """A kernel that no call of the default grid launches would go unchecked."""
     launched = {launch.name for _, launch in variants(CALLS)}
     kernels = set()
-    for module in (softmax_kl, dkl, pgd_step, scale_shift_relu):
+    for module in (softmax_kl, dkl, pgd_step, apgd_step, scale_shift_relu):
         kernels |= {
             name
             for name, value in vars(module).items()

@@ -147,7 +147,7 @@ RUNS = {
     # Not what takes long and holds nothing new for a kernel: large images, layers above the operators, threads, which
     # Triton has none of, and two dtypes of four: what is loaded is float32 from there on, or float64 for l2.
     "attack_and_networks": Run(
-        ("test_pgd_step.py", "test_scale_shift_relu.py"),
+        ("test_pgd_step.py", "test_apgd_step.py", "test_scale_shift_relu.py"),
         "not test_large and not gradcheck and not transforms and not compiles and not opcheck and not memory_format"
         " and not is_batch_norm and not threads and not uniform-l2"
         " and not (test_truth and (torch.float16 or torch.float64))",
@@ -189,6 +189,7 @@ def test_all_shared_tests(interpreter: Host, limits: str) -> None:
         "test_distillation.py",
         "test_dkl.py",
         "test_pgd_step.py",
+        "test_apgd_step.py",
         "test_scale_shift_relu.py",
     )
     changes = {} if limits == "default" else RUNS[limits].limits
