@@ -332,7 +332,7 @@ def apgd_step(*args: Any) -> None:
     images = len(call.x)
     size = call.x.numel() // images
     is_l2 = call.norm == L2
-    tensors = args[:5] + (call.grad, call.x)
+    tensors = (*args[:5], call.grad, call.x)
     align = size | launch.vector_elements(*tensors)
     align &= -align
     acc = torch.float64 if is_l2 else accumulation_dtype(call.x, call.grad)

@@ -285,12 +285,12 @@ def _pgd(norm: int, dtype: torch.dtype) -> Call:
 def _apgd(norm: int, dtype: torch.dtype) -> Call:
     shape = (128, 3, 32, 32)
 
-    def run() -> object:
+    def run() -> None:
         images = [torch.empty(shape, dtype=dtype) for _ in range(7)]
         numbers, counts = torch.zeros(4, 128), torch.zeros(3, 128, dtype=torch.int32)
         given = torch.zeros(128), torch.zeros(128, dtype=torch.bool)
         options = (0.03, norm, 0.0, 1.0, 0.25, 0.75, 0, False)
-        return apgd_step.apgd_step(*images[:5], numbers, counts, *images[5:], *given, *options)
+        apgd_step.apgd_step(*images[:5], numbers, counts, *images[5:], *given, *options)
 
     name = f"apgd_step {('linf', 'l2')[norm]}, 128 × 3 × 32 × 32 {str(dtype).split('.')[1]}"
     return Call(name, run, 3072, 5 * 3072 * torch.empty((), dtype=dtype).element_size())

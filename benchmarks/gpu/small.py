@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from afm_kernels import ops
+from afm_kernels import APGDState, ops
 
 
 def main() -> None:
@@ -43,6 +43,12 @@ def main() -> None:
         for norm in (0, 1):
             call.pgd_step(x, grad, x, 0.01, 0.03, norm, 0.0, 1.0)
             call.pgd_start(x, grad, 0.001, 0.03, norm, 0.0, 1.0)
+            at = APGDState.at(x, step_size=0.06)
+            loss, wrong = (
+                torch.rand(len(x), device="cuda"),
+                torch.ones(len(x), dtype=torch.bool, device="cuda"),
+            )
+            call.apgd_step(*at, grad, x, loss, wrong, 0.03, norm, 0.0, 1.0, 0.25, 0.75, 3, False)
         for layout in (torch.contiguous_format, torch.channels_last):
             y = x.contiguous(memory_format=layout)
             scale, shift = torch.rand(shape[1], device="cuda"), torch.rand(shape[1], device="cuda")

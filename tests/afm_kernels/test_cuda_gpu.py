@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from afm_kernels import ops, pgd_step, scale_shift_relu, softmax_kl_div, softmax_kl_div_grad, use_backend
+from afm_kernels import (
+    APGDState,
+    apgd_step,
+    ops,
+    pgd_step,
+    scale_shift_relu,
+    softmax_kl_div,
+    softmax_kl_div_grad,
+    use_backend,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -57,8 +66,10 @@ def test_nothing_synchronises(backend: str, shape: tuple[int, int]) -> None:
     vector = torch.rand(3, device="cuda")
     softmax_kl_div(student, teacher).backward()  # what is loaded or compiled at the first call may wait
     softmax_kl_div_grad(student.detach(), teacher.detach())
+    state, wrong = APGDState.at(x, step_size=0.06), torch.zeros(8, dtype=torch.bool, device="cuda")
     for norm in ("linf", "l2"):
         pgd_step(x, x, x, step_size=0.01, eps=0.03, norm=norm)
+        state = apgd_step(state, x.clone(), x, x[:, 0, 0, 0], wrong, eps=0.03, norm=norm, window=3)
     scale_shift_relu(x, vector, vector)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -67,6 +78,7 @@ def test_nothing_synchronises(backend: str, shape: tuple[int, int]) -> None:
         softmax_kl_div_grad(student.detach(), teacher.detach())
         for norm in ("linf", "l2"):
             pgd_step(x, x, x, step_size=0.01, eps=0.03, norm=norm)
+            state = apgd_step(state, x.clone(), x, x[:, 0, 0, 0], wrong, eps=0.03, norm=norm, window=3)
         scale_shift_relu(x, vector, vector, x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
