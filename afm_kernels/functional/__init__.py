@@ -9,6 +9,7 @@ from afm_kernels.functional.scale_shift_relu import scale_shift_relu
 from afm_kernels.functional.softmax_kl import softmax_kl_div, softmax_kl_div_grad
 from afm_kernels.functional.softmax_kl_direction import softmax_kl_direction
 from afm_kernels.functional.topk import TopK
+from afm_kernels.functional.topk_files import load_topk, save_topk
 from afm_kernels.functional.topk_kl import topk_kl_div
 
 __all__ = [
@@ -20,8 +21,10 @@ __all__ = [
     "dkl_loss",
     "linear_kl_chunk_rows",
     "linear_kl_div",
+    "load_topk",
     "pgd_start",
     "pgd_step",
+    "save_topk",
     "scale_shift_relu",
     "softmax_kl_direction",
     "softmax_kl_div",
