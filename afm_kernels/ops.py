@@ -62,7 +62,12 @@ What every backend may assume, because ``functional`` has checked it, and must d
 * conv3x3: stride 1, padding 1, ``x`` (N, in, H, W), ``weight`` (out, in, 3, 3). The compiled kernel takes float32,
   numbers of channels that are multiples of 16, dense channels-last images, and a weight that is dense along ``out``
   (forward) or ``in`` (gradient); it raises on anything else. In the gradient, ``grad_output`` counts as 0 where
-  ``output``, what a forward with ReLU returned, is <= 0.
+  ``output``, what a forward with ReLU returned, is <= 0; ``added`` is added to the gradient by ``x``, which then is 0
+  where ``input``, the forward's ``x``, is <= 0: the gate of a ReLU that made it.
+* small_conv: any stride and padding, the same in both directions, and up to 49 taps; float32, dense channels-last
+  images. ``weight`` (out, in, height, width) is dense along ``out`` (forward) or ``in`` (gradient), whose number is a
+  multiple of 16; with at most 4 ``in``, the gradient's is dense along ``out`` too. ``height`` and ``width`` are of the
+  forward's ``x``; ``added`` and ``input`` as for conv3x3.
 * In the hard rows "p > 0" means that the logit is above -inf: an underflowed probability is still positive.
 * Nothing is written but the outputs, nothing synchronises with the device, the current stream is used.
 """
@@ -179,19 +184,39 @@ def _fake_scale_shift_relu_backward(
     )
 
 
-def _fake_conv3x3(image: torch.Tensor, channels: int) -> torch.Tensor:
-    n, _, height, width = image.shape
-    return image.new_empty((n, channels, height, width)).to(memory_format=torch.channels_last)
+def _fake_image(like: torch.Tensor, channels: int, height: int, width: int) -> torch.Tensor:
+    return like.new_empty((like.shape[0], channels, height, width)).to(memory_format=torch.channels_last)
 
 
 def _fake_conv3x3_forward(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
-    return _fake_conv3x3(x, weight.shape[0])
+    return _fake_image(x, weight.shape[0], *x.shape[2:])
 
 
 def _fake_conv3x3_input_grad(
-    grad_output: torch.Tensor, output: torch.Tensor | None, weight: torch.Tensor
+    grad_output: torch.Tensor, output: torch.Tensor | None, weight: torch.Tensor, *args: Any
 ) -> torch.Tensor:
-    return _fake_conv3x3(grad_output, weight.shape[1])
+    return _fake_image(grad_output, weight.shape[1], *grad_output.shape[2:])
+
+
+def _fake_small_conv_forward(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
+    stride, padding = args[-2:]
+    sizes = [
+        (n + 2 * padding - kernel) // stride + 1
+        for n, kernel in zip(x.shape[2:], weight.shape[2:], strict=True)
+    ]
+    return _fake_image(x, weight.shape[0], *sizes)
+
+
+def _fake_small_conv_input_grad(
+    grad_output: torch.Tensor,
+    weight: torch.Tensor,
+    added: torch.Tensor | None,
+    input: torch.Tensor | None,
+    height: int,
+    width: int,
+    *args: Any,
+) -> torch.Tensor:
+    return _fake_image(grad_output, weight.shape[1], height, width)
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -221,6 +246,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scale_shift_relu_backward": _fake_scale_shift_relu_backward,
     "conv3x3_forward": _fake_conv3x3_forward,
     "conv3x3_input_grad": _fake_conv3x3_input_grad,
+    "small_conv_forward": _fake_small_conv_forward,
+    "small_conv_input_grad": _fake_small_conv_input_grad,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"afm_kernels::{_name}", _fake, lib=_library)

@@ -79,7 +79,12 @@ SCHEMAS = {
     " -> (Tensor grad_x, Tensor grad_residual)",
     # relu(conv2d(x, weight, bias, padding=1) + residual), 3x3, and its gradient by x
     "conv3x3_forward": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu) -> Tensor",
-    "conv3x3_input_grad": "(Tensor grad_output, Tensor? output, Tensor weight) -> Tensor",
+    "conv3x3_input_grad": "(Tensor grad_output, Tensor? output, Tensor weight, Tensor? added, Tensor? input) -> Tensor",
+    # relu(conv2d(x, weight, bias, stride, padding) + residual) of small images, and its gradient by x
+    "small_conv_forward": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu, int stride, "
+    "int padding) -> Tensor",
+    "small_conv_input_grad": "(Tensor grad_output, Tensor weight, Tensor? added, Tensor? input, int height, int width, "
+    "int stride, int padding) -> Tensor",
     # the instruction set that serves the CPU ops: "portable", "avx2", "avx512"
     "cpu_capability": "() -> str",
 }

@@ -16,6 +16,7 @@ from afm_kernels.reference.scale_shift_relu import (
     scale_shift_relu_backward_vectors,
     scale_shift_relu_forward,
 )
+from afm_kernels.reference.small_conv import small_conv_forward, small_conv_input_grad
 from afm_kernels.reference.softmax_kl import (
     softmax_kl_backward,
     softmax_kl_forward,
@@ -51,6 +52,8 @@ __all__ = [
     "scale_shift_relu_backward",
     "scale_shift_relu_backward_vectors",
     "scale_shift_relu_forward",
+    "small_conv_forward",
+    "small_conv_input_grad",
     "softmax_kl_backward",
     "softmax_kl_direction",
     "softmax_kl_forward",

@@ -19,7 +19,14 @@ def conv3x3_forward(
     return (out.relu() if relu else out).contiguous(memory_format=torch.channels_last)
 
 
-def conv3x3_input_grad(grad_output: Tensor, output: Tensor | None, weight: Tensor) -> Tensor:
+def conv3x3_input_grad(
+    grad_output: Tensor, output: Tensor | None, weight: Tensor, added: Tensor | None, input: Tensor | None
+) -> Tensor:
     if output is not None:
         grad_output = torch.where(output <= 0, 0, grad_output)
-    return F.conv_transpose2d(grad_output, weight, padding=1).contiguous(memory_format=torch.channels_last)
+    grad = F.conv_transpose2d(grad_output, weight, padding=1)
+    if added is not None:
+        grad = grad + added
+    if input is not None:
+        grad = torch.where(input <= 0, 0, grad)
+    return grad.contiguous(memory_format=torch.channels_last)

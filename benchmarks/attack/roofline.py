@@ -26,6 +26,8 @@ GROUPS = {
     "convolution_backward": "convolution, input gradient",
     "conv3x3_forward": "3×3 Winograd",
     "conv3x3_input_grad": "3×3 Winograd, input gradient",
+    "small_conv_forward": "small images",
+    "small_conv_input_grad": "small images, input gradient",
     "addmm": "linear",
     "mm": "linear",
     "softmax_kl_direction": "objective and update",
@@ -95,6 +97,10 @@ def _flops(name: str, args: Any, out: Any) -> float:
         n, channels, height, width = out.shape
         tiles = n * -(-height // 4) * -(-width // 4)
         return 2.0 * 36 * tiles * channels * args[0].shape[1]
+    if name == "small_conv_forward":
+        return 2.0 * out.numel() * args[1][0].numel()
+    if name == "small_conv_input_grad":
+        return 2.0 * args[0].numel() * args[1][0].numel()
     if name in CONVOLUTIONS:
         # A fused residual is an image too: the weight is the one whose batch is the output's channels.
         images = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dim() == 4]

@@ -56,7 +56,7 @@ def conv3x3(sizes: tuple[int, int, int, int], mode: str, device: str) -> Built:
         ours: Call = partial(ops.kernel("conv3x3_forward", "cpu", "cpp"), x, dense_out, bias, None, True)
         function, arguments = eager_forward, (x, weight, bias)
     else:
-        ours = partial(ops.kernel("conv3x3_input_grad", "cpu", "cpp"), grad, output, weight)
+        ours = partial(ops.kernel("conv3x3_input_grad", "cpu", "cpp"), grad, output, weight, None, None)
         function, arguments = eager_input_grad, (grad, x, output, weight)
     return Built(
         candidates={

@@ -959,7 +959,8 @@ def test_wide_3x3_convolutions_are_winograds(monkeypatch: pytest.MonkeyPatch) ->
     x = torch.rand(2, 3, 64, 64)
     out_and_gradient(prepared, x)
     # 4 at 16x16 and 3 at 8x8; the 3 at 4x4 and those below have two tiles.
-    assert calls == ["conv3x3_forward"] * 7 + ["conv3x3_input_grad"] * 7
+    winograds = [op for op in calls if op.startswith("conv3x3")]
+    assert winograds == ["conv3x3_forward"] * 7 + ["conv3x3_input_grad"] * 7
     winograd = out_and_gradient(prepared, x)[0]
     calls.clear()
     with use_backend("reference"):

@@ -52,6 +52,7 @@ def case(shape: tuple[int, ...]) -> dict[str, Tensor]:
         "bias": torch.randn(out_channels, generator=generator),
         "residual": image(out_channels),
         "grad_output": image(out_channels),
+        "added": image(channels),
     }
 
 
@@ -88,10 +89,14 @@ def test_truth_of_the_gradient(device: torch.device, shape: tuple[int, ...]) -> 
     out = F.conv2d(x, weight, padding=1)
     dense = dense_along(t["weight"], 1)
     (plain,) = torch.autograd.grad(out, x, t["grad_output"].double(), retain_graph=True)
-    assert_near(run("conv3x3_input_grad", device, t["grad_output"], None, dense), plain)
+    assert_near(run("conv3x3_input_grad", device, t["grad_output"], None, dense, None, None), plain)
     (gated,) = torch.autograd.grad(out.relu(), x, t["grad_output"].double())
     output = out.detach().relu().float().contiguous(memory_format=torch.channels_last)
-    assert_near(run("conv3x3_input_grad", device, t["grad_output"], output, dense), gated)
+    assert_near(run("conv3x3_input_grad", device, t["grad_output"], output, dense, None, None), gated)
+    # Another gradient by x, and the gate of the ReLU that made x.
+    added, image = t["added"].double(), t["x"]
+    both = torch.where(image <= 0, 0, gated + added)
+    assert_near(run("conv3x3_input_grad", device, t["grad_output"], output, dense, t["added"], image), both)
 
 
 def test_truth_of_a_nan(device: torch.device) -> None:
@@ -130,8 +135,9 @@ class TestCompiled:
         t = case((2, 16, 32, 5, 4))
         for bias, residual, relu in ((None, None, False), (t["bias"], t["residual"], True)):
             torch.library.opcheck(self.forward, (t["x"], dense_along(t["weight"], 0), bias, residual, relu))
-        for output in (None, t["residual"]):
-            torch.library.opcheck(self.input_grad, (t["grad_output"], output, dense_along(t["weight"], 1)))
+        for output, added, image in ((None, None, None), (t["residual"], t["added"], t["x"])):
+            weight = dense_along(t["weight"], 1)
+            torch.library.opcheck(self.input_grad, (t["grad_output"], output, weight, added, image))
 
     def test_empty_batch(self) -> None:
         t = case((1, 16, 32, 5, 4))

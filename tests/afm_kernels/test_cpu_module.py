@@ -78,6 +78,7 @@ def test_every_instruction_set_is_right(host: Host, capability: str) -> None:
         "apgd_step",
         "scale_shift_relu",
         "conv3x3",
+        "small_conv",
     )
     done = host.pytest(
         *("-k", "cpp and (truth or rows_and_gradients or published_form)"),

@@ -7,8 +7,9 @@
 #include <algorithm>
 #include <optional>
 
-#include "cpu/images/conv3x3_kernel.h"
 #include "cpu/dispatch/dispatch.h"
+#include "cpu/images/conv3x3_kernel.h"
+#include "cpu/images/images.h"
 #include "cpu/layout/tensors.h"
 
 namespace afm::cpu {
@@ -23,30 +24,9 @@ constexpr int64_t kSerial = 1 << 20;
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 int64_t round_up(int64_t value, int64_t multiple) { return divide_up(value, multiple) * multiple; }
 
-const float* floats(const std::optional<Tensor>& t) {
-  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
-}
-
-void check_image(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 4 && dtype_of(t) == DType::kFloat32, name,
-                  " must be a float32 image (N, C, H, W)");
-  STD_TORCH_CHECK(t.size(1) % P::kChannels == 0, name, " has ", t.size(1),
-                  " channels; allowed: multiples of ", P::kChannels);
-  int64_t stride = 1;
-  for (const int d : {1, 3, 2, 0}) {
-    STD_TORCH_CHECK(t.size(d) == 1 || t.stride(d) == stride, name,
-                    " must be dense in channels-last order");
-    stride *= t.size(d);
-  }
-}
-
 // `t` must be an image as large as `like`, with `channels`.
 void check_like(const char* name, const Tensor& t, const Tensor& like, int64_t channels) {
-  check_image(name, t);
-  STD_TORCH_CHECK(t.size(0) == like.size(0) && t.size(1) == channels && t.size(2) == like.size(2) &&
-                      t.size(3) == like.size(3),
-                  name, " must have the shape (", like.size(0), ", ", channels, ", ", like.size(2),
-                  ", ", like.size(3), ")");
+  check_image_of(name, t, {like.size(0), channels, like.size(2), like.size(3)});
 }
 
 // How the work is cut: blocks of tiles small enough for the caches and as many for each thread;
@@ -114,7 +94,7 @@ Tensor convolve(const Tensor& x, const Tensor& weight, int in, int out, Conv3x3P
 
 Tensor conv3x3_forward_op(Tensor x, Tensor weight, std::optional<Tensor> bias,
                           std::optional<Tensor> residual, bool relu) {
-  check_image("x", x);
+  check_image("x", x, P::kChannels);
   STD_TORCH_CHECK(!bias || (dtype_of(*bias) == DType::kFloat32 && bias->is_contiguous() &&
                             bias->numel() == weight.size(0)),
                   "bias must be float32 and contiguous, one for each output channel");
@@ -124,11 +104,15 @@ Tensor conv3x3_forward_op(Tensor x, Tensor weight, std::optional<Tensor> bias,
   return convolve(x, weight, 1, 0, params);
 }
 
-Tensor conv3x3_input_grad_op(Tensor grad_output, std::optional<Tensor> output, Tensor weight) {
-  check_image("grad_output", grad_output);
+Tensor conv3x3_input_grad_op(Tensor grad_output, std::optional<Tensor> output, Tensor weight,
+                             std::optional<Tensor> added, std::optional<Tensor> input) {
+  check_image("grad_output", grad_output, P::kChannels);
   if (output) check_like("output", *output, grad_output, grad_output.size(1));
+  if (added) check_like("added", *added, grad_output, weight.size(1));
+  if (input) check_like("input", *input, grad_output, weight.size(1));
   Conv3x3Params params{};
-  params.gate = floats(output), params.reverse_taps = true;
+  params.gate = floats(output), params.residual = floats(added), params.out_gate = floats(input);
+  params.reverse_taps = true;
   return convolve(grad_output, weight, 0, 1, params);
 }
 

@@ -190,8 +190,10 @@ AFM_INLINE void transform_output(const P& p, const Place& place, int64_t channel
       const int64_t offset = (pixel + j) * p.out_channels + channel;
       V value = y[j] + bias;
       if (p.residual != nullptr) value = value + V::load(p.residual + offset);
-      // A NaN fails the comparison and stays.
+      // A NaN fails the comparisons and stays.
       if (p.relu) value = select(value <= V(0.0f), V(0.0f), value);
+      if (p.out_gate != nullptr)
+        value = select(V::load(p.out_gate + offset) <= V(0.0f), V(0.0f), value);
       value.store(p.out + offset);
     }
   }

@@ -53,6 +53,7 @@ struct Conv3x3Params {
   const float* weight;    // [in channel][tap][out channel], the last dense
   const float* bias;      // (out_channels), or null
   const float* residual;  // like out, added; or null
+  const float* out_gate;  // like out: where it is <= 0 the result is 0; or null
   bool relu;
   bool reverse_taps;
   int64_t weight_stride, tap_stride;

@@ -18,8 +18,13 @@ __all__ = [
     "ScaleShift",
     "ScaleShiftReLU",
     "being_exported",
+    "layout_of",
     "symmetric_padding",
 ]
+
+# Up to these numbers of weights and of pixels ``small_conv`` beat oneDNN with two threads and AVX-512, forward and
+# gradient: at 16 -> 32 and 32 -> 64 channels, stride 2, at 4x4 to 32x32 pixels. At 64 -> 128 they are level.
+SMALL_WEIGHT, SMALL_IMAGE = 9 * 32 * 64, 32 * 32
 
 
 def being_exported() -> bool:
@@ -59,40 +64,40 @@ class FoldedConv(nn.Module):
         self.register_buffer("ones", _at_least_float32(weight.new_ones(conv.out_channels)))
         self.register_buffer("shift", _at_least_float32(weight.new_zeros(conv.out_channels)))
         self.register_buffer("weight_dense_out", None)
+        self._winograd = self._small = False
 
-    def prepare_conv3x3(self) -> None:
-        """Keep the weight in a second layout for ``conv3x3``, where that can serve this layer."""
-        geometry = (self.weight.shape[2:], self.stride, self.padding, self.dilation, self.groups)
-        if (
-            geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-            and all(channels % 16 == 0 for channels in self.weight.shape[:2])
+    def prepare_kernels(self) -> None:
+        """Keep the weight in a second layout for ``conv3x3`` and ``small_conv``, where those can serve this layer."""
+        out_channels, in_channels, *taps = self.weight.shape
+        plain = self.groups == 1 and tuple(self.dilation) == (1, 1)
+        even = self.stride[0] == self.stride[1] and self.padding[0] == self.padding[1]
+        if not (
+            plain
+            and even
+            and out_channels % 16 == 0
             and self.weight.dtype == torch.float32
             and self.weight.device.type == "cpu"
         ):
-            out_channels, in_channels = self.weight.shape[:2]
-            taps_first = self.weight.new_empty(3, 3, in_channels, out_channels)
+            return
+        geometry = (tuple(taps), self.stride[0], self.padding[0])
+        self._winograd = geometry == ((3, 3), 1, 1) and in_channels % 16 == 0
+        self._small = (
+            (in_channels <= 4 or in_channels % 16 == 0)
+            and taps[0] * taps[1] <= 49
+            and self.weight.numel() <= SMALL_WEIGHT
+        )
+        if self._winograd or self._small:
+            taps_first = self.weight.new_empty(*taps, in_channels, out_channels)
             self.weight_dense_out = taps_first.permute(3, 2, 0, 1)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if being_exported():
             return self._with_pytorchs_operators(x, residual)
-        fits = residual is None or self._same_shape(x, residual)
-        if self.weight_dense_out is not None and fits and _conv3x3_serves(x):
-            return _Conv3x3.apply(x, self.weight, self.weight_dense_out, self.bias, residual, self.relu)
+        kernel = self.kernel_for(x, residual)
+        if kernel is not None:
+            return _Convolution.apply(x, residual, self, kernel, self.weight)
         if not (self.relu or residual is not None):
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        if fits and _onednn_serves(x, self.weight):
-            return _ConvEpilogue.apply(
-                x,
-                self.weight,
-                self.bias,
-                residual,
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.groups,
-                self.relu,
-            )
         if self.relu and (x.device.type == "cuda" or residual is not None):
             # One pass over the convolution's output, where bias, addition and ReLU would be three.
             out = F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
@@ -100,6 +105,92 @@ class FoldedConv(nn.Module):
                 return scale_shift_relu(out, self.ones, self.shift, residual)
             return F.relu(out + self.bias.view(-1, 1, 1) + residual)
         return self._with_pytorchs_operators(x, residual)
+
+    def kernel_for(self, x: Tensor, residual: Tensor | None) -> str | None:
+        """What computes this layer and its input gradient in one call each: "conv3x3", "small_conv", "onednn", or None,
+        PyTorch's operators."""
+        if (
+            torch.compiler.is_compiling()  # inductor fuses the plain form itself
+            or x.device.type != "cpu"
+            or x.dtype != torch.float32
+            or self.weight.dtype != torch.float32
+            or not (residual is None or self._same_shape(x, residual))
+        ):
+            return None
+        if self.weight_dense_out is not None:
+            # From 8 tiles of 4x4 pixels up it was the faster one for 16 to 512 channels and every size from 4x4 to
+            # 56x56; below, reading the weights is all there is to do.
+            tiles = x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
+            if self._winograd and tiles >= 8 and ops.served_by("conv3x3_forward", "cpu") == "cpp":
+                return "conv3x3"
+            small = self._small and x.shape[2] * x.shape[3] <= SMALL_IMAGE
+            if small and ops.served_by("small_conv_forward", "cpu") == "cpp":
+                return "small_conv"
+        onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+        return "onednn" if onednn else None
+
+    def compute(self, kernel: str, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The layer by that kernel, without a graph."""
+        if kernel == "onednn":
+            geometry = self.padding, self.stride, self.dilation, self.groups
+            post = "relu" if self.relu else None
+            if residual is None:
+                return torch.ops.mkldnn._convolution_pointwise(
+                    x, self.weight, self.bias, *geometry, post or "none", [], ""
+                )
+            return torch.ops.mkldnn._convolution_pointwise.binary(
+                x, residual, self.weight, self.bias, *geometry, "add", None, post, [], None
+            )
+        x = x.contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        given = x, self.weight_dense_out, self.bias, residual, self.relu
+        if kernel == "conv3x3":
+            return ops.kernel("conv3x3_forward", "cpu", "cpp")(*given)
+        return ops.kernel("small_conv_forward", "cpu", "cpp")(*given, self.stride[0], self.padding[0])
+
+    def input_grad(
+        self,
+        kernel: str | None,
+        grad: Tensor,
+        x: Tensor,
+        gate: Tensor | None = None,
+        added: Tensor | None = None,
+        x_gates: bool = False,
+    ) -> Tensor:
+        """The gradient by x of this layer without its ReLU.
+
+        Args:
+            kernel: what ``kernel_for`` says.
+            grad: by the layer's output, channels-last.
+            x: the layer's input.
+            gate: the layer's output, where its ReLU has not been applied to ``grad``.
+            added: another gradient by x, to be added.
+            x_gates: whether x came out of a ReLU, whose gate is then applied to the sum.
+        """
+        if kernel == "conv3x3":
+            given = grad, gate, self.weight, added, x if x_gates else None
+            return ops.kernel("conv3x3_input_grad", "cpu", "cpp")(*given)
+        if gate is not None:
+            grad = torch.ops.aten.threshold_backward(grad, gate, 0)
+        if kernel == "small_conv":
+            thin = self.weight.shape[1] <= 4
+            return ops.kernel("small_conv_input_grad", "cpu", "cpp")(
+                grad,
+                self.weight_dense_out if thin else self.weight,
+                added,
+                x if x_gates else None,
+                *x.shape[2:],
+                self.stride[0],
+                self.padding[0],
+            )
+        geometry = self.stride, self.padding, self.dilation, False, [0, 0], self.groups
+        grad_x = torch.ops.aten.convolution_backward(
+            grad, x, self.weight, None, *geometry, [True, False, False]
+        )[0]
+        if added is not None:
+            grad_x.add_(added)
+        return torch.ops.aten.threshold_backward(grad_x, x, 0) if x_gates else grad_x
 
     def _with_pytorchs_operators(self, x: Tensor, residual: Tensor | None) -> Tensor:
         out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -203,104 +294,37 @@ class AdaptivePool(nn.Module):
         return F.adaptive_avg_pool2d(x, self.output_size)
 
 
-class _ConvEpilogue(torch.autograd.Function):
-    """Convolution + bias (+ residual) (+ ReLU) as one oneDNN primitive, with the input gradient only."""
+class _Convolution(torch.autograd.Function):
+    """A ``FoldedConv`` by one of its kernels, with the input gradient only."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        relu: bool,
+        ctx: Any, x: Tensor, residual: Tensor | None, layer: FoldedConv, kernel: str, weight: Tensor
     ) -> Tensor:
-        post = "relu" if relu else None
-        if residual is None:
-            out = torch.ops.mkldnn._convolution_pointwise(
-                x, weight, bias, padding, stride, dilation, groups, post or "none", [], ""
-            )
-        else:
-            out = torch.ops.mkldnn._convolution_pointwise.binary(
-                x, residual, weight, bias, padding, stride, dilation, groups, "add", None, post, [], None
-            )
-        ctx.save_for_backward(x, weight, out if relu else None)
-        ctx.geometry = (stride, padding, dilation, groups)
-        ctx.relu = relu
+        out = layer.compute(kernel, x, residual)
+        # The weight is saved so that a backward after its update is refused.
+        ctx.save_for_backward(x, out if layer.relu else None, weight)
+        ctx.layer, ctx.kernel = layer, kernel
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, out = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
-        if ctx.relu:
-            if grad.stride() != out.stride():
-                # As a copy of its own: an elementwise loop over two layouts takes several times as long.
-                grad = torch.empty_like(out).copy_(grad)
-            grad = torch.ops.aten.threshold_backward(grad, out, 0)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
-            )[0]
-        return grad_x, None, None, grad if ctx.needs_input_grad[3] else None, None, None, None, None, None
-
-
-class _Conv3x3(torch.autograd.Function):
-    """3x3 convolution + bias (+ residual) (+ ReLU) through ``conv3x3``, with the input gradient only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        weight_dense_out: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-        relu: bool,
-    ) -> Tensor:
-        if residual is not None:
-            residual = residual.contiguous(memory_format=torch.channels_last)
-        out = ops.kernel("conv3x3_forward", "cpu", "cpp")(x, weight_dense_out, bias, residual, relu)
-        ctx.save_for_backward(weight, out if relu else None)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, gate = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        wrt_x, wrt_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        x, gate, _ = ctx.saved_tensors
+        wrt_x, wrt_residual = ctx.needs_input_grad[:2]
+        # As a copy of its own: an elementwise loop over two layouts takes several times as long.
+        grad = grad.contiguous(memory_format=layout_of(x if gate is None else gate))
         if gate is not None and wrt_residual:
             # The residual's gradient is the gated one, so it is made once for both.
             grad, gate = torch.ops.aten.threshold_backward(grad, gate, 0), None
-        grad_x = ops.kernel("conv3x3_input_grad", "cpu", "cpp")(grad, gate, weight) if wrt_x else None
-        return grad_x, None, None, None, grad if wrt_residual else None, None
+        grad_x = ctx.layer.input_grad(ctx.kernel, grad, x, gate) if wrt_x else None
+        return grad_x, grad if wrt_residual else None, None, None, None
 
 
-def _conv3x3_serves(x: Tensor) -> bool:
-    """Whether ``conv3x3`` takes this image, and is the faster one: from 8 tiles of 4x4 pixels up, it was for 16 to
-    512 channels and every size from 4x4 to 56x56; below, reading the weights is all there is to do."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
-        return False
-    tiles = x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
-    return tiles >= 8 and ops.served_by("conv3x3_forward", "cpu") == "cpp"
-
-
-def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return False  # inductor fuses the plain form itself
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32 == weight.dtype
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
-    )
+def layout_of(image: Tensor) -> torch.memory_format:
+    """The memory format of dense images; channels-last where both fit, as with one channel."""
+    channels_last = image.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 class BatchNormSource:

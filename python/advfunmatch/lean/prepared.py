@@ -40,13 +40,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .checks import OtherBranch
 from .copies import Uncopied, copy_of
 from .layers import FoldedConv, ScaleShift, being_exported
+from .reverse import ReverseProgram, Unserved
 from .rewrite import Rewriter
 from .sources import Sources
 from .trace import first_line, has_own_call, hooks_of, trace
@@ -127,6 +128,8 @@ class PreparedModel(nn.Module):
         left: what stayed as it was, a sentence each.
         capturable: whether all of it is operations of a graph, so that a CUDA graph can hold it.
         memory_format: of the images on entry, and of the convolutions.
+        program: what makes the images' gradients without an autograd graph, or None: autograd does.
+        backward: which of the two, and why.
     """
 
     def __init__(
@@ -177,7 +180,9 @@ class PreparedModel(nn.Module):
             if isinstance(module, (FoldedConv, nn.Conv2d)) and isinstance(module.weight, Tensor):
                 module.weight.data = _in_memory_format(module.weight.data, memory_format)
             if isinstance(module, FoldedConv) and memory_format == torch.channels_last:
-                module.prepare_conv3x3()
+                module.prepare_kernels()
+        self.program, self.backward = self._reverse_program(live)
+        self._refreshes = 0
         self._copies = self._pairs_to_copy()
         self._parametrizations = [m for m in live.modules() if isinstance(m, ParametrizationList)]
         self._sources = Sources(live)
@@ -221,7 +226,67 @@ class PreparedModel(nn.Module):
         vars(network)["forward"] = traced.graph_module.forward
         return network
 
+    def _reverse_program(self, live: nn.Module) -> tuple[ReverseProgram | None, str]:
+        if not isinstance(self.network, fx.GraphModule):
+            return None, "autograd's: the prepared graph has hooks or other code around it, or there is none"
+        try:
+            return ReverseProgram(self.network, live), "its own"
+        except Unserved as reason:
+            return None, f"autograd's: the graph holds {reason}"
+
+    def _own_backward_serves(self, x: Tensor) -> bool:
+        """Whether the reverse program, rather than autograd, is used on such images, converted to ``dtype``."""
+        return (
+            self.program is not None
+            and x.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and not being_exported()
+            and not self.program.has_hooks()
+        )
+
+    @staticmethod
+    def _is_once_differentiable(x: Tensor) -> bool:
+        """Whether the layers' own kernels are so anyway; in float64, say, a second derivative can be asked for."""
+        return x.dtype == torch.float32
+
+    def program_weights(self) -> list[Tensor]:
+        """What an update of the network writes to."""
+        return [next(layer.buffers()) for layer in self._layers]
+
+    def vjp(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+        """Logits and pullback as ``lean.vjp`` returns them, by the reverse program; None where it cannot serve."""
+        made: list[tuple[ReverseProgram, Any]] = []
+
+        def run(way: PreparedModel, given: Tensor) -> Tensor:
+            if not way._own_backward_serves(given):
+                raise Unserved
+            assert way.program is not None
+            logits, values = way.program.forward(given)
+            made.append((way.program, values))
+            return logits
+
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                logits = self._called(x.clone() if x.is_inference() else x.detach(), run)
+        except Unserved:
+            return None
+        ((program, values),), refreshes = made, self._refreshes
+
+        def pullback(grad_logits: Tensor) -> Tensor:
+            if self._refreshes != refreshes:
+                raise RuntimeError("the network's weights have changed since these logits: call vjp again")
+            with torch.inference_mode(False):
+                given = grad_logits.clone() if grad_logits.is_inference() else grad_logits.detach()
+                grad = program.backward(values, given.to(logits.dtype)).to(x.dtype)
+                # Where no layer stands between, it is the caller's own tensor.
+                return grad.clone() if grad.data_ptr() == grad_logits.data_ptr() else grad
+
+        return logits.clone(), pullback
+
     def forward(self, x: Tensor) -> Tensor:
+        return self._called(x, _forward)
+
+    def _called(self, x: Tensor, run: Callable[[PreparedModel, Tensor], Tensor]) -> Tensor:
         if not torch.compiler.is_compiling():
             self.follow_()
         self._require_assumed(x)
@@ -229,18 +294,17 @@ class PreparedModel(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             # The precision was chosen in prepare_for_attack.
             with torch.autocast(x.device.type, enabled=False):
-                return self._served(x)
-        return self._served(x)
+                return self._served(x, run)
+        return self._served(x, run)
 
-    def _served(self, x: Tensor) -> Tensor:
+    def _served(self, x: Tensor, run: Callable[[PreparedModel, Tensor], Tensor]) -> Tensor:
         while True:
             way = self._ways[self._way]
             given = x if x.dim() != 4 or being_exported() else x.contiguous(memory_format=way.memory_format)
             if not way._decisions:
-                logits: Tensor = way.network(given)
-                return logits
+                return run(way, given)
             try:
-                logits = way.network(given)
+                logits = run(way, given)
             except OtherBranch as other:
                 self._way = self._found(other.decisions)
                 continue
@@ -269,6 +333,7 @@ class PreparedModel(nn.Module):
                 layer.refresh_()
             for copied, live, name in self._copies:
                 getattr(copied, name).copy_(getattr(live, name))
+        self._refreshes += 1
         self._sources.note()
         for way in self._ways.values():
             if way is not self:
@@ -314,7 +379,7 @@ class PreparedModel(nn.Module):
         count = len(self.folded)
         return (
             f"PreparedModel({type(self._live[0]).__name__}: {count} BatchNorm{'s' * (count != 1)} folded into a "
-            f"convolution, {len(self.fused)} into a scale and shift, {left} left)"
+            f"convolution, {len(self.fused)} into a scale and shift, {left} left; backward {self.backward})"
         )
 
     def _pairs_to_copy(self) -> list[tuple[nn.Module, nn.Module, str]]:
@@ -336,6 +401,40 @@ class PreparedModel(nn.Module):
                 continue  # a constant of the traced code, which no update changes
             pairs.append((_submodule(self.network, owner), module, name))
         return pairs
+
+
+def _forward(way: PreparedModel, x: Tensor) -> Tensor:
+    """The logits; where a gradient by the images may be asked for, by the reverse program if it can serve."""
+    if (
+        torch.is_grad_enabled()
+        and x.requires_grad
+        and way._own_backward_serves(x)
+        and way._is_once_differentiable(x)
+    ):
+        return _Reversed.apply(x, way.program, *way.program_weights())
+    logits: Tensor = way.network(x)
+    return logits
+
+
+class _Reversed(torch.autograd.Function):
+    """A whole reverse program as one node of an autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, program: ReverseProgram, *weights: Tensor) -> Tensor:
+        logits, values = program.forward(x)
+        tensors = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+        ctx.save_for_backward(*(values[i] for i in tensors), *weights)
+        ctx.program, ctx.tensors = program, tensors
+        ctx.numbers = [None if isinstance(value, Tensor) else value for value in values]
+        return logits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values = list(ctx.numbers)
+        for i, value in zip(ctx.tensors, ctx.saved_tensors, strict=False):
+            values[i] = value
+        return ctx.program.backward(values, grad), *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def _submodule(network: nn.Module, path: str) -> nn.Module:

@@ -60,8 +60,9 @@ class Rewriter(NodeFacts):
                 and not any(self.is_in_place(user) for user in (*node.users, *_users(node.args[0])))
             ):
                 self.replace(node, AdaptivePool(size), node.args[:1])
-        for node in list(self.padding):
-            self.replace(node, self.folded_conv(node, relu=False), node.args)
+        for node in list(self.graph.nodes):
+            if self.is_conv(node):
+                self.replace(node, self.folded_conv(node, relu=False), node.args)
         self.remove_dead_code()
         for node in list(self.graph.nodes):
             if self.is_batch_norm(node):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import logits_in
+from .prepared import PreparedModel
 
 __all__ = ["vjp"]
 
@@ -41,7 +42,8 @@ def vjp(network: nn.Module, x: Tensor) -> tuple[Tensor, Pullback]:
         >>> pullback(torch.ones(5, 2)).shape
         torch.Size([5, 3])
     """
-    return _by_autograd(network, x)
+    own = network.vjp(x) if isinstance(network, PreparedModel) else None
+    return _by_autograd(network, x) if own is None else own
 
 
 def _by_autograd(network: nn.Module, x: Tensor) -> tuple[Tensor, Pullback]:
