@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from advfunmatch.attacks import capture
+from advfunmatch.attacks import capture, looks
 from advfunmatch.attacks.capture import GraphCache
 from advfunmatch.attacks.pgd import PGDAttack, Target, input_gradient
 from advfunmatch.lean import prepare_for_attack
@@ -363,8 +363,10 @@ def test_prepared_networks_compile_without_a_graph_break(student, teacher, image
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("objective", ["mismatch", "fixed_teacher", "cross_entropy", "margin"])
 def test_no_weight_gradient_no_read_of_the_device_and_shapes_without_data(
-    student, teacher, images, objective, prepared
+    student, teacher, images, objective, prepared, monkeypatch
 ) -> None:
+    """The CPU stands for a device here, which no look may wait for."""
+    monkeypatch.setattr(looks, "waits_for", lambda values: True)
     if prepared:
         student, teacher = prepare_for_attack(student), prepare_for_attack(teacher)
     traces = []
@@ -378,6 +380,22 @@ def test_no_weight_gradient_no_read_of_the_device_and_shapes_without_data(
         assert not any("embedding" in name or name == "linear_backward" for name, _ in recorder.calls)
         traces.append(recorder.calls)
     assert traces[0] == traces[1]
+
+
+@pytest.mark.parametrize("objective", ["mismatch", "cross_entropy"])
+def test_looks_save_work_and_change_no_bit(student, teacher, images, objective, monkeypatch) -> None:
+    results, counts = [], []
+    for waits in (False, True):
+        monkeypatch.setattr(looks, "waits_for", lambda values, waits=waits: waits)
+        attack = PGDAttack(objective, eps=EPS, step_size=STEP, steps=3, seed=SEED)
+        recorder = Recorder()
+        recorder.READS = ()
+        with recorder:
+            results.append(attack(student, teacher, images, LABELS))
+        assert attack.zero_gradients == 0
+        counts.append(len(recorder.calls))
+    assert torch.equal(*results)
+    assert counts[0] < counts[1] - 30
 
 
 def count_forwards(model: nn.Module) -> list[bool]:

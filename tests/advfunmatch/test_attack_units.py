@@ -201,3 +201,27 @@ def test_keep_best_needs_a_score_and_a_whole_run() -> None:
         PGDAttack(lambda *known: known[0], keep="best")
     with pytest.raises(ValueError, match="early_stop=True keeps"):
         PGDAttack("margin", keep="best", early_stop=True)
+
+
+def test_a_batchs_unusual_images_change_nothing_for_the_usual_ones() -> None:
+    """Alone those are stepped without a look at their scales: beside one that has no gradient the same bits."""
+    student, teacher = networks(1.0)
+    x = images(8)
+    attack = PGDAttack("mismatch", eps=EPS, step_size=STEP, steps=4, init="zero", keep="last", clip=None)
+    alone = attack(student, teacher, x[:7])
+    assert int(attack.zero_gradients) == 0
+    x[7] = torch.nan
+    beside = attack(student, teacher, x)
+    assert int(attack.zero_gradients) == 1
+    assert torch.equal(beside[:7], alone)
+
+
+def test_scores_of_certain_rows_do_not_depend_on_their_batch() -> None:
+    logits = (
+        torch.tensor([[0.0, 1.0], [0.0, 2000.0], [0.0, 3.0]]),
+        torch.tensor([[0.5, 0.0], [0.0, 1900.0], [3.0, 0.0]]),
+    )
+    together = divergence_score(*logits)
+    assert together[1] < 0 < together[0]
+    for row in range(3):
+        assert torch.equal(divergence_score(*(z[row : row + 1] for z in logits)), together[row : row + 1])

@@ -42,6 +42,7 @@ from torch import Tensor
 from afm_kernels import softmax_kl_direction, softmax_kl_div
 
 from ..errors import did_you_mean
+from .looks import all_within
 
 __all__ = [
     "OBJECTIVES",
@@ -139,14 +140,16 @@ _LEAST_KL = 1e-290
 def divergence_score(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """A float64 value for each row that orders rows as KL(teacher ‖ student) does, where that underflows too.
 
-    It is the KL where that is above 1e-290; below, where both sides are as certain of one class, the logarithm of the
+    It is the KL from 1e-290 on; below, where both sides are as certain of one class, the logarithm of the
     largest entry of its gradient, a negative number, which is the KL's own but for a logarithm of it. Equal sides are
     -inf.
     """
     student, teacher = student_logits.double(), teacher_logits.double()
     kl = _divergence(student, teacher, temperature)
+    if all_within(kl, _LEAST_KL, torch.inf):
+        return kl
     _, _, log_scale = softmax_kl_direction(student, teacher, temperature=temperature)
-    return torch.where(kl <= _LEAST_KL, log_scale.clamp(max=0.0), kl)
+    return torch.where(kl < _LEAST_KL, log_scale.clamp(max=0.0), kl)
 
 
 def _divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
