@@ -10,6 +10,7 @@ from afm_kernels.autograd import SoftmaxKLDivFunction
 from afm_kernels.functional import (
     APGDState,
     Projection,
+    SquareState,
     TopK,
     apgd_step,
     distillation_loss,
@@ -24,6 +25,7 @@ from afm_kernels.functional import (
     softmax_kl_direction,
     softmax_kl_div,
     softmax_kl_div_grad,
+    square_step,
     topk_kl_div,
 )
 from afm_kernels.modules import DistillationLoss, DKLLoss, LinearKLDivLoss, SoftmaxKLDivLoss
@@ -38,6 +40,7 @@ __all__ = [
     "Projection",
     "SoftmaxKLDivFunction",
     "SoftmaxKLDivLoss",
+    "SquareState",
     "TopK",
     "__version__",
     "apgd_step",
@@ -54,6 +57,7 @@ __all__ = [
     "softmax_kl_direction",
     "softmax_kl_div",
     "softmax_kl_div_grad",
+    "square_step",
     "topk_kl_div",
     "use_backend",
 ]

@@ -56,6 +56,10 @@ What every backend may assume, because ``functional`` has checked it, and must d
   of one shape and of one layout, dense with one image behind the other. ``numbers`` (4, N), ``loss`` (N,): float64 if
   an image or a gradient is, else float32; ``counts`` (3, N) int32, ``misclassified`` (N,) bool; all contiguous. What is
   written lies apart. Note [APGD step] in reference/apgd_step.py.
+* square_step: ``x_adv``, ``x_best``, ``high``, ``low`` (N, C, H, W) of one dtype and of the same strides, whatever they
+  are; ``margin`` (N,) float64; ``logits`` (N, classes) float32 or float64; ``labels`` (N,), ``last_corners`` and
+  ``corners`` (N, 2) int64; ``is_high`` (N, C) bool; all but the images contiguous. What is written lies apart. Squares
+  lie within the images. Note [Square step] in reference/square_step.py.
 * scale_shift_relu: ``x`` (N, C, ...) of any strides; ``scale``, ``shift`` (C,) of any stride and dtype;
   ``residual`` like ``x``, of any dtype. ``output`` is what the forward returned; where it is not <= 0 the
   gradient passes.
@@ -242,6 +246,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "pgd_step_out": _fake_nothing,
     "pgd_start": _fake_like_first,
     "apgd_step": _fake_nothing,
+    "square_step": _fake_nothing,
     "scale_shift_relu_forward": _fake_like_first,
     "scale_shift_relu_backward": _fake_scale_shift_relu_backward,
     "conv3x3_forward": _fake_conv3x3_forward,

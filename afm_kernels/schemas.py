@@ -73,6 +73,8 @@ SCHEMAS = {
     "apgd_step": "(Tensor(a!) x_adv, Tensor(b!) x_old, Tensor(c!) x_best, Tensor(d!) grad_best, Tensor(e!) x_hit, "
     "Tensor(f!) numbers, Tensor(g!) counts, Tensor grad, Tensor x, Tensor loss, Tensor misclassified, float eps, "
     f"int norm, {_CLIP}, float momentum, float decrease, int window, bool first) -> ()",
+    "square_step": "(Tensor(a!) x_adv, Tensor(b!) x_best, Tensor(c!) margin, Tensor logits, Tensor labels, "
+    "Tensor high, Tensor low, Tensor last_corners, Tensor corners, Tensor is_high, int last_side, int side) -> ()",
     # relu(x * scale[c] + shift[c] + residual), channels in dim 1
     "scale_shift_relu_forward": "(Tensor x, Tensor scale, Tensor shift, Tensor? residual) -> Tensor",
     "scale_shift_relu_backward": "(Tensor grad_output, Tensor output, Tensor scale, bool wrt_x, bool wrt_residual)"

@@ -8,6 +8,7 @@ from afm_kernels.functional.pgd_step import pgd_start, pgd_step
 from afm_kernels.functional.scale_shift_relu import scale_shift_relu
 from afm_kernels.functional.softmax_kl import softmax_kl_div, softmax_kl_div_grad
 from afm_kernels.functional.softmax_kl_direction import softmax_kl_direction
+from afm_kernels.functional.square_step import SquareState, square_step
 from afm_kernels.functional.topk import TopK
 from afm_kernels.functional.topk_files import load_topk, save_topk
 from afm_kernels.functional.topk_kl import topk_kl_div
@@ -15,6 +16,7 @@ from afm_kernels.functional.topk_kl import topk_kl_div
 __all__ = [
     "APGDState",
     "Projection",
+    "SquareState",
     "TopK",
     "apgd_step",
     "distillation_loss",
@@ -29,5 +31,6 @@ __all__ = [
     "softmax_kl_direction",
     "softmax_kl_div",
     "softmax_kl_div_grad",
+    "square_step",
     "topk_kl_div",
 ]

@@ -26,6 +26,7 @@ from afm_kernels.reference.softmax_kl import (
     softmax_kl_grad_out,
 )
 from afm_kernels.reference.softmax_kl_direction import softmax_kl_direction
+from afm_kernels.reference.square_step import square_step
 from afm_kernels.reference.topk_kl import (
     topk_kl_backward,
     topk_kl_forward,
@@ -61,6 +62,7 @@ __all__ = [
     "softmax_kl_forward_grad",
     "softmax_kl_grad",
     "softmax_kl_grad_out",
+    "square_step",
     "topk_kl_backward",
     "topk_kl_forward",
     "topk_kl_forward_grad",

@@ -7,7 +7,7 @@ z_y − max z_other falls. Squares shrink as queries go on. Of the published cod
 
 * A square's corner never lies in the last row or column that it could (`high` is exclusive there too).
 * In "linf" a square's pixels end at an edge of the ball in each channel, whatever they were: added is 2·eps or −2·eps.
-  So both edges are made once, and a proposal only chooses between them.
+  So both edges are made once, and a proposal only chooses between them: `afm_kernels.square_step`.
 * In "l2" a square takes what of the ball's radius the image has left, and what a second square loses.
 * An image is done when its margin is 0 or less; a tie of two classes counts as found, and is broken or not as the
   network's argmax says.
@@ -26,6 +26,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from afm_kernels import SquareState, square_step
 
 from . import arguments
 from .draws import SQUARE, Draws
@@ -138,7 +140,7 @@ class Square:
         for restart in range(self.restarts):
             if len(left) == 0:
                 break
-            search = _Search(searched, y[left])
+            search = _Search(searched, clean[left], y[left])
             run(search, clean[left], draws.rows(left), SQUARE + restart)
             search.finish()
             broken = search.broken
@@ -155,23 +157,26 @@ class Square:
         # What is added is ±2·eps, which from anywhere in the ball leads to one of its edges.
         high, low = (self._clipped(x + sign * self.eps) for sign in (1, -1))
         stripes = draws.signs(stream, 0, (channels, 1, width), x.dtype)
-        rows, columns = (torch.arange(size, device=x.device) for size in (height, width))
-        search.begin(torch.where(stripes > 0, high, low))
+        state = SquareState.at(in_format_of(torch.where(stripes > 0, high, low), x))
+        search.follow(state)
         for query in range(self.queries):
             at = query % _DRAWN
             if at == 0:
                 places, signs = self._drawn(draws, stream, query, 2, channels, x.dtype)
-                is_high = signs.view(len(signs), _DRAWN, channels, 1, 1) > 0
+                sides = [self._side(each, height, width) for each in range(query, query + _DRAWN)]
+                room = torch.tensor([[height - side, width - side] for side in sides], device=x.device)
+                corners = (places * room).long().transpose(0, 1).contiguous()
+                is_high = (signs > 0).transpose(0, 1).contiguous()
+            logits = search.searched.logits(state.x_adv)
+            state = square_step(state, logits, search.y, high, low, corners[at], is_high[at], side=sides[at])
             if (kept := search.packed(at)) is not None:
-                high, low, draws = high[kept], low[kept], draws.rows(kept)
-                places, is_high = places[kept], is_high[kept]
-            if search.is_over:
-                return
-            side = min(max(round(self._share(query, height, width)), 1), height, width)
-            top, left = _corners(places[:, at], side, height, width)
-            inside = _within(rows, top, side)[:, None, :, None] & _within(columns, left, side)[:, None, None]
-            edge = torch.where(is_high[:, at], high, low)
-            search.offer(torch.where(inside, edge, search.best))
+                if search.is_over:
+                    return
+                state, high, low, draws = state.rows(kept), high[kept], low[kept], draws.rows(kept)
+                corners, is_high = corners[:, kept], is_high[:, kept]
+                search.follow(state)
+        logits = search.searched.logits(state.x_adv)
+        square_step(state, logits, search.y, high, low, corners[at], is_high[at], side=0)
 
     def _l2(self, search: _Search, x: Tensor, draws: Draws, stream: int) -> None:
         channels, height, width = x.shape[1:]
@@ -226,6 +231,9 @@ class Square:
         uniform = draws.uniform(stream, drawn, (_DRAWN, places), torch.float64)
         return uniform, draws.signs(stream, drawn + 1, (_DRAWN, channels), dtype)
 
+    def _side(self, query: int, height: int, width: int) -> int:
+        return min(max(round(self._share(query, height, width)), 1), height, width)
+
     def _share(self, query: int, height: int, width: int) -> float:
         return square_side(query, height, width, self.p_init, self.queries if self.rescale_schedule else None)
 
@@ -241,14 +249,18 @@ class _Search:
         best, margin: of those that take part.
     """
 
-    def __init__(self, searched: Searched, y: Tensor) -> None:
-        self.searched, self.y = searched, y
+    def __init__(self, searched: Searched, x: Tensor, y: Tensor) -> None:
+        self.searched, self.y, self.points = searched, y, torch.empty_like(x)
         self.left = torch.arange(len(y), device=y.device)
         self.broken = torch.zeros(len(y), dtype=torch.bool, device=y.device)
         self.is_over = False
 
     def begin(self, start: Tensor) -> None:
-        self.points, self.best, self.margin = start.clone(), start, self._margin(start)
+        self.best, self.margin = start, self._margin(start)
+
+    def follow(self, state: SquareState) -> None:
+        """The best points and margins are those of a state, also when it is written."""
+        self.best, self.margin = state.x_best, state.margin
 
     def offer(self, proposed: Tensor) -> None:
         """Keep what lowers the margin of an image that is not done."""
@@ -311,12 +323,6 @@ def _corners(places: Tensor, side: int, height: int, width: int) -> tuple[Tensor
     """Top and left of squares, from (N, 2) in [0, 1)."""
     top, left = (places * torch.tensor([height - side, width - side], device=places.device)).long().unbind(1)
     return top, left
-
-
-def _within(positions: Tensor, first: Tensor, side: int) -> Tensor:
-    """(N, positions) flags."""
-    offset = positions - first[:, None]
-    return (offset >= 0) & (offset < side)
 
 
 def _upright(bump: Tensor, place: Tensor) -> Tensor:
