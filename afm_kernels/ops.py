@@ -69,9 +69,9 @@ What every backend may assume, because ``functional`` has checked it, and must d
   ``output``, what a forward with ReLU returned, is <= 0; ``added`` is added to the gradient by ``x``, which then is 0
   where ``input``, the forward's ``x``, is <= 0: the gate of a ReLU that made it.
 * small_conv: any stride and padding, the same in both directions, and up to 49 taps; float32, dense channels-last
-  images. ``weight`` (out, in, height, width) is dense along ``out`` (forward) or ``in`` (gradient), whose number is a
-  multiple of 16; with at most 4 ``in``, the gradient's is dense along ``out`` too. ``height`` and ``width`` are of the
-  forward's ``x``; ``added`` and ``input`` as for conv3x3.
+  images. ``weight`` (out, in, height, width) is dense along ``out`` (forward) or ``in`` (gradient); with at most 4
+  ``in``, the gradient's is dense along ``out`` too. ``height`` and ``width`` are of the forward's ``x``; ``added`` and
+  ``input`` as for conv3x3.
 * In the hard rows "p > 0" means that the logit is above -inf: an underflowed probability is still positive.
 * Nothing is written but the outputs, nothing synchronises with the device, the current stream is used.
 """

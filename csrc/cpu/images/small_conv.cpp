@@ -68,8 +68,6 @@ Tensor small_conv_forward_op(Tensor x, Tensor weight, std::optional<Tensor> bias
   set_weight(p, weight, 0, "output", stride, padding);
   STD_TORCH_CHECK(weight.size(1) == x.size(1), "weight is for ", weight.size(1),
                   " channels, and x has ", x.size(1));
-  STD_TORCH_CHECK(weight.size(0) % P::kChannels == 0, "weight has size ", weight.size(0),
-                  " in dimension 0; allowed: multiples of ", P::kChannels);
   STD_TORCH_CHECK(!bias || (dtype_of(*bias) == DType::kFloat32 && bias->is_contiguous() &&
                             bias->numel() == weight.size(0)),
                   "bias must be float32 and contiguous, one for each output channel");
@@ -96,10 +94,6 @@ Tensor small_conv_input_grad_op(Tensor grad_output, Tensor weight, std::optional
   set_weight(p, weight, thin ? 0 : 1, thin ? "output" : "input", stride, padding);
   STD_TORCH_CHECK(weight.size(0) == grad_output.size(1), "weight is for ", weight.size(0),
                   " channels, and grad_output has ", grad_output.size(1));
-  STD_TORCH_CHECK(thin ? weight.size(0) % P::kChannels == 0 : in_channels % P::kChannels == 0,
-                  "weight has the shape (", weight.size(0), ", ", in_channels,
-                  ", ...); allowed: input channels that are a multiple of ", P::kChannels,
-                  ", or at most ", P::kThin, " with such output channels");
   p.images = grad_output.size(0), p.channels = grad_output.size(1);
   p.height = grad_output.size(2), p.width = grad_output.size(3);
   p.out_channels = in_channels, p.out_height = height, p.out_width = width;

@@ -46,40 +46,67 @@ AFM_INLINE int taps_of(const P& p, int64_t row, int64_t column, Tap* taps) {
   return count;
 }
 
-AFM_INLINE V finished(const P& p, int64_t offset, V value) {
-  if (p.residual != nullptr) value = value + V::load(p.residual + offset);
-  // A NaN fails the comparisons and stays.
-  if (p.relu) value = select(value <= V(0.0f), V(0.0f), value);
-  if (p.gate != nullptr) value = select(V::load(p.gate + offset) <= V(0.0f), V(0.0f), value);
-  return value;
+// As many lanes as there are channels left: all, but for the last vector of a row of channels.
+template <bool kWhole>
+AFM_INLINE V load(const float* p, int lanes) {
+  return kWhole ? V::load(p) : V::load(p, lanes, V(0.0f));
 }
 
-// One pixel of kCount images, from x and out of the first of them, at kVectors vectors of channels.
-template <int kCount, int kVectors>
+template <bool kWhole>
+AFM_INLINE void finish(const P& p, int64_t offset, V value, int lanes) {
+  if (p.residual != nullptr) value = value + load<kWhole>(p.residual + offset, lanes);
+  // A NaN fails the comparisons and stays.
+  if (p.relu) value = select(value <= V(0.0f), V(0.0f), value);
+  if (p.gate != nullptr)
+    value = select(load<kWhole>(p.gate + offset, lanes) <= V(0.0f), V(0.0f), value);
+  if (kWhole)
+    value.store(p.out + offset);
+  else
+    value.store(p.out + offset, lanes);
+}
+
+// One pixel of kCount images, from x and out of the first of them, at kWhole vectors of channels
+// and, where kPart, some lanes of another.
+template <int kCount, int kWhole, bool kPart>
 AFM_INLINE void pixel(const P& p, const Tap* taps, int count, int64_t first_x, int64_t first_out,
-                      int64_t channel) {
+                      int64_t channel, int lanes) {
+  constexpr int kVectors = kWhole + kPart;
   const int64_t x_stride = p.height * p.width * p.channels;
   const int64_t out_stride = p.out_height * p.out_width * p.out_channels;
-  V sum[kCount][kVectors];
-  for (int i = 0; i < kVectors; ++i) {
-    const V bias = p.bias == nullptr ? V(0.0f) : V::load(p.bias + channel + i * kWidth);
-    for (int r = 0; r < kCount; ++r) sum[r][i] = bias;
-  }
+  const auto vectors = [lanes](const float* from, V* to) AFM_LAMBDA_INLINE {
+    for (int i = 0; i < kWhole; ++i) to[i] = V::load(from + i * kWidth);
+    if (kPart) to[kVectors - 1] = load<false>(from + kWhole * kWidth, lanes);
+  };
+  V sum[kCount][kVectors], w[kVectors];
+  for (int i = 0; i < kVectors; ++i) w[i] = V(0.0f);
+  if (p.bias != nullptr) vectors(p.bias + channel, w);
+  for (int r = 0; r < kCount; ++r)
+    for (int i = 0; i < kVectors; ++i) sum[r][i] = w[i];
   for (int t = 0; t < count; ++t) {
     const float* x = p.x + first_x + taps[t].x;
     const float* weight = p.weight + taps[t].weight + channel;
     for (int64_t k = 0; k < p.channels; ++k, weight += p.weight_stride) {
-      V w[kVectors];
-      for (int i = 0; i < kVectors; ++i) w[i] = V::load(weight + i * kWidth);
+      vectors(weight, w);
       for (int r = 0; r < kCount; ++r)
         for (int i = 0; i < kVectors; ++i) sum[r][i] = fma(V(x[r * x_stride + k]), w[i], sum[r][i]);
     }
   }
-  for (int r = 0; r < kCount; ++r)
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t offset = first_out + r * out_stride + channel + i * kWidth;
-      finished(p, offset, sum[r][i]).store(p.out + offset);
-    }
+  for (int r = 0; r < kCount; ++r) {
+    const int64_t offset = first_out + r * out_stride + channel;
+    for (int i = 0; i < kWhole; ++i) finish<true>(p, offset + i * kWidth, sum[r][i], kWidth);
+    if (kPart) finish<false>(p, offset + kWhole * kWidth, sum[r][kVectors - 1], lanes);
+  }
+}
+
+template <bool kWhole, int kCount, int kOut>
+AFM_INLINE void thin_sum(const P& p, const float* x, const float* weight, int64_t x_stride,
+                         int lanes, V (&sum)[kCount][kOut]) {
+  V w[kOut];
+  for (int n = 0; n < kOut; ++n) w[n] = load<kWhole>(weight + n * p.weight_stride, lanes);
+  for (int r = 0; r < kCount; ++r) {
+    const V value = load<kWhole>(x + r * x_stride, lanes);
+    for (int n = 0; n < kOut; ++n) sum[r][n] = fma(value, w[n], sum[r][n]);
+  }
 }
 
 // The same with kOut channels of the result, and lanes across those of x.
@@ -94,14 +121,12 @@ AFM_INLINE void thin_pixel(const P& p, const Tap* taps, int count, int64_t first
   for (int t = 0; t < count; ++t) {
     const float* x = p.x + first_x + taps[t].x;
     const float* weight = p.weight + taps[t].weight;
-    for (int64_t k = 0; k < p.channels; k += kWidth) {
-      V w[kOut];
-      for (int n = 0; n < kOut; ++n) w[n] = V::load(weight + n * p.weight_stride + k);
-      for (int r = 0; r < kCount; ++r) {
-        const V value = V::load(x + r * x_stride + k);
-        for (int n = 0; n < kOut; ++n) sum[r][n] = fma(value, w[n], sum[r][n]);
-      }
-    }
+    int64_t k = 0;
+    for (; k + kWidth <= p.channels; k += kWidth)
+      thin_sum<true, kCount, kOut>(p, x + k, weight + k, x_stride, kWidth, sum);
+    if (k < p.channels)
+      thin_sum<false, kCount, kOut>(p, x + k, weight + k, x_stride,
+                                    static_cast<int>(p.channels - k), sum);
   }
   for (int r = 0; r < kCount; ++r)
     for (int n = 0; n < kOut; ++n) {
@@ -113,14 +138,15 @@ AFM_INLINE void thin_pixel(const P& p, const Tap* taps, int count, int64_t first
     }
 }
 
-template <int kCount, int kVectors>
-AFM_INLINE void row_of_images(const P& p, int64_t first, int64_t row, int64_t channel) {
+template <int kCount, int kWhole, bool kPart>
+AFM_INLINE void row_of_images(const P& p, int64_t first, int64_t row, int64_t channel,
+                              int lanes = 0) {
   const int64_t first_x = first * p.height * p.width * p.channels;
   for (int64_t column = 0; column < p.out_width; ++column) {
     Tap taps[P::kMaxTaps];
     const int count = taps_of(p, row, column, taps);
     const int64_t out = ((first * p.out_height + row) * p.out_width + column) * p.out_channels;
-    pixel<kCount, kVectors>(p, taps, count, first_x, out, channel);
+    pixel<kCount, kWhole, kPart>(p, taps, count, first_x, out, channel, lanes);
   }
 }
 
@@ -152,9 +178,14 @@ AFM_INLINE void images(const P& p, int64_t first, int64_t row) {
   if (p.thin()) return thin_row_of_images<kCount>(p, first, row);
   int64_t channel = 0;
   for (; channel + 2 * kWidth <= p.out_channels; channel += 2 * kWidth)
-    row_of_images<kCount, 2>(p, first, row, channel);
-  for (; channel < p.out_channels; channel += kWidth)
-    row_of_images<kCount, 1>(p, first, row, channel);
+    row_of_images<kCount, 2, false>(p, first, row, channel);
+  const int rest = static_cast<int>(p.out_channels - channel);
+  if (rest > kWidth)
+    row_of_images<kCount, 1, true>(p, first, row, channel, rest - kWidth);
+  else if (rest == kWidth)
+    row_of_images<kCount, 1, false>(p, first, row, channel);
+  else if (rest > 0)
+    row_of_images<kCount, 0, true>(p, first, row, channel, rest);
 }
 
 }  // namespace

@@ -28,8 +28,7 @@
 namespace afm::cpu {
 
 struct SmallConvParams {
-  static constexpr int kChannels = 16;  // numbers of result channels are multiples of this
-  static constexpr int kThin = 4;       // or, of a gradient, at most this
+  static constexpr int kThin = 4;  // result channels of a gradient that are no vector
   static constexpr int kMaxTaps = 49;
   static constexpr int kImages = 8;  // images of a task
 

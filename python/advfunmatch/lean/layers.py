@@ -23,8 +23,8 @@ __all__ = [
 ]
 
 # Up to these numbers of weights and of pixels ``small_conv`` beat oneDNN with two threads and AVX-512, forward and
-# gradient: at 16 -> 32 and 32 -> 64 channels, stride 2, at 4x4 to 32x32 pixels. At 64 -> 128 they are level.
-SMALL_WEIGHT, SMALL_IMAGE = 9 * 32 * 64, 32 * 32
+# gradient: at 16 -> 32, 32 -> 64 and 48 -> 96 channels, stride 2, at 4x4 to 32x32 pixels. At 64 -> 128 they are level.
+SMALL_WEIGHT, SMALL_IMAGE = 9 * 64 * 96, 32 * 32
 
 
 def being_exported() -> bool:
@@ -71,18 +71,13 @@ class FoldedConv(nn.Module):
         out_channels, in_channels, *taps = self.weight.shape
         plain = self.groups == 1 and tuple(self.dilation) == (1, 1)
         even = self.stride[0] == self.stride[1] and self.padding[0] == self.padding[1]
-        if not (
-            plain
-            and even
-            and out_channels % 16 == 0
-            and self.weight.dtype == torch.float32
-            and self.weight.device.type == "cpu"
-        ):
+        if not (plain and even and self.weight.dtype == torch.float32 and self.weight.device.type == "cpu"):
             return
         geometry = (tuple(taps), self.stride[0], self.padding[0])
-        self._winograd = geometry == ((3, 3), 1, 1) and in_channels % 16 == 0
+        self._winograd = geometry == ((3, 3), 1, 1) and in_channels % 16 == 0 == out_channels % 16
         self._small = (
-            (in_channels <= 4 or in_channels % 16 == 0)
+            (in_channels <= 4 or in_channels >= 8)
+            and out_channels >= 8
             and taps[0] * taps[1] <= 49
             and self.weight.numel() <= SMALL_WEIGHT
         )
