@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from advfunmatch import PGDAttack
 from advfunmatch.attacks import input_gradient
+from advfunmatch.lean import PreparedModel, prepare_for_attack
 from torch import Tensor, nn
 
 
@@ -52,6 +53,21 @@ def test_a_dense_gradient_is_the_sum_over_the_pixels(objective: str, scale: floa
         found = input_gradient(Wrapped(student), None, x.detach(), "cross_entropy", labels)
     (wanted,) = torch.autograd.grad(truth, x)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("prepared", [(True, True), (True, False), (False, True)])
+def test_dense_networks_with_a_backward_of_their_own_have_the_same_gradient(
+    prepared: tuple[bool, bool],
+) -> None:
+    """Both sides' parts add up, whichever of them comes from a graph and whichever from a pullback."""
+    pair = dense(0), dense(1)
+    for net in pair:
+        net[1] = nn.ReLU()
+    x = torch.rand(3, 3, 6, 4, dtype=torch.float64)
+    want = input_gradient(*pair, x)
+    lean = [prepare_for_attack(net) if lean else net for net, lean in zip(pair, prepared, strict=True)]
+    assert all(net.backward == "its own" for net in lean if isinstance(net, PreparedModel))
+    torch.testing.assert_close(input_gradient(*lean, x), want, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("bn", ["eval", "batch"])

@@ -40,6 +40,22 @@ def test_a_gradient_of_another_shape_is_refused():
         pullback(torch.rand(4, 3))
 
 
+def test_a_prepared_networks_own_pullback_refuses_it_too_and_its_hooks_are_run():
+    prepared = prepare_for_attack(create_model("small_cnn-24", num_classes=5, in_channels=1).eval())
+    x = torch.rand(3, 1, 8, 8)
+    with torch.no_grad():
+        want = prepared(x)
+    logits, pullback = vjp(prepared, x)
+    torch.testing.assert_close(logits, want)
+    with pytest.raises(ValueError, match="grad_logits must have the logits' shape"):
+        pullback(logits[:2])
+    hook = prepared.register_forward_hook(lambda module, args, out: 2 * out)
+    twice, pullback_twice = vjp(prepared, x)
+    hook.remove()
+    torch.testing.assert_close(twice, 2 * logits)
+    torch.testing.assert_close(pullback_twice(logits), 2 * pullback(logits))
+
+
 def test_logits_that_do_not_depend_on_the_images_have_no_gradient():
     class Steps(nn.Module):
         def forward(self, x):

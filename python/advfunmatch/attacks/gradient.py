@@ -24,13 +24,16 @@ do the rows of one image where its logits are dense (Note [Rows] in ``target``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .looks import all_within
-from .target import without_ignored
+from .target import Forward, without_ignored
+
+Pullback = Callable[[Tensor], Tensor]
 
 
 class _Range(NamedTuple):
@@ -68,22 +71,20 @@ class ScaledBackward:
         """Goes on with some of the images."""
         self.factor, self.moved = self.factor[kept], self.moved[kept]
 
-    def __call__(
-        self, leaf: Tensor, z_s: Tensor, z_t: Tensor | None, labels: Tensor | None, is_last: bool = True
-    ) -> Tensor:
+    def __call__(self, forward: Forward, labels: Tensor | None, is_last: bool = True) -> Tensor:
         """The gradient at the leaf, by image up to a positive factor.
 
         Autograd runs each network's part on its forward's stream.
         """
-        images, counted = len(leaf), None
-        is_dense = len(z_s) != images
+        images, rows, counted = len(forward.leaf), len(forward.student), None
+        is_dense = rows != images
         if is_dense:
             counted, labels = without_ignored(labels)
-        known = z_s.detach(), None if z_t is None else z_t.detach(), labels
-        outputs, grads = _moving_sides(z_s, z_t, self.objective(*known))
+        known = *forward.known(), labels
+        outputs, grads, pullbacks = _moving_sides(forward, self.objective(*known))
         if counted is not None:
             grads = [g.masked_fill(~counted.unsqueeze(1), 0) for g in grads]
-        is_narrow = leaf.dtype == torch.float16 or any(z.dtype == torch.float16 for z in outputs)
+        is_narrow = forward.leaf.dtype == torch.float16 or any(z.dtype == torch.float16 for z in outputs)
         limits = _NARROW if is_narrow else _WIDE
         size = _sizes(outputs, grads, is_narrow)
         weight: Tensor | None = None
@@ -105,13 +106,9 @@ class ScaledBackward:
             self.applied = unit * self.factor
             by_row = self.applied
             if weight is not None:
-                by_row = by_row.repeat_interleave(len(z_s) // images) * weight
+                by_row = by_row.repeat_interleave(rows // images) * weight
             grads = [(g * by_row.unsqueeze(1)).to(z.dtype) for z, g in zip(outputs, grads, strict=True)]
-        (gradient,) = torch.autograd.grad(outputs, leaf, grads, allow_unused=True)
-        if gradient is None:
-            raise ValueError(
-                "no logits that the objective gave a gradient for depend on x_adv differentiably"
-            )
+        gradient = _pulled_back(forward.leaf, outputs, grads, pullbacks)
         # vector_norm takes three times as long on a CPU.
         largest = gradient.abs().flatten(1).amax(1)
         if all_within(largest, limits.low, torch.finfo(largest.dtype).max):
@@ -127,6 +124,23 @@ class ScaledBackward:
         self.factor = (self.factor * change).clamp(1 / limits.most, limits.most)
         stays = ~finite & self.moved if is_last else ~finite
         return gradient.masked_fill(stays.view(-1, *[1] * (gradient.dim() - 1)), 0)
+
+
+def _pulled_back(
+    leaf: Tensor, outputs: list[Tensor], grads: list[Tensor], pullbacks: list[Pullback | None]
+) -> Tensor:
+    """The gradient by the leaf of all outputs together, by pullback where there is one and by their graph elsewhere."""
+    parts = [pull(g) for g, pull in zip(grads, pullbacks, strict=True) if pull is not None]
+    with_graph = [i for i, pull in enumerate(pullbacks) if pull is None]
+    if with_graph:
+        chosen = [outputs[i] for i in with_graph], leaf, [grads[i] for i in with_graph]
+        (part,) = torch.autograd.grad(*chosen, allow_unused=True)
+        if part is None and not parts:
+            raise ValueError(
+                "no logits that the objective gave a gradient for depend on x_adv differentiably"
+            )
+        parts += [] if part is None else [part]
+    return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
 
 
 def _weights(
@@ -160,13 +174,18 @@ def _sizes(outputs: list[Tensor], grads: list[Tensor], of_images: bool) -> Tenso
     return sizes[0] if len(sizes) == 1 else torch.maximum(*sizes)
 
 
-def _moving_sides(z_s: Tensor, z_t: Tensor | None, gradients: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The logits that have a gradient, and their gradients."""
+def _moving_sides(
+    forward: Forward, gradients: Any
+) -> tuple[list[Tensor], list[Tensor], list[Pullback | None]]:
+    """The logits that have a gradient, their gradients, and their pullbacks."""
     sides = gradients if isinstance(gradients, (tuple, list)) else (gradients, None)
     if len(sides) != 2:
         raise ValueError(f"an objective must return one gradient or a pair of them, got {len(sides)}")
-    outputs, grads = [], []
-    for name, z, gradient in (("student", z_s, sides[0]), ("teacher", z_t, sides[1])):
+    outputs, grads, pullbacks = [], [], []
+    for name, z, pull, gradient in (
+        ("student", forward.student, forward.pull_student, sides[0]),
+        ("teacher", forward.teacher, forward.pull_teacher, sides[1]),
+    ):
         if gradient is None:
             continue
         if z is None or not isinstance(gradient, Tensor) or gradient.shape != z.shape:
@@ -177,12 +196,13 @@ def _moving_sides(z_s: Tensor, z_t: Tensor | None, gradients: Any) -> tuple[list
                 else f"a tensor of shape {tuple(z.shape)}"
             )
             raise ValueError(f"the objective's {name} gradient must be {want}, got {got}")
-        if not z.requires_grad:
+        if pull is None and not z.requires_grad:
             raise ValueError(
                 f"the objective gave a gradient for the {name}'s logits, which do not depend on x_adv differentiably"
             )
         outputs.append(z)
         grads.append(gradient)
+        pullbacks.append(pull)
     if not outputs:
         raise ValueError("the objective returned no gradient for either side")
-    return outputs, grads
+    return outputs, grads, pullbacks

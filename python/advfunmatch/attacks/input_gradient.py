@@ -57,15 +57,13 @@ def input_gradient(
     teacher_logits = None if teacher_logits is None else rows_of(teacher_logits)
     target = Target(student, None if use in ("none", "clean") else teacher, labels, teacher_logits)
     with torch.inference_mode(False), torch.enable_grad():
-        leaf, z_s, z_t = target.forward(x_adv, use == "moving")
-        backward = ScaledBackward(leaf, objective)
-        gradient = backward(leaf, z_s, z_t, labels)
+        forward = target.forward(x_adv, use == "moving")
+        backward = ScaledBackward(forward.leaf, objective)
+        gradient = backward(forward, labels)
         scale = 1 / backward.applied
         if hasattr(objective, "log_scale"):
             counted, classes = without_ignored(labels)
-            log_scale = objective.log_scale(
-                z_s.detach(), None if z_t is None else z_t.detach(), classes
-            ).double()
+            log_scale = objective.log_scale(*forward.known(), classes).double()
             if counted is not None:
                 log_scale = log_scale.masked_fill(~counted, -torch.inf)
             scale = scale * log_scale.view(len(x_adv), -1).amax(1).exp()

@@ -20,7 +20,7 @@ from .capture import CapturedAttack, GraphCache, capture_key, is_captured
 from .gradient import ScaledBackward
 from .input_gradient import input_gradient
 from .objectives import Objective
-from .target import Target, eval_modes, in_format_of, logits_of, rows_of, score_of
+from .target import Forward, Target, eval_modes, in_format_of, logits_of, rows_of, score_of
 
 __all__ = ["PGDAttack", "input_gradient"]
 
@@ -235,11 +235,11 @@ class PGDAttack:
         x_adv = target.in_its_format(x_start)
         backward = ScaledBackward(x_adv, self.objective, shared=self.bn != "eval")
         for step in range(self.steps):
-            leaf, z_s, z_t = self._forward(target, x_adv)
+            forward = self._forward(target, x_adv)
             if self.keep == "best":  # the logits that the gradient needs also say how good the iterate is
-                known = z_s.detach(), _detached(z_t), target.labels
+                known = *forward.known(), target.labels
                 best.offer(x_adv, score_of(self.objective, *known, len(x_adv)))
-            gradient = backward(leaf, z_s, z_t, target.labels, is_last=step == self.steps - 1)
+            gradient = backward(forward, target.labels, is_last=step == self.steps - 1)
             x_adv = self._step(x_adv, gradient, x_inner)
         return x_adv, backward
 
@@ -261,10 +261,10 @@ class PGDAttack:
             backward = ScaledBackward(x_left, self.objective)
             for step in range(self.steps + 1):
                 # The logits that the gradient needs also say which images are broken: no extra forward.
-                leaf, z_s, z_t = self._forward(left, x_adv)
-                if len(z_s) != len(x_adv):
+                forward = self._forward(left, x_adv)
+                if len(forward.student) != len(x_adv):
                     raise ValueError("early_stop=True goes with logits (N, C), and not with dense ones")
-                known = z_s.detach(), _detached(z_t), left.labels
+                known = *forward.known(), left.labels
                 unbroken = ~self.objective.success(*known)  # type: ignore[attr-defined]
                 result[active] = x_adv
                 kept = unbroken.nonzero().squeeze(1)
@@ -272,7 +272,7 @@ class PGDAttack:
                 active = active[kept]
                 if step == self.steps or len(kept) == 0:
                     break
-                gradient = backward(leaf, z_s, z_t, left.labels, is_last=step == self.steps - 1)
+                gradient = backward(forward, left.labels, is_last=step == self.steps - 1)
                 backward.rows(kept)
                 x_left, left = x_left[kept], left.rows(kept)
                 x_adv = self._step(x_adv[kept], gradient[kept], x_left)
@@ -299,13 +299,13 @@ class PGDAttack:
             x_adv, gradient, x, step_size=self.step_size, eps=self.eps, norm=self.norm, clip=self.clip
         )
 
-    def _forward(self, target: Target, x_adv: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _forward(self, target: Target, x_adv: Tensor) -> Forward:
         side = None
         if self.streams and x_adv.is_cuda:
             side = self._side_streams.setdefault(x_adv.device, torch.cuda.Stream(x_adv.device))
-        leaf, z_s, z_t = target.forward(x_adv, self._teacher_use(target.teacher) == "moving", side)
-        arguments.check_rows(target, len(x_adv), z_s, z_t)
-        return leaf, z_s, z_t
+        forward = target.forward(x_adv, self._teacher_use(target.teacher) == "moving", side)
+        arguments.check_rows(target, len(x_adv), forward.student, forward.teacher)
+        return forward
 
     @torch.no_grad()
     def _score(self, target: Target, x_adv: Tensor) -> Tensor:
@@ -352,7 +352,3 @@ class PGDAttack:
         default = "none" if teacher is None else "moving"
         use: str = getattr(self.objective, "teacher", default)
         return use
-
-
-def _detached(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach()

@@ -10,17 +10,35 @@ its rows, and rows labelled `IGNORED` count nothing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..lean import PreparedModel
+from ..lean import PreparedModel, own_vjp
 from ..models import logits_in
 
 BN_MODES = ("eval", "batch", "train")
 IGNORED = -100  # the label of a pixel that does not count, as in torch.nn.functional.cross_entropy
+
+
+class Forward(NamedTuple):
+    """What a step has of the networks at x_adv: a fresh leaf there, and both sides' logits (R, C), see Note [Rows].
+
+    Logits that move with x_adv have a graph up to the leaf; or none, and a pullback, where the network is prepared and
+    its backward its own: it takes their gradient to that by x_adv.
+    """
+
+    leaf: Tensor
+    student: Tensor
+    teacher: Tensor | None = None
+    pull_student: Callable[[Tensor], Tensor] | None = None
+    pull_teacher: Callable[[Tensor], Tensor] | None = None
+
+    def known(self) -> tuple[Tensor, Tensor | None]:
+        """Both sides' logits for an objective, which differentiates nothing."""
+        return self.student.detach(), None if self.teacher is None else self.teacher.detach()
 
 
 class Target(NamedTuple):
@@ -52,20 +70,22 @@ class Target(NamedTuple):
             return x.contiguous(memory_format=torch.channels_last)
         return x
 
-    def forward(
-        self, x_adv: Tensor, teacher_moves: bool, side: torch.cuda.Stream | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A fresh leaf at x_adv, the student's logits there, and the teacher's (with a graph where it moves).
+    def forward(self, x_adv: Tensor, teacher_moves: bool, side: torch.cuda.Stream | None = None) -> Forward:
+        """Both networks at x_adv, the teacher to be differentiated where it moves.
 
         ``side``: a stream for the teacher to run on.
         """
         leaf = x_adv.detach().requires_grad_(True)
         if self.teacher is None:
-            return leaf, logits_of(self.student, leaf), self.teacher_logits
+            z_s, pull_s = _moving_logits(self.student, leaf)
+            return Forward(leaf, z_s, self.teacher_logits, pull_s)
         if side is None:
-            z_s = logits_of(self.student, leaf)
-            with torch.set_grad_enabled(teacher_moves):
-                return leaf, z_s, logits_of(self.teacher, leaf)
+            z_s, pull_s = _moving_logits(self.student, leaf)
+            if teacher_moves:
+                z_t, pull_t = _moving_logits(self.teacher, leaf)
+                return Forward(leaf, z_s, z_t, pull_s, pull_t)
+            with torch.no_grad():
+                return Forward(leaf, z_s, logits_of(self.teacher, leaf), pull_s)
         here = torch.cuda.current_stream(leaf.device)
         side.wait_stream(here)
         with torch.cuda.stream(side), torch.set_grad_enabled(teacher_moves):
@@ -75,12 +95,28 @@ class Target(NamedTuple):
         # Allocated on the side stream and used on this one: its memory must not be reused before this one is done.
         z_t.record_stream(here)
         leaf.record_stream(side)
-        return leaf, z_s, z_t
+        return Forward(leaf, z_s, z_t)
+
+
+def _moving_logits(model: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+    own = own_vjp(model, x)
+    if own is None:
+        return logits_of(model, x), None
+    logits, pullback = own
+    rows = _checked_rows(model, logits, x)
+    if rows.shape == logits.shape:
+        return rows, pullback
+    shape = logits.shape
+    by_pixel = shape[0], *shape[2:], shape[1]
+    return rows, lambda grad: pullback(grad.view(by_pixel).movedim(-1, 1))
 
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     """The rows of the network's logits, or of those in the object that it returns; see Note [Rows]."""
-    logits = logits_in(model(x))
+    return _checked_rows(model, logits_in(model(x)), x)
+
+
+def _checked_rows(model: nn.Module, logits: Any, x: Tensor) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"{type(model).__name__} must return a tensor of logits, or an object with such logits, got "

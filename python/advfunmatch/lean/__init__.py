@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .prepared import PreparedModel, prepare_for_attack
-from .vjp import vjp
+from .vjp import own_vjp, vjp
 from .wrappers import unwrap
 
-__all__ = ["PreparedModel", "prepare_for_attack", "unwrap", "vjp"]
+__all__ = ["PreparedModel", "own_vjp", "prepare_for_attack", "unwrap", "vjp"]

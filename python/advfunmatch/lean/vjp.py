@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..models import logits_in
 from .prepared import PreparedModel
+from .trace import hooks_of
 
-__all__ = ["vjp"]
+__all__ = ["own_vjp", "vjp"]
 
 Pullback = Callable[[Tensor], Tensor]
 
@@ -42,8 +43,23 @@ def vjp(network: nn.Module, x: Tensor) -> tuple[Tensor, Pullback]:
         >>> pullback(torch.ones(5, 2)).shape
         torch.Size([5, 3])
     """
-    own = network.vjp(x) if isinstance(network, PreparedModel) else None
-    return _by_autograd(network, x) if own is None else own
+    return own_vjp(network, x) or _by_autograd(network, x)
+
+
+def own_vjp(network: nn.Module, x: Tensor) -> tuple[Tensor, Pullback] | None:
+    """``vjp`` where it takes no autograd graph, for callers who would rather share one between networks otherwise."""
+    if not isinstance(network, PreparedModel) or hooks_of(network):
+        return None
+    own = network.vjp(x)
+    if own is None:
+        return None
+    logits, backward = own
+
+    def pullback(grad_logits: Tensor) -> Tensor:
+        _check_gradient(grad_logits, logits)
+        return backward(grad_logits)
+
+    return logits, pullback
 
 
 def _by_autograd(network: nn.Module, x: Tensor) -> tuple[Tensor, Pullback]:
