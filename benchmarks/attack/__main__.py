@@ -41,7 +41,7 @@ if __name__ == "__main__" and "--default-allocator" not in sys.argv:
 import torch
 from advfunmatch import create_model
 from advfunmatch.attacks.pgd import PGDAttack
-from advfunmatch.lean import prepare_for_attack
+from advfunmatch.lean import prepare_for_attack, vjp
 from torch import Tensor, nn
 
 from benchmarks import limits, results
@@ -195,6 +195,35 @@ def refresh_share(
     return {"of_this_attack": share, "of_ten_steps": share * case.steps / 10}
 
 
+def gradient_over_forward(
+    case: Case, student: nn.Module, teacher: nn.Module, x: Tensor, budget: float
+) -> dict[str, float]:
+    """Of each prepared network, the time of an input gradient, its forward not included, over that of a forward."""
+    ratios = {}
+    x = x.contiguous(memory_format=torch.channels_last)
+    for name, model in {case.student: student, case.teacher: teacher}.items():
+        network = prepare_for_attack(model, torch.bfloat16 if x.is_cuda else None)
+
+        def forward(network: nn.Module = network) -> Tensor:
+            with torch.no_grad():
+                logits: Tensor = network(x)
+            return logits
+
+        def both(network: nn.Module = network) -> Tensor:
+            logits, pullback = vjp(network, x)
+            return pullback(logits)
+
+        times = interleave(
+            {"forward": forward, "both": both},
+            budget=budget,
+            min_rounds=5,
+            device=str(x.device),
+            clock="wall",
+        )
+        ratios[name] = times["both"].median / times["forward"].median - 1
+    return ratios
+
+
 def run_case(case: Case, device: str, arguments: argparse.Namespace) -> list[results.Record]:
     student, teacher = (
         network(case.student, case, device, SEED),
@@ -244,6 +273,9 @@ def run_case(case: Case, device: str, arguments: argparse.Namespace) -> list[res
     records["engine"].details["refresh_share"] = refresh_share(
         case, student, teacher, x, arguments.budget / 4
     )
+    records["engine"].details["gradient_over_forward"] = gradient_over_forward(
+        case, student, teacher, x, arguments.budget / 8
+    )
     pair = [prepare_for_attack(m, torch.bfloat16 if x.is_cuda else None) for m in (student, teacher)]
     records["engine"].details["parts"] = profile_step(pair[0], pair[1], x)
     records["engine"].details["matmul_per_second"] = rates[dtypes["engine"]]
@@ -269,6 +301,9 @@ def table(records: list[results.Record]) -> str:
             f"{details['kl_share_of_loop']:>8.1%}{(record.peak_bytes or 0) / 2**20:>8.0f}"
             f"{details['images_per_second']:>10.0f}"
         )
+        if "gradient_over_forward" in details:
+            ratios = ", ".join(f"{n} {r:.2f}" for n, r in details["gradient_over_forward"].items())
+            lines.append(f"  {'':<18}an input gradient is, of its forward: {ratios}")
         if "refresh_share" in details:
             lines.append(
                 f"  {'':<18}refresh_ is {details['refresh_share']['of_ten_steps']:.2%} of a ten-step attack"
