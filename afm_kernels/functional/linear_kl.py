@@ -6,6 +6,7 @@ Note [Hard rows] in softmax_kl.py, of the logits that the hidden states are proj
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -125,7 +126,7 @@ def linear_kl_div(
     student_weight, tied = gathered(student_weight), student_weight
     student_bias = gathered(student_bias)
     rows = _check_head("student_", student_hidden, student_weight, student_bias)
-    student = Head(_check_softcap("softcap", softcap), check_real("logit_scale", logit_scale) * 1.0)
+    student = Head(_check_softcap("softcap", softcap), _check_scale("logit_scale", logit_scale))
     temperature = check_positive("temperature", temperature)
     kind = check_choice("divergence", divergence, ops.DIVERGENCES)
     beta = check_between("beta", beta, 0, 1, open_ends=True)
@@ -157,7 +158,7 @@ def linear_kl_div(
             )
         head = Head(
             _check_softcap("teacher.softcap", teacher.softcap),
-            check_real("teacher.logit_scale", teacher.logit_scale) * 1.0,
+            _check_scale("teacher.logit_scale", teacher.logit_scale),
         )
         teacher_classes, which = weight_t.shape[0], "teacher.weight"
         device = hidden_t.device
@@ -297,6 +298,10 @@ def _check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
     check_floating(f"{prefix}weight", weight)
     if hidden.dim() == 0:
         raise ValueError(f"{prefix}hidden has shape (); (..., H) is expected")
+    if hidden.shape[-1] == 0:
+        raise ValueError(
+            f"{prefix}hidden has shape {tuple(hidden.shape)}; (..., H) with H at least 1 is expected"
+        )
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{prefix}weight has shape {tuple(weight.shape)} and {prefix}hidden {tuple(hidden.shape)}; the weight of "
@@ -321,6 +326,13 @@ def _check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
 
 def _check_softcap(name: str, softcap: float | None) -> float | None:
     return None if softcap is None else check_positive(name, softcap)
+
+
+def _check_scale(name: str, scale: float) -> float:
+    scale = check_real(name, scale) * 1.0
+    if not isfinite(scale):
+        raise ValueError(f"{name} is {scale}; a finite number is expected")
+    return scale
 
 
 def _check_classes(num_classes: int | None, student: int, teacher: int, which: str) -> int:

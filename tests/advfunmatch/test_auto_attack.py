@@ -7,6 +7,7 @@ import signal
 import socket
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -263,8 +264,37 @@ def test_networks_and_images_that_cannot_be_measured_are_refused():
         attacked(network(), x, y + 9)
     with pytest.raises(InputError, match="y must be 40 integers"):
         attacked(network(), x, y.float())
+    with pytest.raises(InputError, match="y must be 40 integers"):
+        attacked(network(), x, y > 0)
+    silent = Changed(lambda inner, x: inner(x) * torch.nan)
+    with pytest.raises(InputError, match="got NaN for 40 of 40 images"):
+        attacked(silent, x, torch.zeros_like(y))
     with pytest.raises(ValueError, match="version must be one of standard, plus, rand"):
         AutoAttack("linf", EPS, "full")
+    with pytest.raises(TypeError, match="stages must be a mapping of names to attacks, got list"):
+        AutoAttack("linf", EPS, stages=["square"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="state must be the path of a file, or None, got int"):
+        attacked(network(), x, y, state=3)
+
+
+def test_nan_is_no_right_answer():
+    """argmax finds class 0 in rows of NaN."""
+    x = 0.5 * noise(4)
+    silent = Changed(lambda inner, z: inner(z) * 0 + torch.where(z.flatten(1)[:, :1] > 0.5, torch.nan, 0.0))
+    moved = {"moved": lambda searched, x, y, draws: x + EPS}
+    x[:, 0, 0, 0] = torch.tensor([0.2, 0.48, 0.3, 0.49])
+    result = attacked(silent, x, torch.zeros(4).long(), stages=moved)
+    assert result.robust.tolist() == [True, False, True, False]
+
+
+def test_what_holds_logits_goes_through_every_stage():
+    x = noise(6)
+    plain, holder = network(), Changed(lambda inner, x: SimpleNamespace(logits=inner(x)))
+    y = plain(x).argmax(1)
+    settings = {"square": {"queries": 20}}
+    stages = {name: stage(name, "linf", EPS, **settings.get(name, {"steps": 5})) for name in STAGES}
+    found = AutoAttack("linf", EPS, stages=stages)(holder, x, y)
+    assert torch.equal(found.robust, AutoAttack("linf", EPS, stages=stages)(plain, x, y).robust)
 
 
 def test_doubtful_networks_are_said():

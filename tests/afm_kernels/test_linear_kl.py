@@ -311,6 +311,13 @@ def test_one_weight_on_both_sides_and_shared_classes(device: torch.device) -> No
         )
         torch.testing.assert_close(grad, exact[0])
     larger = torch.randn(31, 8, dtype=torch.float64, device=device)
+    with pytest.raises(ValueError, match=r"student_hidden has shape .* with H at least 1"):
+        linear_kl_div(student[:, :0], weight[:, :0], Projection(teacher, larger))
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"logit_scale is .*; a finite number is expected"):
+            linear_kl_div(student, weight, Projection(teacher, weight), logit_scale=scale)
+        with pytest.raises(ValueError, match=r"teacher\.logit_scale is .*; a finite number is expected"):
+            linear_kl_div(student, weight, Projection(teacher, weight, logit_scale=scale))
     with pytest.raises(ValueError, match=r"student_weight has 20 classes and teacher\.weight 31"):
         linear_kl_div(student, weight, Projection(teacher, larger))
     linear_kl_div(student, weight, Projection(teacher, larger), num_classes=20).backward()

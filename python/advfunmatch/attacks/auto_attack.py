@@ -78,10 +78,15 @@ class AutoAttack:
             raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
         if batch_size is not None:
             check_counts(batch_size=(batch_size, 1))
+        if stages is not None and not isinstance(stages, Mapping):
+            raise TypeError(f"stages must be a mapping of names to attacks, got {type(stages).__name__}")
         if stages is not None and (not stages or CLEAN in stages):
             raise ValueError(
                 f"stages must name one or more attacks, none of them {CLEAN!r}, got {list(stages)}"
             )
+        for name, attack in (stages or {}).items():
+            if not callable(attack):
+                raise TypeError(f"stages[{name!r}] must be an attack, got {type(attack).__name__}")
         self.norm, self.eps, self.version, self.seed = norm, eps, version, seed
         self.stages = dict(stages) if stages is not None else stages_of(version, norm, eps)
         self.batch_size, self.dtype = batch_size, dtype
@@ -112,12 +117,14 @@ class AutoAttack:
             AutoAttackWarning: for what makes the figures doubtful.
 
         Raises:
-            InputError: images outside [0, 1], labels that are no classes, a network that answers the same images
-                differently each time (but for version="rand"), or a state file of another run.
+            InputError: images outside [0, 1], labels that are no classes, a network that answers NaN, or the same
+                images differently each time (but for version="rand"), or a state file of another run.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         check_images(x, None)
+        if state is not None and not isinstance(state, (str, Path)):
+            raise TypeError(f"state must be the path of a file, or None, got {type(state).__name__}")
         was_training = acts_in_training(model)
         with ExitStack() as stack:
             stack.enter_context(frozen(model))

@@ -32,7 +32,7 @@ def acts_in_training(model: nn.Module) -> bool:
 
 def check_data(x: Tensor, y: Tensor) -> None:
     """InputError for images that are not in [0, 1], and for labels that are not one integer each."""
-    low, high = (float(bound) for bound in x.aminmax()) if x.numel() else (0.0, 0.0)
+    low, high = (float(bound) for bound in x.detach().aminmax()) if x.numel() else (0.0, 0.0)
     if x.dim() != 4:
         raise InputError(f"x must be images (N, C, H, W), got shape {tuple(x.shape)}")
     if not (low >= 0 and high <= 1):
@@ -40,12 +40,15 @@ def check_data(x: Tensor, y: Tensor) -> None:
             f"x holds values from {low:.4g} to {high:.4g}, but must be images in [0, 1]: normalise inside the network"
         )
     kind = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.shape != x.shape[:1]:
+    no_integers = (
+        not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool
+    )
+    if no_integers or y.shape != x.shape[:1]:
         raise InputError(f"y must be {len(x)} integers, the true classes of x, got {kind}")
 
 
 def check_answers(answers: list[Tensor]) -> None:
-    """InputError for what are no logits, and for a network that answered the same images differently.
+    """InputError for what are no logits, among them NaN, and for a network that answered the same images differently.
 
     ``answers``: one or more, which may be random where it is one.
     """
@@ -53,6 +56,11 @@ def check_answers(answers: list[Tensor]) -> None:
     if not isinstance(first, Tensor) or first.dim() != 2 or first.shape[1] < 2:
         got = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
         raise InputError(f"model must return logits (N, C) of two classes or more, got {got}")
+    no_number = int(first.isnan().any(1).sum())
+    if no_number:
+        raise InputError(
+            f"model must return logits, got NaN for {no_number} of {len(first)} images as they are"
+        )
     units = [logits.double() / (logits.double().norm(dim=1, keepdim=True) + 1e-10) for logits in answers]
     apart = max((float((units[0] - unit).norm(dim=1).nan_to_num().max()) for unit in units[1:]), default=0.0)
     if apart > SAME:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lean import vjp
+from ..models import logits_in
 
 __all__ = ["Searched"]
 
@@ -17,7 +18,7 @@ class Searched:
     """A network, best a prepared one, as the attacks of AutoAttack see it.
 
     Args:
-        network: in eval mode.
+        network: in eval mode; of images to logits, or to an object with ``.logits``.
         told: called after each pass with its number of images.
 
     Logits are float32, or float64 where the network's are: an attack decides on them, and those of bfloat16 have ties.
@@ -36,7 +37,7 @@ class Searched:
         """(N, C) of images (N, ...), without a graph."""
         started = time.perf_counter()
         with torch.no_grad():
-            z = _widened(self.network(x))
+            z = _widened(logits_in(self.network(x)))
         self._count(started, forwards=len(x))
         return z
 

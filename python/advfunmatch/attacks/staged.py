@@ -224,12 +224,12 @@ class Staged:
         before = self.searched.forwards, self.searched.backwards
         x, y = self.x[images].to(self.device), self.y[images].to(self.device)
         if name == CLEAN:
-            x_adv, broken = x, self.judge.logits(x).argmax(1) != y
+            x_adv, broken = x, self.judge.wrong(x, y)
             counts = {"zero_gradients": float((zero_gradients_of(self.searched, x, y) & ~broken).sum())}
         else:
             draws = Draws(self.seed, image_keys(x))
             x_adv = into_ball(self.stages[name](self.searched, x, y, draws), x, self.norm, self.eps)
-            broken = self.judge.logits(x_adv).argmax(1) != y
+            broken = self.judge.wrong(x_adv, y)
             missed = ~broken & (x_adv != x).flatten(1).any(1)
             counts = {"unverified": 0.0}
             if not self.random and bool(missed.any()):

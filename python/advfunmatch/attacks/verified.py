@@ -57,6 +57,11 @@ class Judge(nn.Module):
         z: Tensor = self(x)
         return z
 
+    def wrong(self, x: Tensor, y: Tensor) -> Tensor:
+        """(N,) bool: images of which it does not say that they are of their class y; NaN says nothing."""
+        logits = self.logits(x)
+        return (logits.argmax(1) != y) | logits.isnan().any(1)
+
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
