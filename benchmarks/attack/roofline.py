@@ -131,8 +131,8 @@ def profile_step(student: nn.Module, teacher: nn.Module, x: Tensor, repeats: int
     target, timer = Target(student, teacher), StepTimer(x.device)
 
     def step() -> None:
-        leaf, z_s, z_t = target.forward(x, teacher_moves=True)
-        attack._step(x, ScaledBackward(leaf, attack.objective)(leaf, z_s, z_t, None), x)
+        forward = target.forward(x, teacher_moves=True)
+        attack._step(x, ScaledBackward(forward.leaf, attack.objective)(forward, None), x)
 
     for _ in range(2):
         step()
