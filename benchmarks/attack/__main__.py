@@ -12,6 +12,7 @@ Variants of a case:
     <loop>+compile      the same with both networks through torch.compile (on CUDA with autocast too)
     live                the engine on the live networks
     engine              the engine on prepared networks; on CUDA in bf16 and captured
+    engine_best         the same keeping each image's best iterate, which costs a mismatch attack two forwards more
     engine_bf16         on CPUs: prepared in bf16
     engine_fp32         on CUDA: prepared in fp32, captured
     engine_eager        on CUDA: bf16, not captured
@@ -151,6 +152,8 @@ def variants(
     nhwc_student, nhwc_teacher = copy_of(student), copy_of(teacher)
 
     def engine(dtype: torch.dtype | None, prepared: bool = True, **options: Any) -> Callable[[], Tensor]:
+        # The loops return their last iterate.
+        options = {"keep": "last"} | options
         attack = PGDAttack(objective, eps=EPS, step_size=STEP_SIZE, steps=case.steps, **options)
         pair = [prepare_for_attack(m, dtype) if prepared else m for m in (student, teacher)]
         return lambda: attack(pair[0], None if case.loop == "trades" else pair[1], x)
@@ -166,6 +169,9 @@ def variants(
         with_compile = autocast if cuda else loop
         calls[f"{case.loop}+compile"] = lambda: with_compile(*compiled, nhwc, *settings)
         dtypes[f"{case.loop}+compile"] = "bfloat16" if cuda else "float32"
+    if case.loop == "adaad":
+        calls["engine_best"] = engine(torch.bfloat16 if cuda else None, keep="best")
+        dtypes["engine_best"] = "bfloat16" if cuda else "float32"
     if cuda:
         calls["engine"] = engine(torch.bfloat16)
         calls["engine_streams"] = engine(torch.bfloat16, streams=True)
@@ -183,7 +189,7 @@ def refresh_share(
 ) -> dict[str, float]:
     """Seconds of ``refresh_`` over those of the attack it precedes."""
     pair = [prepare_for_attack(m, torch.bfloat16 if x.is_cuda else None) for m in (student, teacher)]
-    attack = PGDAttack(LOOPS[case.loop][1], eps=EPS, step_size=STEP_SIZE, steps=case.steps)
+    attack = PGDAttack(LOOPS[case.loop][1], eps=EPS, step_size=STEP_SIZE, steps=case.steps, keep="last")
     times = interleave(
         {"attack": lambda: attack(pair[0], pair[1], x), "refresh": pair[0].refresh_},
         budget=budget,
