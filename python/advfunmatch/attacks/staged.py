@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from ..data.digest import add_tensor
 from ..errors import InputError
 from ..lean import prepare_for_attack
 from ..models.digest import digest_of_network
-from ..progress import ProgressBar
 from .attacked import CLEAN, AutoAttacked, Stage
 from .draws import Draws, image_keys
 from .network_checks import (
@@ -33,6 +33,9 @@ from .searched import Searched
 from .stages import SearchAttack, passes
 from .verified import Judge, into_ball
 
+if TYPE_CHECKING:
+    from ..progress import ProgressBar
+
 __all__ = ["Staged", "Told"]
 
 CPU_BATCH, GPU_BATCH = 256, 2048  # images; on a GPU halved until they fit into its memory
@@ -48,7 +51,12 @@ class Told:
 
     def __init__(self, progress: bool | Callable[[int, int], None]) -> None:
         self.function = progress if callable(progress) else None
-        self.bar = ProgressBar("AutoAttack", 1) if progress is True else None
+        self.bar: ProgressBar | None = None
+        if progress is True:
+            # It needs rich, which those who import only the attack may not have.
+            from ..progress import ProgressBar
+
+            self.bar = ProgressBar("AutoAttack", 1)
         self.done = self.total = 0
 
     def __enter__(self) -> Told:
