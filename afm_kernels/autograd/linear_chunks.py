@@ -23,7 +23,7 @@ Note [Rows of a chunk]
 Each chunk reads the weight three times, and reads and writes its gradient: few rows and that is the time, many and
 the buffers are the memory. Measured (``python -m benchmarks --part linear``, docs/performance.md) on two AVX-512
 cores at 2048 rows and 32000 classes, where nearly all of the time is products: chunks of 1024 rows take 3 % longer
-than one of 2048, 512 rows 6 %, 256 about 10 %, 64 rows 58 %. So CPUs take a quarter of the rows, which leaves an
+than one of 2048, 512 rows 6 %, 256 13 %, 64 rows 58 %. So CPUs take a quarter of the rows, which leaves an
 eighth of the memory of whole logits or less, within 256 and 1024. GPUs have ten times the arithmetic for a byte, and
 want the 2048 rows that the roofline asks for (not measured). Where classes are few, rows are added until the buffers
 have 2²² logits each, below which the calls themselves cost. Chunks are of equal size, so that none is thin.

@@ -7,15 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_conv3x3 import dense_along
+from test_conv3x3 import assert_near, dense_along, run
 from torch import Tensor
 
 from afm_kernels import ops
 
 STEM = "small_conv"
 SEED = 37
-# Relative to the largest value, as for conv3x3.
-ROUNDING = 1e-5
 
 # (N, in, out, height, width, kernel, stride, padding): whole groups of eight images and rests, one vector of channels,
 # an odd number of them, and parts of one, gradients of one to four channels, pixels that no tap reads, borders without
@@ -54,20 +52,6 @@ def case(shape: tuple[int, ...]) -> dict[str, Tensor]:
         "residual": image(n, out_channels, *sizes),
         "grad_output": image(n, out_channels, *sizes),
     }
-
-
-def run(op: str, device: torch.device, *args: object) -> Tensor:
-    moved = [a.to(device) if isinstance(a, Tensor) else a for a in args]
-    result: Tensor = ops.kernel(op, device.type)(*moved)
-    return result
-
-
-def assert_near(actual: Tensor, truth: Tensor) -> None:
-    assert actual.shape == truth.shape
-    assert actual.dtype == torch.float32
-    assert actual.is_contiguous(memory_format=torch.channels_last)
-    error = float((actual.cpu().double() - truth).abs().max() / truth.abs().max())
-    assert error <= ROUNDING, f"off by {error:.2g} of the largest value"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
