@@ -41,12 +41,25 @@ def test_every_candidate_has_one_sample_a_round():
         {name: count(name) for name in counts}, budget=0, min_rounds=7, warmup=1, min_sample=1e-6
     )
     assert [len(samples.values) for samples in times.values()] == [7, 7, 7]
-    assert counts == {"a": 9, "b": 9, "c": 9}  # one warm-up, one to find the number of calls, seven samples
+    assert counts == {
+        "a": 10,
+        "b": 10,
+        "c": 10,
+    }  # one warm-up, two to find the number of calls, seven samples
 
 
 def test_a_short_call_is_repeated():
     times = interleave({"short": lambda: None}, budget=0.05, min_sample=1e-3)
     assert times["short"].calls > 1000
+
+
+def test_a_pause_while_the_number_of_calls_is_sought_is_not_taken_for_the_calls():
+    pauses = iter([0.0, 5e-3])
+
+    def call():
+        time.sleep(next(pauses, 0.0))
+
+    assert interleave({"short": call}, budget=0.05, warmup=1, min_sample=1e-3)["short"].calls > 10
 
 
 def test_budget_and_bounds():
